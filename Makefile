@@ -1,0 +1,81 @@
+# make train   installs what is missing, builds, writes the built-in corpus, trains a small GPT, shows the result
+# make test    builds and runs the tests
+#
+# make train ARGS="--rotary-fraction 1 --run full"     other flags: build/train --help
+# make ROTARY_DIM=6     the rotary dimension as a compile-time constant
+# make DEBUG=1          -O0 -g, for stepping through
+# make test SAN=1       under AddressSanitizer and UndefinedBehaviorSanitizer
+# make ARCH=90          builds the CUDA part for compute capability 9.0; without ARCH, for the GPU of this machine
+
+ARGS ?=
+CXX ?= g++
+NVCC ?= nvcc
+# The GPU's compute capability, e.g. 90; empty where there is no GPU, or no nvcc: then the programs are CPU only.
+ARCH ?= $(shell command -v $(NVCC) >/dev/null 2>&1 && nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | head -1 | tr -d .)
+
+BUILD := build$(if $(DEBUG),-debug)$(if $(SAN),-san)$(if $(ROTARY_DIM),-rotary$(ROTARY_DIM))
+EIGEN := $(firstword $(wildcard /usr/include/eigen3 /usr/local/include/eigen3 /opt/homebrew/include/eigen3))
+
+# -fno-math-errno and -fno-trapping-math let loops with sqrt and rounding be vectorised; unlike -ffast-math they change
+# no result and keep NaN checks.
+OPTIMISE := $(if $(DEBUG),-O0 -g,$(if $(SAN),-O1 -g,-O3 -march=native -fno-math-errno -fno-trapping-math))
+comma := ,
+SANITIZE := $(if $(SAN),-fsanitize=address$(comma)undefined -fno-sanitize-recover=all)
+CPPFLAGS += -I. $(if $(EIGEN),-isystem $(EIGEN)) $(if $(ROTARY_DIM),-DROTARY_DIM=$(ROTARY_DIM))
+CXXFLAGS += -std=c++17 -Wall -Wextra -fopenmp $(OPTIMISE) $(SANITIZE)
+
+# One way to make a program from its sources, with the compiler that the machine has.
+ifeq ($(ARCH),)
+  COMPILE = $(CXX) $(CPPFLAGS) $(CXXFLAGS) -MMD -MP -x c++ -c $< -o $@
+  LINK = $(CXX) $(CXXFLAGS) $(filter %.o,$^) -o $@
+else
+  # Hopper's own instructions (wgmma) exist for sm_90a only.
+  GENCODE := -gencode arch=compute_$(ARCH:90=90a)$(comma)code=sm_$(ARCH:90=90a)
+  COMPILE = $(NVCC) $(GENCODE) -std=c++17 $(if $(DEBUG),-G) $(CPPFLAGS) --diag-suppress=20012,20013,20014,20015 \
+            $(addprefix -Xcompiler=,$(subst $(comma),\$(comma),$(filter-out -std=c++17,$(CXXFLAGS)))) -MMD -MP -x cu -c $< -o $@
+  LINK = $(NVCC) $(GENCODE) $(addprefix -Xcompiler=,$(subst $(comma),\$(comma),-fopenmp $(SANITIZE))) $(filter %.o,$^) -o $@ -lcublasLt
+endif
+
+.PHONY: all train test bench clean
+all: $(BUILD)/train $(BUILD)/data $(BUILD)/eval
+
+train: $(BUILD)/train $(BUILD)/data $(BUILD)/eval data/stories/meta.json
+	@$(BUILD)/train $(ARGS)
+
+data/stories/meta.json: | $(BUILD)/data
+	$(BUILD)/data stories --out data/stories
+
+TESTS := $(patsubst tests/%.cpp,$(BUILD)/tests-%.o,$(wildcard tests/*.cpp))
+test: $(BUILD)/tests $(BUILD)/train $(BUILD)/data $(BUILD)/eval
+	@BUILD=$(BUILD) $(BUILD)/tests $(ARGS)
+	@BUILD=$(BUILD) sh tests/commands.sh
+
+bench: $(BUILD)/bench
+	@$(BUILD)/bench $(ARGS)
+
+$(BUILD)/tests: $(TESTS)
+$(BUILD)/train: $(BUILD)/train.o
+$(BUILD)/data: $(BUILD)/data.o
+$(BUILD)/eval: $(BUILD)/eval.o
+$(BUILD)/bench: $(BUILD)/bench.o
+$(BUILD)/tests $(BUILD)/train $(BUILD)/data $(BUILD)/eval $(BUILD)/bench:
+	$(LINK)
+
+$(BUILD)/%.o: %.cu $(BUILD)/ready
+	$(COMPILE)
+$(BUILD)/%.o: %.cpp $(BUILD)/ready
+	$(COMPILE)
+$(BUILD)/bench.o: bench/bench.cpp $(BUILD)/ready
+	$(COMPILE)
+$(BUILD)/tests-%.o: tests/%.cpp $(BUILD)/ready
+	$(COMPILE)
+
+# Packages, checked once per build directory.
+$(BUILD)/ready: scripts/install.sh
+	@sh scripts/install.sh "$(CXX)"
+	@mkdir -p $(BUILD) && touch $@
+
+clean:
+	rm -rf build build-*
+
+-include $(wildcard $(BUILD)/*.d)

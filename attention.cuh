@@ -1,0 +1,534 @@
+#pragma once
+// Causal self-attention over the packed buffer qkv, and QK-Norm.
+//
+// For a query q at position t and the keys k_s, values v_s at positions s <= t of its sequence:
+//     score_s = q . k_s / sqrt(HS)      p = softmax(score)      out = sum_s p_s v_s
+// Grouped-query attention: NH query heads share NKV key/value heads; query head h reads key/value head h / (NH/NKV).
+//
+// The matrix of probabilities (T, T) is never kept. The forward pass stores one number per row, the log-sum-exp of its
+// scores, from which the backward pass makes the probabilities again: p_s = exp(score_s - lse).
+
+#include <vector>
+
+#define EIGEN_DONT_PARALLELIZE  // we split the work ourselves, in the same way for any number of threads
+#define EIGEN_NO_CUDA
+#include <Eigen/Core>
+
+#include "backend.h"
+#include "rope.cuh"
+
+// Shapes of one attention call. Positions first .. T-1 of each sequence are the queries; keys and values of all
+// positions 0 .. T-1 are read from the buffer (first > 0 while sampling: the buffer is the key/value cache).
+using AttentionShape = RopeShape;
+
+// Rows [begin, end) of one head in the packed buffer, seen as a matrix (end - begin, HS).
+template <class Real>
+using HeadMatrix = Eigen::Map<Eigen::Matrix<Real, Eigen::Dynamic, Eigen::Dynamic, Eigen::RowMajor>, 0, Eigen::OuterStride<>>;
+template <class Real>
+using ConstHeadMatrix = Eigen::Map<const Eigen::Matrix<Real, Eigen::Dynamic, Eigen::Dynamic, Eigen::RowMajor>, 0, Eigen::OuterStride<>>;
+template <class Real>
+using Matrix = Eigen::Matrix<Real, Eigen::Dynamic, Eigen::Dynamic, Eigen::RowMajor>;
+
+constexpr int kQueryBlock = 64;  // queries worked on together on the CPU: their scores (64, T) stay in the L2 cache
+
+// ---------------------------------------------------------------------------------------------------------------------
+// CPU
+
+// out (B, T, NH, HS), lse (B, NH, T): natural log of the sum of exp(scaled scores); qkv (B, T, NH + 2*NKV, HS).
+// Equal to torch.nn.functional.scaled_dot_product_attention(is_causal=True, enable_gqa=True).
+template <class Real>
+void attention_forward(Cpu&, Real* out, Acc<Real>* lse, const Real* qkv, AttentionShape s) {
+  const int heads = s.NH + 2 * s.NKV, group = s.NH / s.NKV, stride = heads * s.HS;
+  const Real scale = Real(1) / std::sqrt(Real(s.HS));
+  const int blocks = (s.T - s.first + kQueryBlock - 1) / kQueryBlock;
+#pragma omp parallel for collapse(2) schedule(dynamic)
+  for (int bh = 0; bh < s.B * s.NH; ++bh)
+    for (int block = 0; block < blocks; ++block) {
+      const int b = bh / s.NH, h = bh % s.NH;
+      const int t0 = s.first + block * kQueryBlock, t1 = std::min(t0 + kQueryBlock, s.T);
+      const Real* sequence = qkv + size_t(b) * s.T * stride;
+      ConstHeadMatrix<Real> q(sequence + size_t(t0) * stride + h * s.HS, t1 - t0, s.HS, Eigen::OuterStride<>(stride));
+      ConstHeadMatrix<Real> k(sequence + (s.NH + h / group) * s.HS, t1, s.HS, Eigen::OuterStride<>(stride));
+      ConstHeadMatrix<Real> v(sequence + (s.NH + s.NKV + h / group) * s.HS, t1, s.HS, Eigen::OuterStride<>(stride));
+      static thread_local Matrix<Real> p;
+      p.noalias() = q * k.transpose();
+      for (int i = 0; i < t1 - t0; ++i) {
+        Real* row = &p(i, 0);
+        const int t = t0 + i;
+        Real highest = row[0];
+        for (int j = 1; j <= t; ++j) highest = row[j] > highest ? row[j] : highest;
+        Real sum = 0;
+#pragma omp simd reduction(+ : sum)
+        for (int j = 0; j <= t; ++j) {
+          row[j] = exp_((row[j] - highest) * scale);
+          sum += row[j];
+        }
+        const Real inverse = Real(1) / sum;
+        for (int j = 0; j <= t; ++j) row[j] *= inverse;
+        for (int j = t + 1; j < t1; ++j) row[j] = 0;  // the future
+        lse[size_t(bh) * s.T + t] = highest * scale + std::log(sum);
+      }
+      HeadMatrix<Real> o(out + (size_t(b) * s.T + t0) * s.NH * s.HS + h * s.HS, t1 - t0, s.HS,
+                         Eigen::OuterStride<>(s.NH * s.HS));
+      o.noalias() = p * v;
+    }
+}
+
+// dqkv (B, T, NH + 2*NKV, HS) from dout (B, T, NH, HS) and what the forward pass read and wrote. With P the
+// probabilities:  dV = P^T dO,  dP = dO V^T,  dS = P * (dP - D) with D_t = dO_t . O_t,  dQ = dS K,  dK = dS^T Q.
+// `delta` (B, NH, T) is scratch for D, which the CUDA version computes in a pass of its own.
+template <class Real>
+void attention_backward(Cpu&, Real* dqkv, Acc<Real>* delta, const Real* dout, const Real* qkv, const Real* out,
+                        const Acc<Real>* lse, AttentionShape s) {
+  const int heads = s.NH + 2 * s.NKV, group = s.NH / s.NKV, stride = heads * s.HS;
+  const Real scale = Real(1) / std::sqrt(Real(s.HS));
+  // One key/value head of one sequence at a time: its dK and dV are sums over queries, in one fixed order.
+#pragma omp parallel for schedule(dynamic)
+  for (int task = 0; task < s.B * s.NKV; ++task) {
+    const int b = task / s.NKV, hkv = task % s.NKV;
+    const Real* sequence = qkv + size_t(b) * s.T * stride;
+    Real* dsequence = dqkv + size_t(b) * s.T * stride;
+    const int k_at = (s.NH + hkv) * s.HS, v_at = (s.NH + s.NKV + hkv) * s.HS;
+    for (int t = 0; t < s.T; ++t)
+      for (int c = 0; c < s.HS; ++c) dsequence[size_t(t) * stride + k_at + c] = dsequence[size_t(t) * stride + v_at + c] = 0;
+    static thread_local Matrix<Real> p, dp;
+    for (int h = hkv * group; h < (hkv + 1) * group; ++h)
+      for (int t0 = 0; t0 < s.T; t0 += kQueryBlock) {
+        const int t1 = std::min(t0 + kQueryBlock, s.T), n = t1 - t0;
+        const size_t head_at = (size_t(b) * s.T + t0) * s.NH * s.HS + h * s.HS;
+        ConstHeadMatrix<Real> q(sequence + size_t(t0) * stride + h * s.HS, n, s.HS, Eigen::OuterStride<>(stride));
+        ConstHeadMatrix<Real> k(sequence + k_at, t1, s.HS, Eigen::OuterStride<>(stride));
+        ConstHeadMatrix<Real> v(sequence + v_at, t1, s.HS, Eigen::OuterStride<>(stride));
+        ConstHeadMatrix<Real> o(out + head_at, n, s.HS, Eigen::OuterStride<>(s.NH * s.HS));
+        ConstHeadMatrix<Real> d_o(dout + head_at, n, s.HS, Eigen::OuterStride<>(s.NH * s.HS));
+        p.noalias() = q * k.transpose();
+        dp.noalias() = d_o * v.transpose();
+        for (int i = 0; i < n; ++i) {
+          const int t = t0 + i;
+          const size_t row_at = (size_t(b) * s.NH + h) * s.T + t;
+          const Real row_lse = lse[row_at], d = d_o.row(i).dot(o.row(i));
+          delta[row_at] = d;
+          Real *p_row = &p(i, 0), *dp_row = &dp(i, 0);
+#pragma omp simd
+          for (int j = 0; j <= t; ++j) {
+            p_row[j] = exp_(p_row[j] * scale - row_lse);
+            dp_row[j] = p_row[j] * (dp_row[j] - d) * scale;  // now dS
+          }
+          for (int j = t + 1; j < t1; ++j) p_row[j] = dp_row[j] = 0;
+        }
+        HeadMatrix<Real> dq(dsequence + size_t(t0) * stride + h * s.HS, n, s.HS, Eigen::OuterStride<>(stride));
+        HeadMatrix<Real> dk(dsequence + k_at, t1, s.HS, Eigen::OuterStride<>(stride));
+        HeadMatrix<Real> dv(dsequence + v_at, t1, s.HS, Eigen::OuterStride<>(stride));
+        dq.noalias() = dp * k;
+        dk.noalias() += dp.transpose() * q;
+        dv.noalias() += p.transpose() * d_o;
+      }
+  }
+}
+
+// QK-Norm (Henry et al. 2020, arXiv 2010.04245, in today's form: RMSNorm over the head size, one weight for all query
+// heads and one for all key heads), then RoPE. In place on qkv (B, T, NH + 2*NKV, HS); keeps what the backward pass
+// needs: qk_raw (B, T, NH + NKV, HS), the heads as they came in, and qk_rstd (B, T, NH + NKV).
+template <class Real>
+void qk_norm_rope_forward(Cpu&, Real* qkv, Real* qk_raw, Acc<Real>* qk_rstd, const Real* q_weight /* (HS) */,
+                          const Real* k_weight /* (HS) */, const RopeTable& table, RopeShape s, double eps) {
+  const int R = ROTARY_DIM_OR(table.R), heads = s.NH + s.NKV, rows = s.T - s.first;
+#pragma omp parallel for
+  for (int n = 0; n < s.B * rows; ++n) {
+    const size_t at = size_t(n / rows) * s.T + s.first + n % rows;
+    for (int h = 0; h < heads; ++h) {
+      Real* x = qkv + (at * (heads + s.NKV) + h) * s.HS;
+      Real* raw = qk_raw + (at * heads + h) * s.HS;
+      const Real* weight = h < s.NH ? q_weight : k_weight;
+      Real sum = 0;
+      for (int c = 0; c < s.HS; ++c) {
+        raw[c] = x[c];
+        sum += x[c] * x[c];
+      }
+      const Real rstd = Real(1) / std::sqrt(sum / s.HS + Real(eps));
+      qk_rstd[at * heads + h] = rstd;
+      for (int c = 0; c < s.HS; ++c) x[c] = x[c] * rstd * weight[c];
+      rope_rotate_head(x, table.cos_sin + (s.first + n % rows) * size_t(R), R, table.pairs, Real(1));
+    }
+  }
+}
+
+// In place on dqkv (B, T, NH + 2*NKV, HS); dq_weight and dk_weight (HS) accumulate.
+template <class Real>
+void qk_norm_rope_backward(Cpu&, Real* dqkv, Acc<Real>* dq_weight, Acc<Real>* dk_weight, const Real* qk_raw,
+                           const Acc<Real>* qk_rstd, const Real* q_weight, const Real* k_weight, const RopeTable& table,
+                           RopeShape s) {
+  const int R = ROTARY_DIM_OR(table.R), heads = s.NH + s.NKV, N = s.B * s.T;
+  std::vector<Acc<Real>> partial(size_t(kRowChunks) * 2 * s.HS);  // (chunks, query or key, HS)
+  for_row_chunks(N, [&](int chunk, int begin, int end) {
+    Acc<Real>* dweights = &partial[size_t(chunk) * 2 * s.HS];
+    for (int n = begin; n < end; ++n)
+      for (int h = 0; h < heads; ++h) {
+        Real* dx = dqkv + (size_t(n) * (heads + s.NKV) + h) * s.HS;
+        const Real* raw = qk_raw + (size_t(n) * heads + h) * s.HS;
+        const Real* weight = h < s.NH ? q_weight : k_weight;
+        Acc<Real>* dweight = dweights + (h < s.NH ? 0 : s.HS);
+        const Real rstd = qk_rstd[size_t(n) * heads + h];
+        rope_rotate_head(dx, table.cos_sin + size_t(n % s.T) * R, R, table.pairs, Real(-1));
+        Real dot = 0;  // mean over channels of (gradient of the normalised value) * (normalised value)
+        for (int c = 0; c < s.HS; ++c) {
+          dweight[c] += dx[c] * raw[c] * rstd;
+          dot += dx[c] * weight[c] * raw[c] * rstd;
+        }
+        dot /= s.HS;
+        for (int c = 0; c < s.HS; ++c) dx[c] = rstd * (dx[c] * weight[c] - raw[c] * rstd * dot);
+      }
+  });
+  for (int chunk = 0; chunk < kRowChunks; ++chunk)
+    for (int c = 0; c < s.HS; ++c) {
+      dq_weight[c] += partial[(size_t(chunk) * 2 + 0) * s.HS + c];
+      dk_weight[c] += partial[(size_t(chunk) * 2 + 1) * s.HS + c];
+    }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// CUDA. The first rung: kernels that follow the formulas, for fp32, for any head size up to 256, and for sampling.
+// The second, for bf16 on tensor cores, is flash.cuh.
+
+#ifdef __CUDACC__
+
+#include "flash.cuh"
+
+constexpr int kAttentionWarps = 8;  // per block, each with a query (or key) of its own
+
+// One row of a head, HS channels, in shared memory as fp32. Each lane of a warp owns channels lane, lane + 32, ...
+template <class Real>
+__device__ __forceinline__ void stage_row(float* to, const Real* row, int HS) {
+  for (int c = threadIdx.x % 32; c < HS; c += 32) to[c] = float(row[c]);
+}
+// Dot product of a staged row with a row of the tensor, by one thread.
+template <class Real>
+__device__ __forceinline__ float dot_row(const float* staged, const Real* row, int HS) {
+  float sum = 0;
+  if (HS % 8 == 0 && reinterpret_cast<uintptr_t>(row) % 16 == 0)
+    for (int c = 0; c < HS; c += 8) {
+      float x[8];
+      load<8>(x, row + c);
+#pragma unroll
+      for (int k = 0; k < 8; ++k) sum += staged[c + k] * x[k];
+    }
+  else
+    for (int c = 0; c < HS; ++c) sum += staged[c] * float(row[c]);
+  return sum;
+}
+
+// Where a warp works: the rows of one head, `row` being the position counted from `first`.
+struct AttentionPlace {
+  int b, h, row;
+};
+__device__ __forceinline__ AttentionPlace attention_place(int heads, int rows) {
+  const size_t id = blockIdx.x * size_t(kAttentionWarps) + threadIdx.x / 32;
+  return {int(id / rows / heads), int(id / rows % heads), int(id % rows)};
+}
+
+// A warp works out one query. It takes 32 keys at a time: first a lane is a key (scores), then a lane is CHANNELS/32
+// channels (sum of values), with one maximum and one sum of exponentials carried along (online softmax).
+template <class Real, int CHANNELS>
+__global__ void __launch_bounds__(kAttentionWarps * 32)
+    attention_forward_kernel(Real* out, float* lse, const Real* qkv, AttentionShape s, float scale) {
+  __shared__ float shared[kAttentionWarps][CHANNELS];
+  const AttentionPlace at = attention_place(s.NH, s.T - s.first);
+  if (at.b >= s.B) return;
+  const int lane = threadIdx.x % 32, t = s.first + at.row, HS = s.HS;
+  const size_t stride = size_t(s.NH + 2 * s.NKV) * HS;
+  const Real* sequence = qkv + size_t(at.b) * s.T * stride;
+  const Real* keys = sequence + (s.NH + at.h / (s.NH / s.NKV)) * HS;
+  const Real* values = keys + s.NKV * HS;
+  float* q = shared[threadIdx.x / 32];
+  stage_row(q, sequence + t * stride + at.h * HS, HS);
+  __syncwarp();
+
+  float highest = -INFINITY, sum = 0, o[CHANNELS / 32] = {};
+  for (int j0 = 0; j0 <= t; j0 += 32) {
+    const int j = j0 + lane;
+    const float score = j <= t ? dot_row(q, keys + j * stride, HS) * scale : -INFINITY;
+    const float higher = fmaxf(highest, warp_max(score));
+    const float rescale = __expf(highest - higher), p = __expf(score - higher);  // 0 for a masked key
+    highest = higher;
+    sum = sum * rescale + p;
+#pragma unroll
+    for (int k = 0; k < CHANNELS / 32; ++k) o[k] *= rescale;
+    for (int i = 0; i < min(32, t + 1 - j0); ++i) {
+      const float p_i = __shfl_sync(~0u, p, i);
+#pragma unroll
+      for (int k = 0; k < CHANNELS / 32; ++k)
+        if (lane + 32 * k < HS) o[k] += p_i * float(values[(j0 + i) * stride + lane + 32 * k]);
+    }
+  }
+  sum = warp_sum(sum);
+  Real* to = out + ((size_t(at.b) * s.T + t) * s.NH + at.h) * HS;
+#pragma unroll
+  for (int k = 0; k < CHANNELS / 32; ++k)
+    if (lane + 32 * k < HS) to[lane + 32 * k] = Real(o[k] / sum);
+  if (lane == 0) lse[(size_t(at.b) * s.NH + at.h) * s.T + t] = highest + logf(sum);
+}
+
+// A warp works out dQ of one query, over its keys, and leaves D = dO . O for the keys' kernel.
+template <class Real, int CHANNELS>
+__global__ void __launch_bounds__(kAttentionWarps * 32)
+    attention_dq_kernel(Real* dqkv, float* delta, const Real* dout, const Real* qkv, const Real* out, const float* lse,
+                        AttentionShape s, float scale) {
+  __shared__ float shared[kAttentionWarps][2][CHANNELS];
+  const AttentionPlace at = attention_place(s.NH, s.T);
+  if (at.b >= s.B) return;
+  const int lane = threadIdx.x % 32, t = at.row, HS = s.HS;
+  const size_t stride = size_t(s.NH + 2 * s.NKV) * HS, row_at = (size_t(at.b) * s.NH + at.h) * s.T + t;
+  const size_t query_at = (size_t(at.b) * s.T + t) * stride + at.h * HS;
+  const size_t out_at = ((size_t(at.b) * s.T + t) * s.NH + at.h) * HS;
+  const Real* keys = qkv + size_t(at.b) * s.T * stride + (s.NH + at.h / (s.NH / s.NKV)) * HS;
+  const Real* values = keys + s.NKV * HS;
+  float *q = shared[threadIdx.x / 32][0], *d_o = shared[threadIdx.x / 32][1];
+  stage_row(q, qkv + query_at, HS);
+  stage_row(d_o, dout + out_at, HS);
+  __syncwarp();
+  float d = 0;
+  for (int c = lane; c < HS; c += 32) d += d_o[c] * float(out[out_at + c]);
+  d = warp_sum(d);
+  if (lane == 0) delta[row_at] = d;
+
+  float dq[CHANNELS / 32] = {};
+  for (int j0 = 0; j0 <= t; j0 += 32) {
+    const int j = j0 + lane;
+    float ds = 0;
+    if (j <= t) {
+      const float p = __expf(dot_row(q, keys + j * stride, HS) * scale - lse[row_at]);
+      ds = p * (dot_row(d_o, values + j * stride, HS) - d) * scale;
+    }
+    for (int i = 0; i < min(32, t + 1 - j0); ++i) {
+      const float ds_i = __shfl_sync(~0u, ds, i);
+#pragma unroll
+      for (int k = 0; k < CHANNELS / 32; ++k)
+        if (lane + 32 * k < HS) dq[k] += ds_i * float(keys[(j0 + i) * stride + lane + 32 * k]);
+    }
+  }
+#pragma unroll
+  for (int k = 0; k < CHANNELS / 32; ++k)
+    if (lane + 32 * k < HS) dqkv[query_at + lane + 32 * k] = Real(dq[k]);
+}
+
+// A warp works out dK and dV of one key, over the query heads that share it and the queries that see it.
+template <class Real, int CHANNELS>
+__global__ void __launch_bounds__(kAttentionWarps * 32)
+    attention_dkv_kernel(Real* dqkv, const float* delta, const Real* dout, const Real* qkv, const float* lse,
+                         AttentionShape s, float scale) {
+  __shared__ float shared[kAttentionWarps][2][CHANNELS];
+  const AttentionPlace at = attention_place(s.NKV, s.T);
+  if (at.b >= s.B) return;
+  const int lane = threadIdx.x % 32, HS = s.HS, group = s.NH / s.NKV;
+  const size_t stride = size_t(s.NH + 2 * s.NKV) * HS, out_stride = size_t(s.NH) * HS;
+  const size_t key_at = (size_t(at.b) * s.T + at.row) * stride + (s.NH + at.h) * HS, value_at = key_at + s.NKV * HS;
+  float *k_row = shared[threadIdx.x / 32][0], *v_row = shared[threadIdx.x / 32][1];
+  stage_row(k_row, qkv + key_at, HS);
+  stage_row(v_row, qkv + value_at, HS);
+  __syncwarp();
+
+  float dk[CHANNELS / 32] = {}, dv[CHANNELS / 32] = {};
+  for (int h = at.h * group; h < (at.h + 1) * group; ++h) {
+    const Real* queries = qkv + size_t(at.b) * s.T * stride + h * HS;
+    const Real* douts = dout + size_t(at.b) * s.T * out_stride + h * HS;
+    const size_t row_at = (size_t(at.b) * s.NH + h) * s.T;
+    for (int t0 = at.row; t0 < s.T; t0 += 32) {
+      const int t = t0 + lane;
+      float p = 0, ds = 0;
+      if (t < s.T) {
+        p = __expf(dot_row(k_row, queries + t * stride, HS) * scale - lse[row_at + t]);
+        ds = p * (dot_row(v_row, douts + t * out_stride, HS) - delta[row_at + t]) * scale;
+      }
+      for (int i = 0; i < min(32, s.T - t0); ++i) {
+        const float p_i = __shfl_sync(~0u, p, i), ds_i = __shfl_sync(~0u, ds, i);
+#pragma unroll
+        for (int k = 0; k < CHANNELS / 32; ++k)
+          if (lane + 32 * k < HS) {
+            dk[k] += ds_i * float(queries[(t0 + i) * stride + lane + 32 * k]);
+            dv[k] += p_i * float(douts[(t0 + i) * out_stride + lane + 32 * k]);
+          }
+      }
+    }
+  }
+#pragma unroll
+  for (int k = 0; k < CHANNELS / 32; ++k)
+    if (lane + 32 * k < HS) {
+      dqkv[key_at + lane + 32 * k] = Real(dk[k]);
+      dqkv[value_at + lane + 32 * k] = Real(dv[k]);
+    }
+}
+
+// Calls work(constant) with the smallest of 32, 64, 128, 256 channels that holds a head.
+template <class Work>
+void with_channels(int HS, Work work) {
+  if (HS <= 32) return work(std::integral_constant<int, 32>());
+  if (HS <= 64) return work(std::integral_constant<int, 64>());
+  if (HS <= 128) return work(std::integral_constant<int, 128>());
+  if (HS <= 256) return work(std::integral_constant<int, 256>());
+  throw UserError("--head-size " + std::to_string(HS) + ": at most 256 on a GPU; use --device cpu");
+}
+
+template <class Real>
+void simple_attention_forward(Cuda& be, Real* out, float* lse, const Real* qkv, AttentionShape s) {
+  with_channels(s.HS, [&](auto channels) {
+    launch(be, "attention_forward", attention_forward_kernel<Real, channels()>,
+           divide_up(size_t(s.B) * s.NH * (s.T - s.first), kAttentionWarps), kAttentionWarps * 32, 0, out, lse, qkv, s,
+           1 / std::sqrt(float(s.HS)));
+  });
+}
+
+template <class Real>
+void simple_attention_backward(Cuda& be, Real* dqkv, float* delta, const Real* dout, const Real* qkv, const Real* out,
+                               const float* lse, AttentionShape s) {
+  const float scale = 1 / std::sqrt(float(s.HS));
+  const int threads = kAttentionWarps * 32;
+  with_channels(s.HS, [&](auto channels) {
+    launch(be, "attention_backward (queries)", attention_dq_kernel<Real, channels()>,
+           divide_up(size_t(s.B) * s.NH * s.T, kAttentionWarps), threads, 0, dqkv, delta, dout, qkv, out, lse, s, scale);
+    launch(be, "attention_backward (keys)", attention_dkv_kernel<Real, channels()>,
+           divide_up(size_t(s.B) * s.NKV * s.T, kAttentionWarps), threads, 0, dqkv, (const float*)delta, dout, qkv, lse, s,
+           scale);
+  });
+}
+
+// The one place that chooses between the two rungs.
+template <class Real>
+bool use_flash_attention(const Cuda& be, const AttentionShape& s) {
+  return std::is_same_v<Real, bf16> && be.capability >= 80 && s.first == 0 && flash_attention_supports(s.HS);
+}
+
+template <class Real>
+void attention_forward(Cuda& be, Real* out, Acc<Real>* lse, const Real* qkv, AttentionShape s) {
+  if constexpr (std::is_same_v<Real, bf16>)
+    if (use_flash_attention<Real>(be, s)) return flash_attention_forward(be, out, lse, qkv, s.B, s.T, s.NH, s.NKV, s.HS);
+  simple_attention_forward(be, out, lse, qkv, s);
+}
+
+template <class Real>
+void attention_backward(Cuda& be, Real* dqkv, Acc<Real>* delta, const Real* dout, const Real* qkv, const Real* out,
+                        const Acc<Real>* lse, AttentionShape s) {
+  if constexpr (std::is_same_v<Real, bf16>)
+    if (use_flash_attention<Real>(be, s))
+      return flash_attention_backward(be, dqkv, delta, dout, qkv, out, lse, s.B, s.T, s.NH, s.NKV, s.HS);
+  simple_attention_backward(be, dqkv, delta, dout, qkv, out, lse, s);
+}
+
+// QK-Norm and RoPE in one pass. A warp works on one head at one position; each lane owns channels lane, lane + 32, ...
+// The pairs of RoPE lie in different lanes, and meet in shared memory.
+template <class Real, int CHANNELS>
+__global__ void __launch_bounds__(kAttentionWarps * 32)
+    qk_norm_rope_forward_kernel(Real* qkv, Real* qk_raw, float* qk_rstd, const Real* q_weight, const Real* k_weight,
+                                const float* table, int run_time_R, RopePairs pairs, RopeShape s, float eps) {
+  __shared__ float shared[kAttentionWarps][CHANNELS];
+  const int R = ROTARY_DIM_OR(run_time_R), heads = s.NH + s.NKV, rows = s.T - s.first, lane = threadIdx.x % 32;
+  const size_t id = blockIdx.x * size_t(kAttentionWarps) + threadIdx.x / 32;
+  const int n = int(id / heads), h = int(id % heads), t = s.first + n % rows;
+  if (n >= s.B * rows) return;
+  const size_t at = size_t(n / rows) * s.T + t;
+  Real* x = qkv + (at * (heads + s.NKV) + h) * s.HS;
+  Real* raw = qk_raw + (at * heads + h) * s.HS;
+  const Real* weight = h < s.NH ? q_weight : k_weight;
+  float* y = shared[threadIdx.x / 32];
+  float sum = 0;
+  for (int c = lane; c < s.HS; c += 32) {
+    y[c] = float(x[c]);
+    raw[c] = x[c];
+    sum += y[c] * y[c];
+  }
+  const float rstd = rsqrtf(warp_sum(sum) / s.HS + eps);
+  if (lane == 0) qk_rstd[at * heads + h] = rstd;
+  for (int c = lane; c < s.HS; c += 32) y[c] *= rstd * float(weight[c]);
+  __syncwarp();
+  for (int i = lane; i < R / 2; i += 32) {
+    const int first = rope_first(pairs, i), second = rope_second(pairs, i, R);
+    const float cos = table[size_t(t) * R + 2 * i], sin = table[size_t(t) * R + 2 * i + 1], a = y[first], b = y[second];
+    y[first] = a * cos - b * sin;
+    y[second] = a * sin + b * cos;
+  }
+  __syncwarp();
+  for (int c = lane; c < s.HS; c += 32) x[c] = Real(y[c]);
+}
+
+// The same backwards. Each warp takes many positions of one head and sums the weights' gradient in registers; partial
+// (blocks, 2, HS) gets one row per block, of queries and of keys, for add_rows.
+template <class Real, int CHANNELS>
+__global__ void __launch_bounds__(kAttentionWarps * 32)
+    qk_norm_rope_backward_kernel(Real* dqkv, float* partial, const Real* qk_raw, const float* qk_rstd, const Real* q_weight,
+                                 const Real* k_weight, const float* table, int run_time_R, RopePairs pairs, RopeShape s) {
+  __shared__ float shared[kAttentionWarps][CHANNELS];
+  const int R = ROTARY_DIM_OR(run_time_R), heads = s.NH + s.NKV, lane = threadIdx.x % 32;
+  const size_t items = size_t(s.B) * s.T * heads, stride = size_t(gridDim.x) * kAttentionWarps;
+  float* dy = shared[threadIdx.x / 32];
+  float dweights[2][CHANNELS / 32] = {};
+  for (size_t id = blockIdx.x * size_t(kAttentionWarps) + threadIdx.x / 32; id < items; id += stride) {
+    const size_t n = id / heads;
+    const int h = int(id % heads), t = int(n % s.T);
+    Real* dx = dqkv + (n * (heads + s.NKV) + h) * s.HS;
+    const Real* raw = qk_raw + id * s.HS;
+    const Real* weight = h < s.NH ? q_weight : k_weight;
+    const float rstd = qk_rstd[id];
+    for (int c = lane; c < s.HS; c += 32) dy[c] = float(dx[c]);
+    __syncwarp();
+    for (int i = lane; i < R / 2; i += 32) {
+      const int first = rope_first(pairs, i), second = rope_second(pairs, i, R);
+      const float cos = table[size_t(t) * R + 2 * i], sin = table[size_t(t) * R + 2 * i + 1], a = dy[first], b = dy[second];
+      dy[first] = a * cos + b * sin;
+      dy[second] = b * cos - a * sin;
+    }
+    __syncwarp();
+    float xhat[CHANNELS / 32], g[CHANNELS / 32], dot = 0;
+#pragma unroll
+    for (int k = 0; k < CHANNELS / 32; ++k) {
+      const int c = lane + 32 * k;
+      xhat[k] = c < s.HS ? float(raw[c]) * rstd : 0;
+      g[k] = c < s.HS ? dy[c] * float(weight[c]) : 0;
+      dot += g[k] * xhat[k];
+      const float dweight = c < s.HS ? dy[c] * xhat[k] : 0;
+      dweights[0][k] += h < s.NH ? dweight : 0;
+      dweights[1][k] += h < s.NH ? 0 : dweight;
+    }
+    dot = warp_sum(dot) / s.HS;
+#pragma unroll
+    for (int k = 0; k < CHANNELS / 32; ++k)
+      if (lane + 32 * k < s.HS) dx[lane + 32 * k] = Real(rstd * (g[k] - xhat[k] * dot));
+    __syncwarp();
+  }
+  for (int which = 0; which < 2; ++which) {
+    __syncthreads();
+#pragma unroll
+    for (int k = 0; k < CHANNELS / 32; ++k) dy[lane + 32 * k] = dweights[which][k];
+    __syncthreads();
+    for (int c = threadIdx.x; c < s.HS; c += blockDim.x) {
+      float sum = 0;
+      for (int w = 0; w < kAttentionWarps; ++w) sum += shared[w][c];
+      partial[(size_t(blockIdx.x) * 2 + which) * s.HS + c] = sum;
+    }
+  }
+}
+
+template <class Real>
+void qk_norm_rope_forward(Cuda& be, Real* qkv, Real* qk_raw, Acc<Real>* qk_rstd, const Real* q_weight, const Real* k_weight,
+                          const RopeTable& table, RopeShape s, double eps) {
+  with_channels(s.HS, [&](auto channels) {
+    launch(be, "qk_norm_rope_forward", qk_norm_rope_forward_kernel<Real, channels()>,
+           divide_up(size_t(s.B) * (s.T - s.first) * (s.NH + s.NKV), kAttentionWarps), kAttentionWarps * 32, 0, qkv, qk_raw,
+           qk_rstd, q_weight, k_weight, table.cos_sin, table.R, table.pairs, s, float(eps));
+  });
+}
+
+template <class Real>
+void qk_norm_rope_backward(Cuda& be, Real* dqkv, Acc<Real>* dq_weight, Acc<Real>* dk_weight, const Real* qk_raw,
+                           const Acc<Real>* qk_rstd, const Real* q_weight, const Real* k_weight, const RopeTable& table,
+                           RopeShape s) {
+  float* partial = static_cast<float*>(be.workspace);
+  const size_t items = size_t(s.B) * s.T * (s.NH + s.NKV);
+  const int blocks = int(std::min<size_t>(8 * be.multiprocessors, divide_up(items, kAttentionWarps)));
+  with_channels(s.HS, [&](auto channels) {
+    launch(be, "qk_norm_rope_backward", qk_norm_rope_backward_kernel<Real, channels()>, blocks, kAttentionWarps * 32, 0, dqkv,
+           partial, qk_raw, qk_rstd, q_weight, k_weight, table.cos_sin, table.R, table.pairs, s);
+  });
+  add_rows(be, dq_weight, partial, blocks, s.HS, 2 * s.HS);
+  add_rows(be, dk_weight, partial + s.HS, blocks, s.HS, 2 * s.HS);
+}
+
+#endif  // __CUDACC__

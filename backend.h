@@ -1,0 +1,270 @@
+#pragma once
+// What a device is: memory, copies, order of execution, number types, errors. Nothing here knows of models.
+//
+// Every operation of the trainer is a function with two overloads, on the type of its first argument:
+// `Cpu` (the definition: plain loops) and `Cuda` (the speed). A build without nvcc has `Cpu` only.
+
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <new>
+#include <string>
+#include <type_traits>
+#include <utility>
+
+#include <omp.h>
+
+#include "error.h"
+
+#ifdef __CUDACC__
+#include <cublasLt.h>
+#include <cuda_bf16.h>
+#include <cuda_runtime.h>
+using bf16 = __nv_bfloat16;
+#endif
+
+// The type of statistics, losses and parameter gradients that go with tensors of type Real: fp32, also under bf16;
+// double under double (the gradient tests).
+template <class Real>
+using Acc = std::conditional_t<std::is_same_v<Real, double>, double, float>;
+
+template <class Real>
+constexpr const char* dtype_name() {
+  return sizeof(Real) == 8 ? "fp64" : sizeof(Real) == 4 ? "fp32" : "bf16";
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// CPU: main memory, and operations that have finished when they return.
+
+struct Cpu {
+  static constexpr const char* name = "cpu";
+
+  // Memory is zeroed, at a multiple of 64 bytes.
+  void* allocate(size_t bytes) {
+    size_t padded = (bytes + 63) / 64 * 64;
+    void* p = std::aligned_alloc(64, padded ? padded : 64);
+    if (!p) throw UserError("out of memory: could not allocate " + std::to_string(bytes >> 20) + " MiB; try a smaller --batch");
+    std::memset(p, 0, padded);
+    return p;
+  }
+  void release(void* p) { std::free(p); }
+  void zero(void* p, size_t bytes) { std::memset(p, 0, bytes); }
+  void upload(void* to, const void* from_host, size_t bytes) { std::memcpy(to, from_host, bytes); }
+  void download(void* to_host, const void* from, size_t bytes) { std::memcpy(to_host, from, bytes); }
+  void synchronize() {}
+};
+
+// Sums over rows (parameter gradients) are made from partial sums over kRowChunks runs of rows, added in order, so that
+// the result does not depend on the number of threads. Calls work(chunk, begin, end) for each run of rows of N.
+constexpr int kRowChunks = 16;
+template <class Work>
+void for_row_chunks(int N, Work work) {
+#pragma omp parallel for schedule(dynamic)
+  for (int chunk = 0; chunk < kRowChunks; ++chunk)
+    work(chunk, int(int64_t(N) * chunk / kRowChunks), int(int64_t(N) * (chunk + 1) / kRowChunks));
+}
+
+// e^x for fp32 as plain arithmetic, so that the compiler vectorises loops over it (libm's expf is a call).
+// e^x = 2^n e^r with |r| <= ln2/2: r by Cody-Waite subtraction, e^r by its Taylor polynomial to degree 7 (truncation
+// under 1e-8 relative). Within 2 ulp of exp on [-87, 88]; below it flushes towards e^-87 = 1.6e-38, NaN stays NaN.
+inline float exp_(float x) {
+  x = x < -87.0f ? -87.0f : x;
+  x = x > 88.0f ? 88.0f : x;
+  float n = std::nearbyint(x * 1.44269504f);
+  float r = x - n * 0.693359375f;
+  r = r - n * -2.12194440e-4f;
+  float p = 1.0f / 5040;
+  p = p * r + 1.0f / 720;
+  p = p * r + 1.0f / 120;
+  p = p * r + 1.0f / 24;
+  p = p * r + 1.0f / 6;
+  p = p * r + 0.5f;
+  p = p * r + 1.0f;
+  p = p * r + 1.0f;
+  int32_t bits = (int32_t(n) + 127) << 23;  // 2^n
+  float scale;
+  std::memcpy(&scale, &bits, 4);
+  return p * scale;
+}
+inline double exp_(double x) { return std::exp(x); }
+
+// ---------------------------------------------------------------------------------------------------------------------
+// CUDA: device memory, and one stream on which everything runs in order.
+
+#ifdef __CUDACC__
+
+// A failed CUDA call ends the program with one line: it is a fault of the machine or of this program, not of the user.
+inline void check(cudaError_t error, const char* what) {
+  if (error != cudaSuccess) throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(error));
+}
+inline void check(cublasStatus_t status, const char* what) {
+  if (status != CUBLAS_STATUS_SUCCESS) throw std::runtime_error(std::string(what) + ": " + cublasLtGetStatusString(status));
+}
+
+struct Cuda {
+  static constexpr const char* name = "cuda";
+  static constexpr size_t kWorkspaceBytes = 64u << 20;
+
+  cudaStream_t stream = nullptr;
+  cublasLtHandle_t blas = nullptr;
+  void* workspace = nullptr;  // scratch of the matrix products and of reductions
+  int multiprocessors = 0;
+  int capability = 0;  // 10 * major + minor, e.g. 90
+  size_t shared_bytes = 0;  // most shared memory that a block may ask for
+
+  Cuda() {
+    int count = 0;
+    if (cudaGetDeviceCount(&count) != cudaSuccess || count == 0)
+      throw UserError("--device cuda: no CUDA GPU found; use --device cpu");
+    cudaDeviceProp properties;
+    check(cudaGetDeviceProperties(&properties, 0), "cudaGetDeviceProperties");
+    capability = 10 * properties.major + properties.minor;
+    multiprocessors = properties.multiProcessorCount;
+    shared_bytes = properties.sharedMemPerBlockOptin;
+    if (capability < 75)
+      throw UserError("--device cuda: " + std::string(properties.name) + " has compute capability " +
+                      std::to_string(properties.major) + "." + std::to_string(properties.minor) +
+                      "; 7.5 or newer is needed; use --device cpu");
+    check(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "cudaStreamCreate");
+    check(cublasLtCreate(&blas), "cublasLtCreate");
+    workspace = allocate(kWorkspaceBytes);
+  }
+  Cuda(const Cuda&) = delete;
+  Cuda& operator=(const Cuda&) = delete;
+  ~Cuda() {
+    release(workspace);
+    cublasLtDestroy(blas);
+    cudaStreamDestroy(stream);
+  }
+
+  void* allocate(size_t bytes) {
+    void* p = nullptr;
+    if (cudaMalloc(&p, bytes ? bytes : 1) != cudaSuccess) {
+      cudaGetLastError();
+      size_t free_bytes = 0, total = 0;
+      cudaMemGetInfo(&free_bytes, &total);
+      throw UserError("out of GPU memory: needed " + std::to_string(bytes >> 20) + " MiB more, " +
+                      std::to_string(free_bytes >> 20) + " of " + std::to_string(total >> 20) +
+                      " MiB are free; try a smaller --batch with more --accumulate");
+    }
+    zero(p, bytes);
+    return p;
+  }
+  void release(void* p) { cudaFree(p); }
+  void zero(void* p, size_t bytes) { check(cudaMemsetAsync(p, 0, bytes, stream), "cudaMemsetAsync"); }
+  void upload(void* to, const void* from_host, size_t bytes) {
+    check(cudaMemcpyAsync(to, from_host, bytes, cudaMemcpyHostToDevice, stream), "copy to the GPU");
+  }
+  void download(void* to_host, const void* from, size_t bytes) {
+    check(cudaMemcpyAsync(to_host, from, bytes, cudaMemcpyDeviceToHost, stream), "copy from the GPU");
+    synchronize();
+  }
+  void synchronize() { check(cudaStreamSynchronize(stream), "cudaStreamSynchronize"); }
+};
+
+// What every kernel needs. A tensor is read and written W elements at a time, 16 bytes where its columns and addresses
+// allow it (wide), else one element; either way it is computed with as fp32.
+
+template <class Real>
+constexpr int kWide = 16 / sizeof(Real);  // 4 fp32 or 8 bf16
+
+template <class Real, int W>
+struct alignas(W * sizeof(Real) < 16 ? W * sizeof(Real) : 16) Pack {
+  Real x[W];
+};
+template <int W, class Real>
+__device__ __forceinline__ void load(float (&to)[W], const Real* from) {
+  const Pack<Real, W> pack = *reinterpret_cast<const Pack<Real, W>*>(from);
+#pragma unroll
+  for (int k = 0; k < W; ++k) to[k] = float(pack.x[k]);
+}
+template <int W, class Real>
+__device__ __forceinline__ void store(Real* to, const float (&from)[W]) {
+  Pack<Real, W> pack;
+#pragma unroll
+  for (int k = 0; k < W; ++k) pack.x[k] = Real(from[k]);
+  *reinterpret_cast<Pack<Real, W>*>(to) = pack;
+}
+
+// Whether rows of `columns` elements at these addresses can be read 16 bytes at a time; nullptr stands for no tensor.
+template <class... T>
+bool wide(int columns, const T*... tensors) {
+  return ((columns * sizeof(T) % 16 == 0 && reinterpret_cast<uintptr_t>(tensors) % 16 == 0) && ...);
+}
+
+__device__ __forceinline__ float warp_sum(float x) {  // the same in every lane
+#pragma unroll
+  for (int step = 16; step > 0; step /= 2) x += __shfl_xor_sync(~0u, x, step);
+  return x;
+}
+__device__ __forceinline__ float warp_max(float x) {
+#pragma unroll
+  for (int step = 16; step > 0; step /= 2) x = fmaxf(x, __shfl_xor_sync(~0u, x, step));
+  return x;
+}
+
+inline size_t divide_up(size_t n, size_t by) { return (n + by - 1) / by; }
+
+// Starts a kernel on the backend's stream and checks the launch; no blocks, no launch. A kernel may use up to the
+// device's limit of shared memory per block (227 KB on Hopper).
+template <class... Parameters, class... Arguments>
+void launch(Cuda& be, const char* name, void (*kernel)(Parameters...), dim3 blocks, int threads, size_t shared_bytes,
+            Arguments... arguments) {
+  if (blocks.x == 0) return;
+  if (shared_bytes > 48 * 1024)
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes)), name);
+  kernel<<<blocks, threads, shared_bytes, be.stream>>>(arguments...);
+  check(cudaGetLastError(), name);
+}
+
+// to (columns) += the sum over rows of partial (rows, columns), rows being `stride` elements apart, in an order that depends
+// on the shape only. A block has 32 columns; warp w adds up rows w, w + 32, ..., the first warp the 32 sums.
+__global__ inline void __launch_bounds__(1024) add_rows_kernel(float* to, const float* partial, int rows, int columns, int stride) {
+  __shared__ float sums[32][33];
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, c = blockIdx.x * 32 + lane;
+  float sum = 0;
+  if (c < columns)
+    for (int r = warp; r < rows; r += 32) sum += partial[size_t(r) * stride + c];
+  sums[warp][lane] = sum;
+  __syncthreads();
+  if (warp > 0 || c >= columns) return;
+  sum = 0;
+  for (int w = 0; w < 32; ++w) sum += sums[w][lane];
+  to[c] += sum;
+}
+inline void add_rows(Cuda& be, float* to, const float* partial, int rows, int columns, int stride) {
+  launch(be, "add_rows", add_rows_kernel, divide_up(columns, 32), 1024, 0, to, partial, rows, columns, stride);
+}
+
+#endif  // __CUDACC__
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Memory that belongs to a backend and is released with its owner.
+
+template <class Backend>
+struct Buffer {
+  Backend* be = nullptr;
+  void* data = nullptr;
+  size_t bytes = 0;
+
+  Buffer() = default;
+  Buffer(Backend& backend, size_t size) : be(&backend), data(backend.allocate(size)), bytes(size) {}
+  Buffer(Buffer&& other) noexcept { swap(other); }
+  Buffer& operator=(Buffer&& other) noexcept {
+    swap(other);
+    return *this;
+  }
+  ~Buffer() {
+    if (data) be->release(data);
+  }
+  void swap(Buffer& other) {
+    std::swap(be, other.be);
+    std::swap(data, other.data);
+    std::swap(bytes, other.bytes);
+  }
+  template <class T>
+  T* as() const {
+    return static_cast<T*>(data);
+  }
+};

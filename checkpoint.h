@@ -1,0 +1,272 @@
+#pragma once
+// Checkpoints: a directory with
+//     model.safetensors      fp32 master weights, under the names of model.h's table
+//     optimizer.safetensors  AdamW's m.NAME and v.NAME, fp32
+//     state.json             step, settings, position in the data
+//
+// A checkpoint is written beside the old one, synced, and takes its place by renaming: whenever the machine stops, one
+// of the two is whole. The format of the tensors is safetensors (https://github.com/huggingface/safetensors): 8 bytes of
+// header length, a JSON header with type, shape and byte range of each tensor, then the bytes.
+
+#include <fcntl.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include <cerrno>
+#include <cstring>
+#include <filesystem>
+#include <fstream>
+#include <set>
+#include <sstream>
+
+#include <nlohmann/json.hpp>
+
+#include "model.h"
+
+// Writes a file from pieces of memory and syncs it. UserError (disk full, not writable) with the file's name.
+inline void write_file(const std::string& path, const std::vector<std::pair<const void*, size_t>>& pieces) {
+  auto fail = [&] { throw UserError(path + ": cannot write: " + std::strerror(errno)); };
+  const int file = ::open(path.c_str(), O_WRONLY | O_CREAT | O_TRUNC, 0644);
+  if (file < 0) fail();
+  for (const auto& [data, bytes] : pieces)
+    for (size_t done = 0; done < bytes;) {
+      const ssize_t n = ::write(file, static_cast<const char*>(data) + done, bytes - done);
+      if (n < 0 && errno == EINTR) continue;
+      if (n <= 0) {
+        ::close(file);
+        fail();
+      }
+      done += size_t(n);
+    }
+  const bool synced = ::fsync(file) == 0;
+  if (::close(file) != 0 || !synced) fail();
+}
+
+inline void write_text_file(const std::string& path, const std::string& text) { write_file(path, {{text.data(), text.size()}}); }
+
+struct NamedTensor {
+  std::string name;
+  std::vector<size_t> shape;
+  const float* data;
+  size_t count;
+};
+
+inline void write_safetensors(const std::string& path, const std::vector<NamedTensor>& tensors) {
+  nlohmann::ordered_json header;
+  size_t offset = 0;
+  for (const NamedTensor& t : tensors) {
+    const size_t end = offset + t.count * sizeof(float);
+    header[t.name] = {{"dtype", "F32"}, {"shape", t.shape}, {"data_offsets", {offset, end}}};
+    offset = end;
+  }
+  std::string text = header.dump();
+  text.resize((text.size() + 7) / 8 * 8, ' ');  // so that the tensors start at a multiple of 8
+  const uint64_t length = text.size();
+  std::vector<std::pair<const void*, size_t>> pieces = {{&length, 8}, {text.data(), text.size()}};
+  for (const NamedTensor& t : tensors) pieces.push_back({t.data, t.count * sizeof(float)});
+  write_file(path, pieces);
+}
+
+// A safetensors file, mapped into memory. Everything that the header claims is checked before it is believed: UserError.
+class SafeTensors {
+ public:
+  struct Tensor {
+    std::string dtype;
+    std::vector<size_t> shape;
+    const char* data = nullptr;
+    size_t count = 0;
+  };
+  std::map<std::string, Tensor> tensors;
+
+  explicit SafeTensors(const std::string& path) : path_(path) {
+    const int file = ::open(path.c_str(), O_RDONLY);
+    if (file < 0) throw UserError(path + ": cannot read: " + std::strerror(errno));
+    struct stat info;
+    bytes_ = ::fstat(file, &info) == 0 && S_ISREG(info.st_mode) ? size_t(info.st_size) : 0;
+    map_ = bytes_ ? ::mmap(nullptr, bytes_, PROT_READ, MAP_PRIVATE, file, 0) : MAP_FAILED;
+    ::close(file);
+    if (map_ == MAP_FAILED) {
+      map_ = nullptr;
+      fail("is empty or not a file");
+    }
+    try {
+      read_header();
+    } catch (...) {
+      ::munmap(map_, bytes_);
+      throw;
+    }
+  }
+  SafeTensors(const SafeTensors&) = delete;
+  SafeTensors& operator=(const SafeTensors&) = delete;
+  ~SafeTensors() { ::munmap(map_, bytes_); }
+
+  // The fp32 tensor of this name and shape.
+  const float* get(const std::string& name, const std::vector<size_t>& shape) const {
+    const auto found = tensors.find(name);
+    if (found == tensors.end()) fail("has no tensor " + name);
+    const Tensor& t = found->second;
+    if (t.dtype != "F32") fail("tensor " + name + " is " + t.dtype + ", expected F32");
+    if (t.shape != shape) fail("tensor " + name + " has shape " + text(t.shape) + ", expected " + text(shape));
+    return reinterpret_cast<const float*>(t.data);
+  }
+
+ private:
+  std::string path_;
+  void* map_ = nullptr;
+  size_t bytes_ = 0;
+
+  [[noreturn]] void fail(const std::string& what) const { throw UserError(path_ + ": " + what); }
+
+  static std::string text(const std::vector<size_t>& shape) {
+    std::string s = "(";
+    for (size_t i = 0; i < shape.size(); ++i) s += (i ? ", " : "") + std::to_string(shape[i]);
+    return s + ")";
+  }
+
+  void read_header() {
+    const char* file = static_cast<const char*>(map_);
+    uint64_t length = 0;
+    if (bytes_ < 8) fail("truncated: " + std::to_string(bytes_) + " bytes");
+    std::memcpy(&length, file, 8);
+    if (length > bytes_ - 8)
+      fail("truncated: the header claims " + std::to_string(length) + " bytes, the file has " + std::to_string(bytes_));
+    const char* data = file + 8 + length;
+    const size_t data_bytes = bytes_ - 8 - length;
+    std::set<std::string> names;
+    nlohmann::json header;
+    try {
+      header = nlohmann::json::parse(file + 8, data, [&](int depth, nlohmann::json::parse_event_t event, nlohmann::json& value) {
+        if (depth > 3) fail("header is nested too deeply");
+        if (depth == 1 && event == nlohmann::json::parse_event_t::key && !names.insert(value.get<std::string>()).second)
+          fail("tensor " + value.get<std::string>() + " stands in the header twice");
+        return true;
+      });
+      std::map<size_t, size_t> ranges;  // begin -> end
+      for (const auto& [name, entry] : header.items()) {
+        if (name == "__metadata__") continue;
+        Tensor t;
+        t.dtype = entry.at("dtype").get<std::string>();
+        static const std::map<std::string, size_t> sizes = {{"F64", 8}, {"F32", 4}, {"F16", 2}, {"BF16", 2}, {"I64", 8}, {"I32", 4},
+                                                            {"I16", 2}, {"I8", 1},  {"U8", 1},  {"BOOL", 1}};
+        const auto size = sizes.find(t.dtype);
+        if (size == sizes.end()) fail("tensor " + name + " has the unknown type " + t.dtype);
+        t.count = 1;
+        for (const auto& extent : entry.at("shape")) {
+          const size_t n = extent.get<size_t>();
+          if (!extent.is_number_unsigned() || (n && t.count > data_bytes / n)) fail("tensor " + name + " is larger than the file");
+          t.count *= n;
+          t.shape.push_back(n);
+        }
+        const auto& offsets = entry.at("data_offsets");
+        const size_t begin = offsets.at(0).get<size_t>(), end = offsets.at(1).get<size_t>();
+        if (begin > end || end > data_bytes) fail("truncated: tensor " + name + " ends behind the end of the file");
+        if (end - begin != t.count * size->second) fail("tensor " + name + ": its byte range does not fit its shape");
+        if (begin != end && !ranges.insert({begin, end}).second) fail("tensor " + name + " overlaps another");
+        t.data = data + begin;
+        tensors[name] = t;
+      }
+      size_t last = 0;
+      for (const auto& [begin, end] : ranges) {
+        if (begin < last) fail("two tensors overlap");
+        last = end;
+      }
+    } catch (const nlohmann::json::exception& e) {
+      fail(std::string("the header is not valid: ") + e.what());
+    }
+  }
+};
+
+// ---------------------------------------------------------------------------------------------------------------------
+
+// The directory that holds the newest whole checkpoint of a run: checkpoint, or checkpoint.old if the machine stopped
+// between the two renames of save_checkpoint. UserError if there is none.
+inline std::string find_checkpoint(const std::string& run_directory) {
+  for (const char* name : {"/checkpoint", "/checkpoint.old"})
+    if (std::filesystem::exists(run_directory + name + "/state.json")) return run_directory + name;
+  throw UserError(run_directory + ": no checkpoint there (" + run_directory + "/checkpoint/state.json)");
+}
+
+inline nlohmann::json read_json_file(const std::string& path) {
+  std::ifstream file(path);
+  if (!file) throw UserError(path + ": cannot read: " + std::strerror(errno));
+  try {
+    return nlohmann::json::parse(file);
+  } catch (const nlohmann::json::exception& e) {
+    throw UserError(path + ": not valid JSON: " + e.what());
+  }
+}
+
+inline void sync_directory(const std::string& path) {
+  const int directory = ::open(path.c_str(), O_RDONLY | O_DIRECTORY);
+  if (directory >= 0) {
+    ::fsync(directory);
+    ::close(directory);
+  }
+}
+
+inline std::vector<NamedTensor> named(const ParameterTable& table, const float* flat, const std::string& prefix) {
+  std::vector<NamedTensor> tensors;
+  for (const ParameterRow& row : table.rows) tensors.push_back({prefix + row.name, row.shape, flat + row.offset, row.count});
+  return tensors;
+}
+
+// Writes run_directory/checkpoint: weights, optimizer state and `state`. When anything fails, the old one stays.
+template <class Backend, class Real>
+void save_checkpoint(Model<Backend, Real>& model, const std::string& run_directory, const nlohmann::ordered_json& state) {
+  namespace fs = std::filesystem;
+  const std::string now = run_directory + "/checkpoint", next = now + ".new", old = now + ".old";
+  std::error_code ignored;
+  fs::remove_all(next, ignored);
+  try {
+    fs::create_directories(next);
+    const size_t n = model.table.total;
+    std::vector<float> host(n), host_v(n);
+    model.be.download(host.data(), model.master, n * sizeof(float));
+    write_safetensors(next + "/model.safetensors", named(model.table, host.data(), ""));
+    model.be.download(host.data(), model.m, n * sizeof(float));
+    model.be.download(host_v.data(), model.v, n * sizeof(float));
+    std::vector<NamedTensor> moments = named(model.table, host.data(), "m.");
+    for (NamedTensor& t : named(model.table, host_v.data(), "v.")) moments.push_back(t);
+    write_safetensors(next + "/optimizer.safetensors", moments);
+    write_text_file(next + "/state.json", state.dump(2) + "\n");
+    sync_directory(next);
+    if (fs::exists(now)) {
+      fs::remove_all(old);
+      fs::rename(now, old);
+    }
+    fs::rename(next, now);
+    sync_directory(run_directory);
+  } catch (const fs::filesystem_error& e) {
+    fs::remove_all(next, ignored);
+    throw UserError(now + ": cannot write: " + e.code().message());
+  } catch (...) {
+    fs::remove_all(next, ignored);
+    throw;
+  }
+  fs::remove_all(old, ignored);
+}
+
+// Reads tensors of the table, under prefix + name, into the flat host array.
+inline void read_tensors(const SafeTensors& file, const ParameterTable& table, const std::string& prefix, float* flat) {
+  for (const ParameterRow& row : table.rows)
+    std::memcpy(flat + row.offset, file.get(prefix + row.name, row.shape), row.count * sizeof(float));
+}
+
+template <class Backend, class Real>
+void load_weights(Model<Backend, Real>& model, const std::string& checkpoint) {
+  std::vector<float> host(model.table.total);
+  read_tensors(SafeTensors(checkpoint + "/model.safetensors"), model.table, "", host.data());
+  model.set_weights(host.data());
+}
+
+template <class Backend, class Real>
+void load_optimizer(Model<Backend, Real>& model, const std::string& checkpoint) {
+  const SafeTensors file(checkpoint + "/optimizer.safetensors");
+  for (auto [prefix, moment] : {std::pair{"m.", model.m}, std::pair{"v.", model.v}}) {
+    std::vector<float> host(model.table.total);
+    read_tensors(file, model.table, prefix, host.data());
+    model.be.upload(moment, host.data(), host.size() * sizeof(float));
+    model.be.synchronize();
+  }
+}

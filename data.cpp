@@ -1,0 +1,307 @@
+// data: makes token shards from text, and shows what is in them.
+//
+//   data stories                    the built-in corpus
+//   data encode --input FILE...     any text
+//   data fetch shakespeare          a download
+//   data info PATTERN               what shards hold
+//   data decode FILE                tokens back to text
+#include <fcntl.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <CLI/CLI.hpp>
+#include <cstdio>
+#include <cstdlib>
+#include <filesystem>
+#include <string>
+#include <vector>
+
+#include "data.h"
+#include "encode.h"
+#include "stories.h"
+
+namespace {
+
+// "5M", "300k", "2G" or plain digits: a count in decimal units.
+uint64_t parse_count(const std::string& flag, const std::string& text) {
+  char* end = nullptr;
+  double value = text.empty() || !std::isdigit(static_cast<unsigned char>(text[0])) ? NAN : std::strtod(text.c_str(), &end);
+  std::string unit = end ? end : "";
+  double scale = unit.empty() ? 1 : unit == "k" || unit == "K" ? 1e3 : unit == "M" ? 1e6 : unit == "G" ? 1e9 : NAN;
+  if (!(value * scale >= 1 && value * scale < 1e15))
+    throw UserError(flag + " " + text + ": should be a count from 1 up, such as 300k, 5M or 2G");
+  return uint64_t(value * scale);
+}
+
+void print_split(const char* name, const Meta::Split& split) {
+  std::printf("%-5s  %llu documents, %llu bytes of text, %llu tokens", name, (unsigned long long)split.documents,
+              (unsigned long long)split.bytes, (unsigned long long)split.tokens);
+  if (!std::isnan(split.entropy)) std::printf(", lowest reachable loss %.4f nats per token", split.entropy);
+  std::printf("\n");
+}
+
+void print_written(const std::string& directory, const Meta& meta) {
+  print_split("train", meta.train);
+  print_split("val", meta.val);
+  std::printf("written to %s\n", directory.c_str());
+}
+
+// Bytes of other people's text on a terminal: no control characters but line ends and tabs.
+std::string printable(const std::string& text) {
+  std::string safe;
+  for (unsigned char c : text) safe += (c < 32 && c != '\n' && c != '\t') || c == 127 ? '?' : char(c);
+  return safe;
+}
+
+void encode(const std::vector<std::string>& inputs, const std::string& directory, const std::string& separator,
+            double val_fraction, uint64_t shard_tokens) {
+  if (!(val_fraction >= 0 && val_fraction < 1))
+    throw UserError("--val-fraction " + std::to_string(val_fraction) + ": should be from 0 to below 1");
+  uint64_t total = 0, before = 0;
+  for (const std::string& input : inputs) {
+    std::error_code error;
+    uint64_t size = std::filesystem::file_size(input, error);
+    if (error) throw UserError(input + ": cannot read text: " + error.message());
+    total += size;
+  }
+  const bool terminal = ::isatty(STDERR_FILENO);
+  CorpusWriter corpus(directory, std::make_unique<ByteTokenizer>(), shard_tokens);
+  uint64_t shown = 0;
+  for (const std::string& input : inputs) {
+    uint64_t size = 0;
+    encode_file(corpus, input, separator, val_fraction, [&](uint64_t offset) {
+      size = offset;
+      if (!terminal || before + offset < shown + (16u << 20)) return;
+      shown = before + offset;
+      std::fprintf(stderr, "\rencoded %llu of %llu MB", (unsigned long long)(shown / 1000000),
+                   (unsigned long long)(total / 1000000));
+    });
+    before += size;
+  }
+  if (shown > 0) std::fprintf(stderr, "\r\033[K");
+  print_written(directory, corpus.commit());
+}
+
+void decode(const std::string& path, uint64_t offset, uint64_t count, const std::string& separator) {
+  Shard shard(path);
+  std::string name = read_meta(path).tokenizer;
+  if (name.empty()) throw UserError(path + ": no meta.json beside it, so its tokenizer is not known");
+  if (offset > shard.size())
+    throw UserError("--offset " + std::to_string(offset) + ": the shard has " + std::to_string(shard.size()) +
+                    " tokens");
+  auto tokenizer = make_tokenizer(name);
+  count = std::min<uint64_t>(count, shard.size() - offset);
+  auto write = [](const std::string& text) {
+    if (std::fwrite(text.data(), 1, text.size(), stdout) != text.size())
+      throw UserError(std::string("cannot write to standard output: ") + std::strerror(errno));
+  };
+  shard.check_tokens(tokenizer->vocabulary());
+  decode_tokens(*tokenizer, shard.tokens() + offset, count, separator, write);
+}
+
+void info(const std::string& pattern, int documents_shown) {
+  Dataset data(pattern);
+  Meta meta = read_meta(pattern);
+  std::unique_ptr<Tokenizer> tokenizer;
+  if (!meta.tokenizer.empty()) tokenizer = make_tokenizer(meta.tokenizer);
+  for (const Shard& shard : data.shards()) {
+    if (meta.vocabulary > 0) shard.check_tokens(meta.vocabulary);
+    uint64_t documents = 0;
+    int smallest = 65535, largest = 0;
+    for (size_t i = 0; i < shard.size(); i++) {
+      int token = shard[i];
+      smallest = std::min(smallest, token);
+      largest = std::max(largest, token);
+      documents += tokenizer && token == tokenizer->end_of_text();
+    }
+    std::printf("%s: %zu tokens, ids %d to %d", shard.path().c_str(), shard.size(), smallest, largest);
+    if (tokenizer) std::printf(", %llu documents", (unsigned long long)documents);
+    std::printf("\n");
+  }
+  std::printf("%zu shards, %zu tokens, all checked\n", data.shards().size(), data.tokens());
+  if (!tokenizer) {
+    std::printf("no meta.json beside them, so the tokenizer is not known; the first ids:");
+    for (size_t i = 0; i < std::min<size_t>(16, data.shards()[0].size()); i++)
+      std::printf(" %d", data.shards()[0][i]);
+    std::printf("\n");
+    return;
+  }
+  std::printf("meta.json: tokenizer \"%s\", vocabulary %d\n", meta.tokenizer.c_str(), meta.vocabulary);
+  print_split("train", meta.train);
+  print_split("val", meta.val);
+  // The beginning of the first documents.
+  const Shard& first = data.shards()[0];
+  const size_t most = 600;
+  size_t at = 0;
+  for (int d = 0; d < documents_shown && at < first.size(); d++) {
+    size_t end = at + 1;
+    while (end < first.size() && first[end] != tokenizer->end_of_text()) end++;
+    std::string text;
+    decode_tokens(*tokenizer, first.tokens() + at, std::min(end - at, most), "", [&](const std::string& s) { text += s; });
+    std::printf("--- from token %zu:\n%s%s\n", at, printable(text).c_str(), end - at > most ? " ..." : "");
+    at = end;
+  }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Downloads
+
+// Runs a program without a shell, so that no argument can be taken for anything else. Its standard output is returned in
+// `output`, its standard error is ours. The exit status; 127 if there is no such program.
+int run_program(const std::vector<std::string>& arguments, std::string& output) {
+  std::vector<char*> argv;
+  for (const std::string& argument : arguments) argv.push_back(const_cast<char*>(argument.c_str()));
+  argv.push_back(nullptr);
+  int ends[2];
+  if (::pipe(ends) != 0) throw UserError(std::string("cannot make a pipe: ") + std::strerror(errno));
+  std::fflush(stdout);
+  pid_t child = ::fork();
+  if (child < 0) throw UserError(std::string("cannot start a program: ") + std::strerror(errno));
+  if (child == 0) {
+    ::dup2(ends[1], STDOUT_FILENO);
+    ::close(ends[0]);
+    ::close(ends[1]);
+    ::execvp(argv[0], argv.data());
+    ::_exit(127);
+  }
+  ::close(ends[1]);
+  char buffer[4096];
+  ssize_t got;
+  while ((got = ::read(ends[0], buffer, sizeof buffer)) > 0 || (got < 0 && errno == EINTR))
+    if (got > 0) output.append(buffer, size_t(got));
+  ::close(ends[0]);
+  int status = 0;
+  while (::waitpid(child, &status, 0) < 0 && errno == EINTR) {
+  }
+  return WIFEXITED(status) ? WEXITSTATUS(status) : 128 + WTERMSIG(status);
+}
+
+std::string sha256(const std::string& path) {
+  std::string file = path[0] == '-' ? "./" + path : path;
+  std::string output;
+  if (run_program({"sha256sum", file}, output) != 0) {
+    output.clear();
+    if (run_program({"shasum", "-a", "256", file}, output) != 0)
+      throw UserError(path + ": cannot take its SHA-256: neither sha256sum nor shasum works here");
+  }
+  if (output[0] == '\\') output.erase(0, 1);  // sha256sum marks unusual file names so
+  return output.substr(0, 64);
+}
+
+struct Download {
+  std::string name, url, sha256;
+};
+
+const std::vector<Download> downloads = {
+    {"shakespeare", "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
+     "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"},
+};
+
+// Downloads to DIR/NAME.txt unless that is there already, then encodes it. An interrupted download stays as
+// NAME.txt.part and is continued; only a file with the right checksum gets the name.
+void fetch(const std::string& name, std::string url, std::string directory) {
+  const Download* wanted = nullptr;
+  std::string names;
+  for (const Download& download : downloads) {
+    if (download.name == name) wanted = &download;
+    names += (names.empty() ? "" : ", ") + download.name;
+  }
+  if (!wanted) throw UserError("fetch " + name + ": no such data set; there are: " + names);
+  if (url.empty()) url = wanted->url;
+  if (directory.empty()) directory = "data/" + name;
+  std::error_code error;
+  std::filesystem::create_directories(directory, error);
+  if (error) throw UserError(directory + ": cannot make the directory: " + error.message());
+  const std::string path = directory + "/" + name + ".txt", part = path + ".part";
+
+  if (!std::filesystem::exists(path)) {
+    // A partial file that is complete after all would make some servers refuse to continue it.
+    bool complete = std::filesystem::exists(part) && sha256(part) == wanted->sha256;
+    if (!complete) {
+      std::vector<std::string> curl = {"curl", "--fail", "--location", "--proto", "=https,http,file", "--retry", "3",
+                                       "--connect-timeout", "20", "--continue-at", "-", "--output", part, "--url", url};
+      curl.push_back(::isatty(STDERR_FILENO) ? "--progress-bar" : "--silent");
+      std::string output;
+      int status = run_program(curl, output);
+      if (status != 0)
+        throw UserError(
+            "cannot download " + url + " (" +
+            (status == 127 ? "there is no curl program" : "curl's exit code is " + std::to_string(status)) +
+            "); offline: get the file elsewhere, put it at " + path + " and run this again, or use --url file:///PATH");
+    }
+    std::string sum = sha256(part);
+    if (sum != wanted->sha256) {
+      ::unlink(part.c_str());
+      throw UserError(url + ": wrong file: its SHA-256 is " + sum + ", should be " + wanted->sha256 +
+                      "; the download was removed");
+    }
+    if (std::rename(part.c_str(), path.c_str()) != 0)
+      throw UserError(path + ": cannot write: " + std::strerror(errno));
+  } else if (std::string sum = sha256(path); sum != wanted->sha256) {
+    throw UserError(path + ": wrong file: its SHA-256 is " + sum + ", should be " + wanted->sha256 +
+                    "; remove it and run this again");
+  }
+  encode({path}, directory, "", 0.05, default_shard_tokens);
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  CLI::App app("Makes token shards from text, and shows what is in them.", "data");
+  app.require_subcommand(1);
+  std::string out, stories_out = "data/stories", bytes = "5M", shard_tokens = "100M", tokens, offset, separator = "<|endoftext|>", name, url, path;
+  std::vector<std::string> inputs;
+  uint64_t seed = 1;
+  double val_fraction = 0.05;
+  int documents = 2;
+
+  app.option_defaults()->always_capture_default();  // --help shows them
+  CLI::App* stories = app.add_subcommand("stories", "write the built-in corpus, in which order matters");
+  stories->add_option("--out", stories_out, "directory to write to");
+  stories->add_option("--bytes", bytes, "bytes of training text; a twentieth more for validation");
+  stories->add_option("--seed", seed, "seed of the generator");
+
+  CLI::App* encoder = app.add_subcommand("encode", "turn text files into shards, one token per byte");
+  encoder->add_option("--input", inputs, "text files")->required();
+  encoder->add_option("--out", out, "directory to write to")->required();
+  encoder->add_option("--separator", separator, "a line of this alone stands between documents");
+  encoder->add_option("--val-fraction", val_fraction, "the last part of each file, for validation");
+  encoder->add_option("--shard-tokens", shard_tokens, "tokens per shard");
+
+  CLI::App* decoder = app.add_subcommand("decode", "print a shard's tokens as text");
+  decoder->add_option("file", path, "shard (.bin)")->required();
+  decoder->add_option("--tokens", tokens, "how many (default all)");
+  decoder->add_option("--offset", offset, "first token (default 0)");
+  decoder->add_option("--separator", separator, "line between documents");
+
+  CLI::App* informer = app.add_subcommand("info", "check shards and show what they hold");
+  informer->add_option("pattern", path, "shards, such as 'data/stories/train_*.bin'")->required();
+  informer->add_option("--documents", documents, "how many documents to show the beginning of");
+
+  CLI::App* fetcher = app.add_subcommand("fetch", "download a data set, check and encode it");
+  fetcher->add_option("name", name, "shakespeare")->required();
+  fetcher->add_option("--url", url, "another place to get the same file from; file:///PATH works");
+  fetcher->add_option("--out", out, "directory to write to (default data/NAME)");
+
+  try {
+    app.parse(argc, argv);
+    if (*stories) {
+      print_written(stories_out, write_stories(stories_out, parse_count("--bytes", bytes), seed));
+    }
+    if (*encoder) encode(inputs, out, separator, val_fraction, parse_count("--shard-tokens", shard_tokens));
+    if (*decoder)
+      decode(path, offset.empty() || offset == "0" ? 0 : parse_count("--offset", offset),
+             tokens.empty() ? UINT64_MAX : parse_count("--tokens", tokens), separator);
+    if (*informer) info(path, documents);
+    if (*fetcher) fetch(name, url, out);
+    if (std::fflush(stdout) != 0)
+      throw UserError(std::string("cannot write to standard output: ") + std::strerror(errno));
+    return 0;
+  } catch (const CLI::ParseError& e) {
+    if (e.get_exit_code() == 0) return app.exit(e);  // --help
+    std::fprintf(stderr, "error: %s (see data --help)\n", e.what());
+  } catch (const UserError& e) {
+    std::fprintf(stderr, "error: %s\n", e.what());
+  }
+  return 2;
+}

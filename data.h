@@ -1,0 +1,316 @@
+// data.h: token shards on disk, the order in which training reads them, and the byte tokenizer.
+//
+// Knows nothing of models. train.cu and eval.cpp read with it, data.cpp writes with it.
+#pragma once
+#include <fcntl.h>
+#include <glob.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstring>
+#include <fstream>
+#include <memory>
+#include <nlohmann/json.hpp>
+#include <stdexcept>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "error.h"
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Shards. llm.c's format: 256 int32 of header (magic, version, number of tokens, zeros), then the tokens as uint16.
+// Little-endian, as every machine this runs on.
+
+constexpr int32_t shard_magic = 20240520, shard_version = 1;
+constexpr size_t shard_header_ints = 256, shard_header_bytes = shard_header_ints * sizeof(int32_t);
+
+// One shard, memory-mapped and read-only: opening costs nothing whatever its size, and the page cache is shared.
+// The constructor throws UserError for a file that is missing, empty, of another format or of the wrong length.
+class Shard {
+ public:
+  explicit Shard(const std::string& path) : path_(path) {
+    int file = ::open(path.c_str(), O_RDONLY | O_CLOEXEC);
+    if (file < 0) throw UserError(path + ": cannot open shard: " + std::strerror(errno));
+    struct stat status;
+    bool known = ::fstat(file, &status) == 0, regular = known && S_ISREG(status.st_mode);
+    bytes_ = regular ? size_t(status.st_size) : 0;
+    if (bytes_ > 0) {
+      void* map = ::mmap(nullptr, bytes_, PROT_READ, MAP_SHARED, file, 0);
+      map_ = map == MAP_FAILED ? nullptr : map;
+    }
+    ::close(file);  // the mapping stays
+    if (!regular) throw UserError(path + ": not a regular file; a shard (.bin) is wanted");
+    if (bytes_ == 0) throw UserError(path + ": the shard is empty (0 bytes)");
+    if (!map_) throw UserError(path + ": cannot map shard into memory: " + std::strerror(errno));
+    try {
+      check_header();
+    } catch (...) {  // a throwing constructor runs no destructor
+      unmap();
+      throw;
+    }
+  }
+
+  Shard(Shard&& other) noexcept { *this = std::move(other); }
+  Shard& operator=(Shard&& other) noexcept {
+    std::swap(path_, other.path_);
+    std::swap(map_, other.map_);
+    std::swap(bytes_, other.bytes_);
+    return *this;
+  }
+  Shard(const Shard&) = delete;
+  Shard& operator=(const Shard&) = delete;
+  ~Shard() { unmap(); }
+
+  const std::string& path() const { return path_; }
+  size_t size() const { return (bytes_ - shard_header_bytes) / sizeof(uint16_t); }  // tokens
+  const uint16_t* tokens() const {                                                  // (size())
+    return reinterpret_cast<const uint16_t*>(static_cast<const char*>(map_) + shard_header_bytes);
+  }
+  uint16_t operator[](size_t i) const { return tokens()[i]; }
+
+  // Throws UserError if any token is not below `vocabulary`, naming the first such. Reads the whole shard.
+  void check_tokens(int vocabulary) const {
+    const uint16_t* token = tokens();
+    const size_t n = size(), block = 1 << 14;
+    for (size_t start = 0; start < n; start += block) {
+      // The maximum of a block first: a loop without an exit, which the compiler turns into vector instructions.
+      size_t end = std::min(n, start + block);
+      uint16_t largest = 0;
+      for (size_t i = start; i < end; i++) largest = std::max(largest, token[i]);
+      if (largest < vocabulary) continue;
+      for (size_t i = start; i < end; i++)
+        if (token[i] >= vocabulary)
+          throw UserError(path_ + ": token " + std::to_string(i) + " is " + std::to_string(token[i]) +
+                          ", not below the vocabulary of " + std::to_string(vocabulary));
+    }
+  }
+
+ private:
+  std::string path_;
+  void* map_ = nullptr;
+  size_t bytes_ = 0;
+
+  void check_header() const {
+    if (bytes_ < shard_header_bytes)
+      throw UserError(path_ + ": truncated shard: " + std::to_string(bytes_) + " bytes, the header alone has " +
+                      std::to_string(shard_header_bytes));
+    int32_t header[3];  // the rest is reserved
+    std::memcpy(header, map_, sizeof header);
+    if (header[0] != shard_magic)
+      throw UserError(path_ + ": not a token shard: magic " + std::to_string(header[0]) + ", should be " +
+                      std::to_string(shard_magic));
+    if (header[1] != shard_version)
+      throw UserError(path_ + ": shard version " + std::to_string(header[1]) + ", only " +
+                      std::to_string(shard_version) + " is known");
+    if (header[2] <= 0)
+      throw UserError(path_ + ": the shard's header says " + std::to_string(header[2]) + " tokens, should be 1 or more");
+    size_t wanted = shard_header_bytes + size_t(header[2]) * sizeof(uint16_t);
+    if (bytes_ != wanted)
+      throw UserError(path_ + (bytes_ < wanted ? ": truncated shard: " : ": the shard is too long: ") +
+                      std::to_string(bytes_) + " bytes, should be " + std::to_string(wanted) + " for the " +
+                      std::to_string(header[2]) + " tokens in its header");
+  }
+
+  void unmap() {
+    if (map_) ::munmap(map_, bytes_);
+  }
+};
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Order. Training reads windows in a shuffled order, every one once per epoch, as a function of (seed, index) alone:
+// to resume, a run needs to know its step and nothing else, and the order takes no memory however large the data.
+
+// A well-mixing function of 64 bits (the finaliser of SplitMix64).
+inline uint64_t mix_bits(uint64_t x) {
+  x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9ull;
+  x = (x ^ (x >> 27)) * 0x94d049bb133111ebull;
+  return x ^ (x >> 31);
+}
+
+// A permutation of 0..n-1 chosen by `key`: where element i goes. Constant memory and constant time on average.
+// A Feistel network permutes the smallest power of four that holds n, whatever its round function is; what lands outside
+// of 0..n-1 is sent through again (cycle walking, Black and Rogaway 2002), on average less than four times in all.
+inline uint64_t permute(uint64_t i, uint64_t n, uint64_t key) {
+  int half = 1;
+  while (half < 32 && (uint64_t(1) << (2 * half)) < n) half++;
+  const uint64_t mask = (uint64_t(1) << half) - 1;
+  do {
+    uint64_t left = i >> half, right = i & mask;
+    for (uint64_t round = 1; round <= 8; round++) {
+      uint64_t next = left ^ (mix_bits(key + round * 0x9e3779b97f4a7c15ull + mix_bits(right + 1)) & mask);
+      left = right;
+      right = next;
+    }
+    i = left << half | right;
+  } while (i >= n);
+  return i;
+}
+
+// The shards that match a glob pattern, in alphabetical order, cut into windows. A window of T positions is T + 1
+// tokens: inputs are the first T, targets the last T. Windows start every T tokens and never cross shards; what is
+// left at the end of a shard, fewer than T + 1 tokens, is in no window.
+class Dataset {
+ public:
+  // Opens all shards and checks their headers. UserError if nothing matches, or for a broken shard.
+  explicit Dataset(const std::string& pattern) : pattern_(pattern) {
+    glob_t found;
+    int status = ::glob(pattern.c_str(), 0, nullptr, &found);
+    std::vector<std::string> paths;
+    if (status == 0) paths.assign(found.gl_pathv, found.gl_pathv + found.gl_pathc);
+    ::globfree(&found);
+    if (paths.empty()) throw UserError(pattern + ": no shard matches; write some with `data stories` or `data encode`");
+    for (const std::string& path : paths) {
+      shards_.emplace_back(path);
+      tokens_ += shards_.back().size();
+    }
+  }
+
+  const std::string& pattern() const { return pattern_; }
+  const std::vector<Shard>& shards() const { return shards_; }
+  size_t tokens() const { return tokens_; }
+
+  // Refuses token ids that a model of this vocabulary cannot look up. Reads all the data: once, before training.
+  void check_tokens(int vocabulary) const {
+    for (const Shard& shard : shards_) shard.check_tokens(vocabulary);
+  }
+
+  // Number of windows of T positions. UserError if a shard is too short for even one.
+  size_t windows(int T) const {
+    if (T < 1) throw UserError("context " + std::to_string(T) + ": should be 1 or more");
+    size_t count = 0;
+    for (const Shard& shard : shards_) {
+      if (shard.size() < size_t(T) + 1)
+        throw UserError(shard.path() + ": context longer than the shard: a context of " + std::to_string(T) +
+                        " needs " + std::to_string(size_t(T) + 1) + " tokens, the shard has " +
+                        std::to_string(shard.size()));
+      count += (shard.size() - 1) / size_t(T);
+    }
+    return count;
+  }
+
+  // Window i < windows(T), in the order of the files: for validation.
+  void window(size_t i, int T, int* inputs, int* targets) const {  // (T), (T)
+    for (const Shard& shard : shards_) {
+      size_t here = (shard.size() - 1) / size_t(T);
+      if (i >= here) {
+        i -= here;
+        continue;
+      }
+      const uint16_t* token = shard.tokens() + i * size_t(T);
+      for (int t = 0; t < T; t++) {
+        inputs[t] = token[t];
+        targets[t] = token[t + 1];
+      }
+      return;
+    }
+    throw std::out_of_range("Dataset::window: no such window");
+  }
+
+  // Micro-batch `index`, counted from 0 over the whole run. Batches take B windows each from an endless stream, in which
+  // every epoch is another permutation of all windows; a batch may straddle two epochs. Depends on nothing else.
+  void batch(uint64_t seed, uint64_t index, int B, int T, int* inputs, int* targets) const {  // (B, T), (B, T)
+    const uint64_t n = windows(T);
+    for (int b = 0; b < B; b++) {
+      uint64_t position = index * uint64_t(B) + uint64_t(b);
+      uint64_t key = mix_bits(mix_bits(seed + 0x9e3779b97f4a7c15ull) + position / n);  // of this epoch
+      size_t offset = size_t(b) * size_t(T);
+      window(size_t(permute(position % n, n, key)), T, inputs + offset, targets + offset);
+    }
+  }
+
+ private:
+  std::string pattern_;
+  std::vector<Shard> shards_;
+  size_t tokens_ = 0;
+};
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Tokenizers turn text into ids and back.
+
+struct Tokenizer {
+  virtual ~Tokenizer() = default;
+  virtual std::string name() const = 0;
+  virtual int vocabulary() const = 0;   // ids are 0..vocabulary-1
+  virtual int end_of_text() const = 0;  // stands before every document
+  // Appends the ids of one document's text; never end_of_text, whatever the text says.
+  virtual void encode(const char* text, size_t bytes, std::vector<uint16_t>& tokens) const = 0;
+  // Appends the bytes of one id; nothing for end_of_text.
+  virtual void decode(int token, std::string& text) const = 0;
+};
+
+// Every byte is its own id; 256 is the end of text.
+struct ByteTokenizer : Tokenizer {
+  std::string name() const override { return "bytes"; }
+  int vocabulary() const override { return 257; }
+  int end_of_text() const override { return 256; }
+  void encode(const char* text, size_t bytes, std::vector<uint16_t>& tokens) const override {
+    for (size_t i = 0; i < bytes; i++) tokens.push_back(static_cast<unsigned char>(text[i]));
+  }
+  void decode(int token, std::string& text) const override {
+    if (token < 256) text += char(token);
+  }
+};
+
+// The tokenizer that meta.json names. UserError if there is none of that name.
+inline std::unique_ptr<Tokenizer> make_tokenizer(const std::string& name) {
+  if (name == "bytes") return std::make_unique<ByteTokenizer>();
+  throw UserError("tokenizer \"" + name + "\" is not known here; known: bytes");
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// meta.json beside the shards: what their tokens are.
+
+struct Meta {
+  struct Split {
+    uint64_t documents = 0, bytes = 0, tokens = 0;  // bytes of text, without separators
+    double entropy = NAN;  // lowest reachable loss in nats per token, NAN where it is not known
+  };
+  std::string tokenizer;  // empty: unknown
+  int vocabulary = 0;     // 0: unknown
+  Split train, val;
+};
+
+inline nlohmann::ordered_json meta_to_json(const Meta& meta) {
+  auto split = [](const Meta::Split& s) {
+    nlohmann::ordered_json json = {{"documents", s.documents}, {"bytes", s.bytes}, {"tokens", s.tokens}};
+    if (!std::isnan(s.entropy)) json["entropy_nats_per_token"] = s.entropy;
+    return json;
+  };
+  return {{"tokenizer", meta.tokenizer},
+          {"vocabulary", meta.vocabulary},
+          {"train", split(meta.train)},
+          {"val", split(meta.val)}};
+}
+
+// Reads meta.json from the directory of a shard or of a pattern of shards. Shards from elsewhere have none: then
+// everything is unknown. UserError if the file is there but is not what data.cpp writes.
+inline Meta read_meta(const std::string& pattern) {
+  size_t slash = pattern.rfind('/');
+  std::string path = (slash == std::string::npos ? "" : pattern.substr(0, slash + 1)) + "meta.json";
+  Meta meta;
+  std::ifstream file(path);
+  if (!file) return meta;
+  try {
+    nlohmann::json json = nlohmann::json::parse(file);
+    auto read = [](const nlohmann::json& from, Meta::Split& split) {
+      split.documents = from.value("documents", split.documents);
+      split.bytes = from.value("bytes", split.bytes);
+      split.tokens = from.value("tokens", split.tokens);
+      split.entropy = from.value("entropy_nats_per_token", split.entropy);
+    };
+    meta.tokenizer = json.at("tokenizer").get<std::string>();
+    meta.vocabulary = json.at("vocabulary").get<int>();
+    if (json.contains("train")) read(json["train"], meta.train);
+    if (json.contains("val")) read(json["val"], meta.val);
+  } catch (const nlohmann::json::exception& e) {
+    throw UserError(path + ": not a valid meta.json: " + e.what());
+  }
+  return meta;
+}

@@ -1,0 +1,314 @@
+#pragma once
+// The settings of a run, in one table. The table makes the parser, --help, the print at the start and config.json, and
+// presets are rows of the same flags.
+
+#include <CLI/CLI.hpp>
+#include <nlohmann/json.hpp>
+
+#include <algorithm>
+#include <cmath>
+#include <functional>
+#include <map>
+#include <string>
+#include <vector>
+
+#include "model.h"
+
+struct Settings {
+  Config model;
+  double rotary_fraction = NAN;  // NAN: not given
+
+  int steps = 1000, batch = 16, accumulate = 1;
+  double lr = 1e-3, min_lr = -1;  // min_lr -1: a tenth of lr
+  int warmup = -1;                // -1: 5 % of the steps
+  Schedule schedule = Schedule::cosine;
+  double weight_decay = 0.1, beta1 = 0.9, beta2 = 0.95, eps = 1e-8, clip = 1.0, z_loss = 0;
+  uint64_t seed = 1;
+
+  std::string preset = "nano", data = "data/stories/train_*.bin", val, run, device = "auto", dtype = "auto";
+  int val_every = 0, val_tokens = 65536, sample_every = 0, checkpoint_every = 0;  // every 0: four times in the run
+  int threads = 0;                                                                // 0: all cores
+  bool resume = false;
+};
+
+struct Flag {
+  std::string name;  // without the dashes
+  std::string group;
+  std::function<nlohmann::json()> get;
+  std::function<void(const nlohmann::json&)> set;
+};
+
+// A preset is the same as its flags on the command line, before all others.
+inline const std::map<std::string, std::vector<std::string>>& presets() {
+  static const std::map<std::string, std::vector<std::string>> table = {
+      // For a CPU: minutes, and about an hour.
+      {"nano", {"--layers=4", "--width=128", "--heads=4", "--mlp-hidden=384", "--context=256", "--rotary-fraction=0.1",
+                "--batch=16", "--steps=500", "--lr=3e-3"}},
+      {"small", {"--layers=6", "--width=384", "--heads=6", "--mlp-hidden=1024", "--context=256", "--rotary-fraction=0.1",
+                 "--batch=16", "--steps=2000", "--lr=1e-3"}},
+      // GPT-2's size, with the block of today: for one GPU.
+      {"gpt-124m", {"--layers=12", "--width=768", "--heads=12", "--mlp-hidden=2048", "--context=1024", "--vocab=50304",
+                    "--tied", "--rotary-fraction=0.1", "--batch=64", "--accumulate=8", "--steps=19000", "--lr=6e-4"}},
+      // The two 1B models of arXiv 2603.11611 at 10 % rotation: 8.4 M tokens a step, 12,000 steps.
+      {"llama-1b", {"--layers=16", "--width=2048", "--heads=32", "--kv-heads=8", "--head-size=64", "--mlp-hidden=8192",
+                    "--context=2048", "--vocab=50304", "--rotary-fraction=0.1", "--batch=8", "--accumulate=512",
+                    "--steps=12000", "--lr=4e-4", "--min-lr=4e-5"}},
+      {"parallel-1b", {"--layers=16", "--width=2048", "--heads=8", "--head-size=256", "--mlp-hidden=2816",
+                       "--context=2048", "--vocab=50304", "--block=parallel", "--rotary-fraction=0.1", "--batch=8",
+                       "--accumulate=512", "--steps=12000", "--lr=4e-4", "--min-lr=4e-5"}},
+      // The Pythia block (Biderman et al. 2023, arXiv 2304.01373): LayerNorm, GELU, biases, parallel, 25 %.
+      {"pythia-70m", {"--layers=6", "--width=512", "--heads=8", "--mlp-hidden=2048", "--context=2048", "--vocab=50304",
+                      "--block=parallel", "--norm=layer", "--mlp=gelu", "--bias", "--rotary-fraction=0.25", "--batch=32",
+                      "--accumulate=32", "--steps=143000", "--lr=1e-3"}},
+      {"pythia-160m", {"--layers=12", "--width=768", "--heads=12", "--mlp-hidden=3072", "--context=2048", "--vocab=50304",
+                       "--block=parallel", "--norm=layer", "--mlp=gelu", "--bias", "--rotary-fraction=0.25",
+                       "--batch=32", "--accumulate=32", "--steps=143000", "--lr=6e-4"}},
+  };
+  return table;
+}
+
+// The closest of some words to a mistyped one (fewest letters inserted, deleted or changed), or "" if none is close.
+inline std::string closest(const std::string& word, const std::vector<std::string>& known) {
+  std::string best;
+  size_t best_distance = word.size() / 2 + 1;
+  for (const std::string& candidate : known) {
+    std::vector<size_t> row(candidate.size() + 1);
+    for (size_t j = 0; j < row.size(); ++j) row[j] = j;
+    for (size_t i = 1; i <= word.size(); ++i) {
+      size_t diagonal = row[0]++;
+      for (size_t j = 1; j < row.size(); ++j) {
+        const size_t change = diagonal + (word[i - 1] != candidate[j - 1]);
+        diagonal = row[j];
+        row[j] = std::min({change, row[j] + 1, row[j - 1] + 1});
+      }
+    }
+    if (row.back() < best_distance) best_distance = row.back(), best = candidate;
+  }
+  return best;
+}
+
+// The parser of a program and the table behind its flags. CLI11 does the parsing.
+class Flags {
+ public:
+  CLI::App app;
+  std::vector<Flag> table;
+
+  Flags(const std::string& description, const std::string& program) : app(description, program) {
+    app.get_formatter()->column_width(34);
+    app.option_defaults()->multi_option_policy(CLI::MultiOptionPolicy::TakeLast);
+  }
+
+  void group(const std::string& name) { group_ = name; }
+
+  template <class T>
+  CLI::Option* add(const std::string& name, T& value, const std::string& help) {
+    table.push_back({name, group_, [&value] { return nlohmann::json(value); },
+                     [&value](const nlohmann::json& j) { value = j.is_null() ? T(NAN) : j.get<T>(); }});
+    return app.add_option("--" + name, value, help)->group(group_)->capture_default_str();
+  }
+  CLI::Option* add(const std::string& name, std::string& value, const std::string& help) {
+    table.push_back({name, group_, [&value] { return nlohmann::json(value); },
+                     [&value](const nlohmann::json& j) { value = j.get<std::string>(); }});
+    return app.add_option("--" + name, value, help)->group(group_)->capture_default_str();
+  }
+  CLI::Option* add(const std::string& name, bool& value, const std::string& help) {
+    table.push_back({name, group_, [&value] { return nlohmann::json(value); },
+                     [&value](const nlohmann::json& j) { value = j.get<bool>(); }});
+    return app.add_flag("--" + name + ",!--no-" + name, value, help)->group(group_);
+  }
+  // One of several words; word i stands for value i of the enumeration.
+  template <class Enum>
+  void add_choice(const std::string& name, Enum& value, const std::vector<std::string>& words, const std::string& help) {
+    auto set = [&value, words](const std::string& word) {
+      const auto found = std::find(words.begin(), words.end(), word);
+      if (found == words.end()) return false;
+      value = Enum(found - words.begin());
+      return true;
+    };
+    table.push_back({name, group_, [&value, words] { return nlohmann::json(words[int(value)]); },
+                     [set](const nlohmann::json& j) { set(j.get<std::string>()); }});
+    std::string all;
+    for (const std::string& word : words) all += (all.empty() ? "" : "|") + word;
+    app.add_option_function<std::string>(
+           "--" + name,
+           [set, name, all](const std::string& word) {
+             if (!set(word)) throw UserError("--" + name + " " + word + ": must be one of " + all);
+           },
+           help)
+        ->group(group_)
+        ->type_name(all)
+        ->default_str(words[int(value)]);
+  }
+
+  bool given(const std::string& name) { return app.get_option("--" + name)->count() > 0; }
+
+  // Parses. --help prints and ends the program; a mistake is a UserError of one line.
+  void parse(std::vector<std::string> args) {
+    std::reverse(args.begin(), args.end());  // as CLI11 wants them
+    try {
+      app.parse(args);
+    } catch (const CLI::CallForHelp& e) {
+      std::exit(app.exit(e));
+    } catch (const CLI::CallForAllHelp& e) {
+      std::exit(app.exit(e));
+    } catch (const CLI::ExtrasError&) {
+      const std::string word = app.remaining(true).front();
+      std::vector<std::string> known;
+      const CLI::App* active = app.get_subcommands().empty() ? &app : app.get_subcommands().front();
+      for (const CLI::Option* option : active->get_options()) known.push_back(option->get_name());
+      for (const CLI::App* command : app.get_subcommands({})) known.push_back(command->get_name());
+      const std::string guess = closest(word.substr(0, word.find('=')), known);
+      throw UserError("unknown flag " + word + (guess.empty() ? "; --help lists them" : "; did you mean " + guess + "?"));
+    } catch (const CLI::ParseError& e) {
+      std::string message = e.what();
+      throw UserError(message.substr(0, message.find('\n')) + "; see --help");
+    }
+  }
+
+ private:
+  std::string group_;
+};
+
+inline void add_model_flags(Flags& f, Config& c, double& rotary_fraction) {
+  f.group("Model");
+  f.add("layers", c.layers, "transformer blocks");
+  f.add("width", c.width, "channels of the residual stream");
+  f.add("heads", c.heads, "query heads");
+  f.add("kv-heads", c.kv_heads, "key/value heads; 0: as many as --heads");
+  f.add("head-size", c.head_size, "channels of a head; 0: width / heads");
+  f.add("mlp-hidden", c.mlp_hidden, "channels inside the MLP; 0: 8/3 (swiglu) or 4 (gelu) times the width");
+  f.add("context", c.context, "positions in a training window");
+  f.add("vocab", c.vocab, "vocabulary size; 0: that of the data, rounded up to a multiple of 8");
+  f.add("rotary-fraction", rotary_fraction, "share of each head's channels that RoPE rotates, 0 to 1");
+  f.add("rotary-dim", c.rotary_dim, "the same as a number of channels, even");
+  f.add("rope-base", c.rope_base, "base of the rotation frequencies");
+  f.add_choice("rope-pairs", c.rope_pairs, {"half", "interleaved"}, "which channels pair up");
+  f.add("qk-norm", c.qk_norm, "RMSNorm on queries and keys before RoPE");
+  f.add_choice("block", c.block, {"sequential", "parallel"}, "attention then MLP, or side by side");
+  f.add_choice("norm", c.norm, {"rms", "layer"}, "RMSNorm or LayerNorm");
+  f.add_choice("mlp", c.mlp, {"swiglu", "gelu"}, "MLP activation");
+  f.add("bias", c.bias, "biases in the linear layers of the blocks");
+  f.add("tied", c.tied, "share the weights of embedding and head");
+}
+
+inline void add_optimizer_flags(Flags& f, Settings& s) {
+  f.group("Optimiser");
+  f.add("steps", s.steps, "optimiser steps");
+  f.add("batch", s.batch, "windows in a micro-batch");
+  f.add("accumulate", s.accumulate, "micro-batches in a step");
+  f.add("lr", s.lr, "peak learning rate");
+  f.add("min-lr", s.min_lr, "learning rate at the end; -1: a tenth of --lr");
+  f.add("warmup", s.warmup, "steps of linear warm-up; -1: 5 % of --steps");
+  f.add_choice("schedule", s.schedule, {"cosine", "linear", "constant"}, "learning rate after the warm-up");
+  f.add("weight-decay", s.weight_decay, "decoupled weight decay, on matrices only");
+  f.add("beta1", s.beta1, "AdamW: decay of the mean of gradients");
+  f.add("beta2", s.beta2, "AdamW: decay of the mean of squared gradients");
+  f.add("eps", s.eps, "AdamW: added to the denominator");
+  f.add("clip", s.clip, "largest global gradient norm; 0: no clipping");
+  f.add("z-loss", s.z_loss, "weight of (log Z)^2 in the loss");
+  f.add("seed", s.seed, "of the initial weights and of the order of the data");
+}
+
+inline void add_run_flags(Flags& f, Settings& s) {
+  f.group("Run");
+  std::string names;
+  for (const auto& preset : presets()) names += (names.empty() ? "" : " ") + preset.first;
+  f.add("preset", s.preset, "set of flags: " + names);
+  f.add("data", s.data, "training shards, a glob pattern");
+  f.add("val", s.val, "validation shards; default: --data with train replaced by val");
+  f.add("run", s.run, "the run's files go to runs/NAME; default: the preset's name, numbered");
+  f.add("device", s.device, "auto, cpu or cuda")->type_name("auto|cpu|cuda");
+  f.add("dtype", s.dtype, "auto, fp32 or bf16 (cuda only)")->type_name("auto|fp32|bf16");
+  f.add("val-every", s.val_every, "steps between validations; 0: eight in a run");
+  f.add("val-tokens", s.val_tokens, "tokens of a validation");
+  f.add("sample-every", s.sample_every, "steps between samples of text; 0: none");
+  f.add("checkpoint-every", s.checkpoint_every, "steps between checkpoints; 0: four in a run");
+  f.add("threads", s.threads, "CPU threads; 0: all cores");
+  f.add("resume", s.resume, "go on from the run's checkpoint");
+}
+
+// The two ways to say how much is rotated must agree; what a flag says later overrides what a preset said.
+inline void settle_rotary(Flags& f, Config& c, double& fraction) {
+  if (f.given("rotary-dim") && c.rotary_dim < 0) check_rotary_dim(c.rotary_dim, 2);
+  if (f.given("rotary-fraction")) rotary_dim_from_fraction(fraction, 2);  // refuses what is not a fraction
+  if (f.given("rotary-dim") && !f.given("rotary-fraction")) fraction = NAN;
+  if (f.given("rotary-fraction") && !f.given("rotary-dim")) c.rotary_dim = -1;
+}
+
+// Puts R, derived from the fraction if that is what was given, into the configuration, and checks all of it.
+inline void resolve(Config& c, double fraction) {
+  Config sizes = c;
+  sizes.rotary_dim = ROTARY_DIM_OR(0);
+  if (sizes.head_size == 0 && sizes.heads > 0 && sizes.width % sizes.heads == 0) sizes.head_size = sizes.width / sizes.heads;
+  if (!std::isnan(fraction) && sizes.head_size > 0) {
+    const int R = rotary_dim_from_fraction(fraction, sizes.head_size);
+    if (c.rotary_dim >= 0 && c.rotary_dim != R)
+      throw UserError("--rotary-dim " + std::to_string(c.rotary_dim) + " and --rotary-fraction " + std::to_string(fraction) +
+                      " disagree: the fraction means " + std::to_string(R) + " of " + std::to_string(sizes.head_size) +
+                      " channels; give one of them");
+    c.rotary_dim = R;
+  }
+  if (c.rotary_dim < 0) c.rotary_dim = rotary_dim_from_fraction(0.1, std::max(sizes.head_size, 2));
+  resolve(c);
+}
+
+inline void expect_positive(const char* flag, double value, bool zero_allowed = false) {
+  if (!std::isfinite(value) || value < 0 || (value == 0 && !zero_allowed)) {
+    std::string text = std::to_string(value);
+    if (value == std::floor(value)) text = std::to_string((long long)value);
+    throw UserError(std::string("--") + flag + " " + text + ": must be a finite number " +
+                    (zero_allowed ? "of at least 0" : "above 0"));
+  }
+}
+
+// Flags of `train`, from the command line: preset, then flags. `base` holds what they start from (a resumed run's).
+inline void apply_flags(Settings& s, const std::vector<std::string>& args) {
+  Flags f("Train a GPT with partial RoPE.", "train");
+  add_model_flags(f, s.model, s.rotary_fraction);
+  add_optimizer_flags(f, s);
+  add_run_flags(f, s);
+  f.parse(args);
+  settle_rotary(f, s.model, s.rotary_fraction);
+}
+
+inline const std::vector<std::string>& preset_flags(const std::string& name) {
+  const auto found = presets().find(name);
+  if (found != presets().end()) return found->second;
+  std::vector<std::string> names;
+  for (const auto& preset : presets()) names.push_back(preset.first);
+  const std::string guess = closest(name, names);
+  std::string all;
+  for (const std::string& n : names) all += " " + n;
+  throw UserError("--preset " + name + ": unknown" + (guess.empty() ? "" : "; did you mean " + guess + "?") + " There are:" + all);
+}
+
+// The values of all settings as one flat JSON object, keys as the flags with underscores. This is config.json.
+inline nlohmann::ordered_json settings_json(Settings& s, const std::vector<std::string>& groups = {"Model", "Optimiser", "Run"}) {
+  Flags f("", "");
+  add_model_flags(f, s.model, s.rotary_fraction);
+  add_optimizer_flags(f, s);
+  add_run_flags(f, s);
+  nlohmann::ordered_json json;
+  for (const Flag& flag : f.table) {
+    if (std::find(groups.begin(), groups.end(), flag.group) == groups.end() || flag.name == "resume") continue;
+    std::string key = flag.name;
+    std::replace(key.begin(), key.end(), '-', '_');
+    json[key] = key == "rotary_fraction" ? nlohmann::json(double(s.model.rotary_dim) / s.model.head_size) : flag.get();
+  }
+  return json;
+}
+
+inline Settings settings_from_json(const nlohmann::json& json) {
+  Settings s;
+  Flags f("", "");
+  add_model_flags(f, s.model, s.rotary_fraction);
+  add_optimizer_flags(f, s);
+  add_run_flags(f, s);
+  for (const Flag& flag : f.table) {
+    std::string key = flag.name;
+    std::replace(key.begin(), key.end(), '-', '_');
+    if (json.contains(key)) flag.set(json[key]);
+  }
+  s.rotary_fraction = NAN;  // what counts is rotary_dim
+  return s;
+}

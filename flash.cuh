@@ -1,0 +1,791 @@
+#pragma once
+// Flash attention on tensor cores: causal attention, forward and backward, in bf16 with fp32 accumulation, for sm_80 and up.
+// The same function as attention.cuh's (which is the one to read first); the T x T matrix never exists.
+//
+// The algorithm (Dao et al. 2022, "FlashAttention", algorithms 1 and 4; Dao 2023 for the order of the loops):
+//   forward   out_i = sum_j exp(s_ij - lse_i) v_j, s_ij = scale q_i.k_j, with a running row maximum and row sum
+//   backward  P = exp(S - lse); dV = P^T dO; dP = dO V^T; dS = P (dP - D), D = rowsum(dO out); dQ = scale dS K;
+//             dK = scale dS^T Q. Two kernels, one per tile of queries (dQ) and one per tile of keys (dK, dV), so that every
+//             sum has one owner and one order: no atomics, and two runs agree to the bit.
+//
+// How it maps to the hardware. Four warps, a warpgroup, own 64 rows of the tile at hand and keep their accumulators in
+// registers for the whole kernel. The other operand streams through shared memory in tiles. A product is then one of
+//   multiply_transposed   acc (64, N)  += A (64, HS)   tile^T    tile (N, HS):    S = Q K^T, dP = dO V^T, ...
+//   multiply              acc (64, HS) += A (64, rows) tile      tile (rows, HS): O = P V, dQ = dS K, ...
+// and what one product leaves in the accumulators is, rounded to bf16 in place, the A operand of the next: P and dS never
+// leave the registers. Both products are written twice: with mma.sync and ldmatrix (sm_80 and up), and with wgmma, which
+// reads its second operand straight from shared memory (built for sm_90a; two to three times the rate). Registers and shared
+// memory are laid out alike for both, so the kernels do not know which one they use.
+
+#include "backend.h"
+
+#ifdef __CUDACC__
+
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#define FLASH_WGMMA 1
+#else
+#define FLASH_WGMMA 0
+#endif
+
+namespace flash {
+
+constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
+constexpr int kGroup = 128;  // threads of a warpgroup
+constexpr int kRows = 64;    // rows that a warpgroup owns: 16 per warp
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Tiles in shared memory
+
+// A tile (ROWS, HS) of bf16 in shared memory, starting at a multiple of 1024 bytes. It is cut into panels of up to 64
+// columns, each of ROWS rows of up to 128 bytes. Within a panel the 16-byte chunks of a row are permuted by the row's number, so that
+// eight rows of one chunk column lie in distinct banks: this is the 128-byte swizzle that wgmma knows (64-byte for HS = 32).
+template <int ROWS, int HS>
+struct Tile {
+  static constexpr int kPanel = HS < 64 ? HS : 64;                // columns
+  static constexpr int kPanelBytes = ROWS * kPanel * 2;
+  static constexpr int kBytes = ROWS * HS * 2;
+
+  uint32_t at;  // address in shared memory
+
+  // The address of 8 columns of a row, starting at column 8 * chunk.
+  __device__ __forceinline__ uint32_t address(int row, int chunk) const {
+    if (HS == 32) return at + row * 64 + ((chunk ^ ((row >> 1) & 3)) << 4);
+    return at + (chunk >> 3) * kPanelBytes + row * 128 + (((chunk & 7) ^ (row & 7)) << 4);
+  }
+
+  // wgmma's description of the tile from (row, column) on, for either reading direction: address, stride of 8 rows, swizzle
+  // (PTX ISA, "Matrix descriptor"; all in units of 16 bytes). row must be a multiple of 8, column of 16.
+  __device__ __forceinline__ uint64_t descriptor(int row, int column) const {
+    uint32_t start = at + column / kPanel * kPanelBytes + row * kPanel * 2 + column % kPanel * 2;
+    uint64_t swizzle = HS == 32 ? 2 : 1, rows8 = 8 * kPanel * 2;
+    return uint64_t((start & 0x3ffff) >> 4) | uint64_t(1) << 16 | rows8 >> 4 << 32 | swizzle << 62;
+  }
+};
+
+// Starts the copy of rows first..first+ROWS-1 of a matrix (T, stride) to a tile, by THREADS threads; rows from T on become zeros.
+template <int THREADS, int ROWS, int HS>
+__device__ __forceinline__ void load_tile(Tile<ROWS, HS> tile, const bf16* source, size_t stride, int first, int T) {
+#if __CUDA_ARCH__ >= 800
+  constexpr int kChunks = HS / 8, kTotal = ROWS * kChunks;
+#pragma unroll
+  for (int n = 0; n < kTotal; n += THREADS) {
+    int i = n + threadIdx.x, row = i / kChunks, chunk = i % kChunks;
+    if (kTotal % THREADS && i >= kTotal) break;
+    bool inside = first + row < T;
+    const bf16* from = source + (inside ? (first + row) * stride + chunk * 8 : 0);
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(tile.address(row, chunk)), "l"(from), "r"(inside ? 16 : 0)
+                 : "memory");
+  }
+#endif
+}
+
+// The same for N floats of a vector of length T, one per thread.
+template <int N>
+__device__ __forceinline__ void load_vector(uint32_t to, const float* source, int first, int T, int thread) {
+#if __CUDA_ARCH__ >= 800
+  if (thread < 0 || thread >= N) return;
+  bool inside = first + thread < T;
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(to + thread * 4), "l"(source + (inside ? first + thread : 0)),
+               "r"(inside ? 4 : 0)
+               : "memory");
+#endif
+}
+
+__device__ __forceinline__ void commit_loads() {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+}
+
+// Waits until all of the block's copies have arrived and all its threads are here, i.e. are done with the tiles before.
+__device__ __forceinline__ void wait_loads() {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.wait_all;" ::: "memory");
+#if FLASH_WGMMA
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");  // wgmma reads shared memory by another path
+#endif
+  __syncthreads();
+#endif
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Fragments. Thread 4 g + t of a warp holds, of a 16 x 8 piece of accumulators, rows g and g + 8, columns 2t and 2t + 1, as
+// acc[piece] = {(g, 2t), (g, 2t+1), (g+8, 2t), (g+8, 2t+1)}; of a 16 x 16 piece of an A operand, the four 8 x 8 quarters'
+// (g, 2t..2t+1) as bf16 pairs, in the order top left, bottom left, top right, bottom right.
+
+__device__ __forceinline__ int lane() { return threadIdx.x & 31; }
+__device__ __forceinline__ int group() { return threadIdx.x / kGroup; }
+// Row of the warpgroup's 64 that the thread's accumulators 0 and 1 belong to; 2 and 3 belong to the row 8 further.
+__device__ __forceinline__ int own_row() { return threadIdx.x % kGroup / 32 * 16 + lane() / 4; }
+
+__device__ __forceinline__ uint32_t pack(float low, float high) {
+  __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+  return reinterpret_cast<uint32_t&>(pair);
+}
+
+// Accumulators (64, N), rounded to bf16, as an A operand.
+template <int N>
+__device__ __forceinline__ void to_operand(uint32_t (&a)[N / 16][4], const float (&acc)[N / 8][4]) {
+#pragma unroll
+  for (int k = 0; k < N / 16; ++k)
+#pragma unroll
+    for (int i = 0; i < 4; ++i) a[k][i] = pack(acc[2 * k + i / 2][i % 2 * 2], acc[2 * k + i / 2][i % 2 * 2 + 1]);
+}
+
+template <int TRANSPOSED>
+__device__ __forceinline__ void ldmatrix(uint32_t (&r)[4], uint32_t address) {
+#if __CUDA_ARCH__ >= 800
+  if (TRANSPOSED)
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(address) : "memory");
+  else
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(address) : "memory");
+#endif
+}
+
+// The 16 x 16 piece number k of the warp's 16 rows, as an A operand; the warpgroup's rows start at `first`.
+template <int ROWS, int HS>
+__device__ __forceinline__ void load_operand(uint32_t (&a)[4], Tile<ROWS, HS> tile, int first, int k) {
+  int row = first + threadIdx.x % kGroup / 32 * 16 + lane() % 16;
+  ldmatrix<0>(a, tile.address(row, 2 * k + lane() / 16));
+}
+template <int ROWS, int HS>
+__device__ __forceinline__ void load_operand(uint32_t (&a)[HS / 16][4], Tile<ROWS, HS> tile, int first) {
+#pragma unroll
+  for (int k = 0; k < HS / 16; ++k) load_operand(a[k], tile, first, k);
+}
+
+// An A operand left in shared memory: the 64 rows of a tile from `first` on. For head sizes at which registers are short.
+template <int ROWS, int HS>
+struct Shared {
+  Tile<ROWS, HS> tile;
+  int first;
+};
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Products. They start, and may still run until wait_products; a pending product's operands must be left alone.
+
+#if FLASH_WGMMA
+
+__device__ __forceinline__ void begin_products() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ __forceinline__ void end_products() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+
+// Waits until at most PENDING products still run; acc, the result of one that has finished, can be read after.
+template <int PENDING, int N>
+__device__ __forceinline__ void wait_products(float (&acc)[N][4]) {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
+#pragma unroll
+  for (int n = 0; n < N; ++n)  // keeps the compiler from reading the registers before the wait
+    asm volatile("" : "+f"(acc[n][0]), "+f"(acc[n][1]), "+f"(acc[n][2]), "+f"(acc[n][3])::"memory");
+}
+
+// d (64, N) = [d +] A (64, 16) B (16, N), N = 32 or 64; A in registers or in shared memory. B is stored (N, 16), or with
+// BY_COLUMN (16, N).
+#define FLASH_D4(n) "+f"(d[n][0]), "+f"(d[n][1]), "+f"(d[n][2]), "+f"(d[n][3])
+#define FLASH_D16 FLASH_D4(0), FLASH_D4(1), FLASH_D4(2), FLASH_D4(3)
+#define FLASH_D32 FLASH_D16, FLASH_D4(4), FLASH_D4(5), FLASH_D4(6), FLASH_D4(7)
+#define FLASH_R16 "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15}"
+#define FLASH_R32                                                                                                        \
+  "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31}"
+#define FLASH_OP(n) "wgmma.mma_async.sync.aligned.m64n" #n "k16.f32.bf16.bf16 "
+
+template <int N, int BY_COLUMN>
+__device__ __forceinline__ void wgmma(float (*d)[4], const uint32_t (&a)[4], uint64_t b, int accumulate) {
+  static_assert(N == 32 || N == 64);
+  if constexpr (N == 64)
+    asm volatile("{.reg .pred p; setp.ne.b32 p, %37, 0;\n" FLASH_OP(64) FLASH_R32 ", {%32,%33,%34,%35}, %36, p, 1, 1, %38;}"
+                 : FLASH_D32 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate), "n"(BY_COLUMN));
+  else
+    asm volatile("{.reg .pred p; setp.ne.b32 p, %21, 0;\n" FLASH_OP(32) FLASH_R16 ", {%16,%17,%18,%19}, %20, p, 1, 1, %22;}"
+                 : FLASH_D16 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate), "n"(BY_COLUMN));
+}
+template <int N, int BY_COLUMN>
+__device__ __forceinline__ void wgmma(float (*d)[4], uint64_t a, uint64_t b, int accumulate) {
+  static_assert(N == 32 || N == 64);
+  if constexpr (N == 64)
+    asm volatile("{.reg .pred p; setp.ne.b32 p, %34, 0;\n" FLASH_OP(64) FLASH_R32 ", %32, %33, p, 1, 1, 0, %35;}"
+                 : FLASH_D32 : "l"(a), "l"(b), "r"(accumulate), "n"(BY_COLUMN));
+  else
+    asm volatile("{.reg .pred p; setp.ne.b32 p, %18, 0;\n" FLASH_OP(32) FLASH_R16 ", %16, %17, p, 1, 1, 0, %19;}"
+                 : FLASH_D16 : "l"(a), "l"(b), "r"(accumulate), "n"(BY_COLUMN));
+}
+
+// acc (64, N) = A (64, HS) tile^T
+template <int N, int HS>
+__device__ __forceinline__ void multiply_transposed(float (&acc)[N / 8][4], const uint32_t (&a)[HS / 16][4], Tile<N, HS> tile) {
+  constexpr int kStep = N % 64 ? 32 : 64;
+  begin_products();
+#pragma unroll
+  for (int n = 0; n < N; n += kStep)
+#pragma unroll
+    for (int k = 0; k < HS / 16; ++k) wgmma<kStep, 0>(acc + n / 8, a[k], tile.descriptor(n, k * 16), k > 0);
+  end_products();
+}
+template <int N, int ROWS, int HS>
+__device__ __forceinline__ void multiply_transposed(float (&acc)[N / 8][4], Shared<ROWS, HS> a, Tile<N, HS> tile) {
+  constexpr int kStep = N % 64 ? 32 : 64;
+  begin_products();
+#pragma unroll
+  for (int n = 0; n < N; n += kStep)
+#pragma unroll
+    for (int k = 0; k < HS / 16; ++k)
+      wgmma<kStep, 0>(acc + n / 8, a.tile.descriptor(a.first, k * 16), tile.descriptor(n, k * 16), k > 0);
+  end_products();
+}
+
+// acc (64, HS) += A (64, ROWS) tile
+template <int ROWS, int HS>
+__device__ __forceinline__ void multiply(float (&acc)[HS / 8][4], const uint32_t (&a)[ROWS / 16][4], Tile<ROWS, HS> tile) {
+  constexpr int kStep = HS < 64 ? HS : 64;
+  begin_products();
+#pragma unroll
+  for (int k = 0; k < ROWS / 16; ++k)
+#pragma unroll
+    for (int n = 0; n < HS; n += kStep) wgmma<kStep, 1>(acc + n / 8, a[k], tile.descriptor(k * 16, n), 1);
+  end_products();
+}
+
+#else
+
+template <int PENDING, int N>
+__device__ __forceinline__ void wait_products(float (&)[N][4]) {}
+
+// d (16, 8) += A (16, 16) B (16, 8), per warp
+__device__ __forceinline__ void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+#endif
+}
+
+template <int N, int HS>
+__device__ __forceinline__ void multiply_transposed_step(float (&acc)[N / 8][4], const uint32_t (&a)[4], Tile<N, HS> tile, int k) {
+#pragma unroll
+  for (int n = 0; n < N / 16; ++n) {
+    uint32_t b[4];
+    ldmatrix<0>(b, tile.address(n * 16 + lane() / 16 * 8 + lane() % 8, 2 * k + lane() / 8 % 2));
+    mma(acc[2 * n], a, b[0], b[1]);
+    mma(acc[2 * n + 1], a, b[2], b[3]);
+  }
+}
+
+template <int N>
+__device__ __forceinline__ void clear(float (&acc)[N][4]) {
+#pragma unroll
+  for (int n = 0; n < N; ++n) acc[n][0] = acc[n][1] = acc[n][2] = acc[n][3] = 0;
+}
+
+// acc (64, N) = A (64, HS) tile^T
+template <int N, int HS>
+__device__ __forceinline__ void multiply_transposed(float (&acc)[N / 8][4], const uint32_t (&a)[HS / 16][4], Tile<N, HS> tile) {
+  clear(acc);
+#pragma unroll
+  for (int k = 0; k < HS / 16; ++k) multiply_transposed_step<N, HS>(acc, a[k], tile, k);
+}
+template <int N, int ROWS, int HS>
+__device__ __forceinline__ void multiply_transposed(float (&acc)[N / 8][4], Shared<ROWS, HS> a, Tile<N, HS> tile) {
+  clear(acc);
+#pragma unroll
+  for (int k = 0; k < HS / 16; ++k) {
+    uint32_t piece[4];
+    load_operand(piece, a.tile, a.first, k);
+    multiply_transposed_step<N, HS>(acc, piece, tile, k);
+  }
+}
+
+// acc (64, HS) += A (64, ROWS) tile
+template <int ROWS, int HS>
+__device__ __forceinline__ void multiply(float (&acc)[HS / 8][4], const uint32_t (&a)[ROWS / 16][4], Tile<ROWS, HS> tile) {
+#pragma unroll
+  for (int k = 0; k < ROWS / 16; ++k)
+#pragma unroll
+    for (int n = 0; n < HS / 16; ++n) {
+      uint32_t b[4];
+      ldmatrix<1>(b, tile.address(k * 16 + lane() % 16, 2 * n + lane() / 16));
+      mma(acc[2 * n], a[k], b[0], b[1]);
+      mma(acc[2 * n + 1], a[k], b[2], b[3]);
+    }
+}
+
+#endif
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Small pieces
+
+__device__ __forceinline__ float exp2_(float x) {  // 2^x to 2 ulp; results under 2^-126 become 0
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// Over the four threads that share a row.
+__device__ __forceinline__ float row_sum(float x) {
+  x += __shfl_xor_sync(~0u, x, 1);
+  return x + __shfl_xor_sync(~0u, x, 2);
+}
+__device__ __forceinline__ float row_max(float x) {
+  x = fmaxf(x, __shfl_xor_sync(~0u, x, 1));
+  return fmaxf(x, __shfl_xor_sync(~0u, x, 2));
+}
+
+// Writes accumulators (64, HS), rows times factor0 (rows g) or factor1 (rows g + 8), to rows first.. of a matrix (T, stride), by way
+// of the warp's own 16 rows of a tile, so that global memory sees 16-byte accesses.
+template <int ROWS, int HS>
+__device__ __forceinline__ void store_rows(bf16* to, size_t stride, int first, int T, const float (&acc)[HS / 8][4], float factor0,
+                                           float factor1, Tile<ROWS, HS> tile) {
+  int row = group() * kRows + own_row();
+#pragma unroll
+  for (int n = 0; n < HS / 8; ++n) {
+    uint32_t offset = lane() % 4 * 4;
+    asm volatile("st.shared.b32 [%0], %1;" ::"r"(tile.address(row, n) + offset), "r"(pack(acc[n][0] * factor0, acc[n][1] * factor0))
+                 : "memory");
+    asm volatile("st.shared.b32 [%0], %1;" ::"r"(tile.address(row + 8, n) + offset),
+                 "r"(pack(acc[n][2] * factor1, acc[n][3] * factor1))
+                 : "memory");
+  }
+  __syncwarp();
+  constexpr int kChunks = HS / 8;
+  int warp_row = threadIdx.x / 32 * 16;
+#pragma unroll
+  for (int i = lane(); i < 16 * kChunks; i += 32) {
+    int r = warp_row + i / kChunks, chunk = i % kChunks;
+    uint4 v;
+    asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(tile.address(r, chunk)) : "memory");
+    if (first + r < T) *reinterpret_cast<uint4*>(to + (first + r) * stride + chunk * 8) = v;
+  }
+}
+
+// Where a block works. Blocks count fastest over the tiles of one head, whose keys and values then stay in the L2 cache.
+struct Place {
+  int b, head, tile;
+};
+__device__ __forceinline__ Place place(int tiles, int heads) {
+  int bh = blockIdx.x / tiles;
+  return {bh / heads, bh % heads, int(blockIdx.x % tiles)};
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Tile sizes, found by measurement on an H100. GROUPS warpgroups of 64 rows per block; N rows of the streamed tile; STAGES tiles in
+// flight (2: the next one loads while this one is used); REGISTERS: the fixed operands (Q, ...) live in registers, else in
+// shared memory; BLOCKS per multiprocessor, which bounds the registers per thread.
+template <int GROUPS, int N, int STAGES, bool REGISTERS, int BLOCKS>
+struct Config {
+  static constexpr int kGroups = GROUPS, kN = N, kStages = STAGES, kThreads = GROUPS * kGroup, kTile = GROUPS * kRows, kBlocks = BLOCKS;
+  static constexpr bool kRegisters = REGISTERS;
+};
+
+template <int HS> struct ForwardConfig;
+template <> struct ForwardConfig<32> : Config<2, 64, 2, true, 2> {};
+template <> struct ForwardConfig<64> : Config<2, 64, 2, true, 2> {};
+template <> struct ForwardConfig<128> : Config<2, 64, 2, true, 1> {};
+template <> struct ForwardConfig<256> : Config<1, 32, 2, false, 2> {};
+
+template <int HS> struct QueryConfig;  // dQ
+template <> struct QueryConfig<32> : Config<2, 64, 2, true, 1> {};
+template <> struct QueryConfig<64> : Config<2, 64, 2, true, 1> {};
+template <> struct QueryConfig<128> : Config<1, 64, 2, false, 2> {};
+template <> struct QueryConfig<256> : Config<1, 32, 1, false, 2> {};
+
+template <int HS> struct KeyConfig;  // dK and dV
+template <> struct KeyConfig<32> : Config<2, 64, 2, true, 1> {};
+template <> struct KeyConfig<64> : Config<2, 64, 2, true, 1> {};
+template <> struct KeyConfig<128> : Config<1, 64, 2, false, 2> {};
+template <> struct KeyConfig<256> : Config<1, 32, 1, false, 2> {};
+
+// A fixed operand, in registers or in shared memory.
+template <bool REGISTERS, int ROWS, int HS>
+struct Operand;
+template <int ROWS, int HS>
+struct Operand<true, ROWS, HS> {
+  uint32_t a[HS / 16][4];
+  __device__ __forceinline__ Operand(Tile<ROWS, HS> tile, int first) { load_operand(a, tile, first); }
+  template <int N>
+  __device__ __forceinline__ void times(float (&acc)[N / 8][4], Tile<N, HS> tile) const {
+    multiply_transposed<N, HS>(acc, a, tile);
+  }
+};
+template <int ROWS, int HS>
+struct Operand<false, ROWS, HS> {
+  Shared<ROWS, HS> a;
+  __device__ __forceinline__ Operand(Tile<ROWS, HS> tile, int first) : a{tile, first} {}
+  template <int N>
+  __device__ __forceinline__ void times(float (&acc)[N / 8][4], Tile<N, HS> tile) const {
+    multiply_transposed<N, ROWS, HS>(acc, a, tile);
+  }
+};
+
+extern __shared__ __align__(1024) unsigned char shared_memory[];
+__device__ __forceinline__ uint32_t shared_start() { return uint32_t(__cvta_generic_to_shared(shared_memory)); }
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Forward: a block per tile of queries, over the tiles of keys from the diagonal down.
+
+template <int HS, class C>
+constexpr size_t forward_bytes() {
+  return Tile<C::kTile, HS>::kBytes + size_t(2 * C::kStages) * Tile<C::kN, HS>::kBytes;
+}
+
+template <int HS, class C>
+__global__ __launch_bounds__(C::kThreads, C::kBlocks) void forward_kernel(bf16* out, float* lse, const bf16* qkv, int T, int NH, int NKV,
+                                                                           float scale) {
+  constexpr int M = C::kTile, N = C::kN;
+  const Place at = place((T + M - 1) / M, NH);
+  const int q0 = int((T + M - 1) / M - 1 - at.tile) * M;  // the longest rows first: the short ones fill the gaps at the end
+  const size_t stride = size_t(NH + 2 * NKV) * HS;
+  const bf16* q = qkv + size_t(at.b) * T * stride + at.head * HS;
+  const bf16* k = qkv + size_t(at.b) * T * stride + (NH + at.head / (NH / NKV)) * HS;
+  const bf16* v = k + NKV * HS;
+
+  const Tile<M, HS> q_tile{shared_start()};
+  auto k_tile = [&](int stage) { return Tile<N, HS>{q_tile.at + q_tile.kBytes + stage * 2 * Tile<N, HS>::kBytes}; };
+  auto v_tile = [&](int stage) { return Tile<N, HS>{k_tile(stage).at + Tile<N, HS>::kBytes}; };
+  auto load = [&](int j, int stage) {
+    load_tile<C::kThreads>(k_tile(stage), k, stride, j * N, T);
+    load_tile<C::kThreads>(v_tile(stage), v, stride, j * N, T);
+    commit_loads();
+  };
+  const int tiles = (min(q0 + M, T) + N - 1) / N;  // tiles of keys that any query here sees
+  load_tile<C::kThreads>(q_tile, q, stride, q0, T);
+  load(tiles - 1, 0);
+  wait_loads();
+
+  const int row0 = q0 + group() * kRows, row = row0 + own_row();
+  const Operand<C::kRegisters, M, HS> Q(q_tile, group() * kRows);
+  const float scale2 = scale * kLog2e, slack = 8 / scale2;  // exponentials are powers of two from here on
+  float O[HS / 8][4] = {}, m[2] = {-INFINITY, -INFINITY}, l[2] = {0, 0};
+
+  for (int j = tiles - 1, stage = 0; j >= 0; --j, stage ^= 1) {
+    if (j < tiles - 1) wait_loads();
+    if (j > 0) load(j - 1, stage ^ 1);
+    if (j * N > row0 + kRows - 1) continue;  // all in the future of this warpgroup
+
+    float S[N / 8][4];
+    Q.template times<N>(S, k_tile(stage));
+    wait_products<0>(S);
+    if (j * N + N - 1 > row0) {  // the diagonal passes through. Keys from T on lie right of it for every row under T.
+#pragma unroll
+      for (int n = 0; n < N / 8; ++n)
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+          if (j * N + n * 8 + lane() % 4 * 2 + i % 2 > row + i / 2 * 8) S[n][i] = -INFINITY;
+    }
+
+    // m is subtracted to keep exp in range, and need not be the maximum for that: it follows the maximum only when that has
+    // grown by a factor of 2^8, so that the accumulators are rarely rescaled.
+    float top[2] = {S[0][0], S[0][2]};
+#pragma unroll
+    for (int n = 0; n < N / 8; ++n)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) top[i / 2] = fmaxf(top[i / 2], S[n][i]);
+    if (__any_sync(~0u, top[0] > m[0] + slack || top[1] > m[1] + slack)) {
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        float grown = fmaxf(m[h], row_max(top[h])), factor = exp2_((m[h] - grown) * scale2);
+        m[h] = grown;
+        l[h] *= factor;
+#pragma unroll
+        for (int n = 0; n < HS / 8; ++n) O[n][2 * h] *= factor, O[n][2 * h + 1] *= factor;
+      }
+    }
+    const float shift[2] = {m[0] * scale2, m[1] * scale2};
+#pragma unroll
+    for (int n = 0; n < N / 8; ++n)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        S[n][i] = exp2_(S[n][i] * scale2 - shift[i / 2]);
+        l[i / 2] += S[n][i];
+      }
+    uint32_t P[N / 16][4];
+    to_operand<N>(P, S);
+    multiply<N, HS>(O, P, v_tile(stage));
+    wait_products<0>(O);
+  }
+
+  float* lse_row = lse + (size_t(at.b) * NH + at.head) * T;
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    l[h] = row_sum(l[h]);
+    if (lane() % 4 == 0 && row + 8 * h < T) lse_row[row + 8 * h] = m[h] * scale + log2f(l[h]) * kLn2;
+  }
+  __syncthreads();  // the queries' tile is used again
+  store_rows(out + (size_t(at.b) * T * NH + at.head) * HS, size_t(NH) * HS, q0, T, O, 1 / l[0], 1 / l[1], q_tile);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Backward, queries: a block per tile of queries, over the tiles of keys. Also leaves D for the keys' kernel.
+
+template <int HS, class C>
+constexpr size_t query_bytes() {
+  return 2 * Tile<C::kTile, HS>::kBytes + std::max(size_t(2 * C::kStages) * Tile<C::kN, HS>::kBytes, size_t(Tile<C::kTile, HS>::kBytes));
+}
+
+template <int HS, class C>
+__global__ __launch_bounds__(C::kThreads, C::kBlocks) void query_kernel(bf16* dqkv, float* D_out, const bf16* dout, const bf16* qkv,
+                                                                         const bf16* out, const float* lse, int T, int NH, int NKV,
+                                                                         float scale) {
+  constexpr int M = C::kTile, N = C::kN;
+  const Place at = place((T + M - 1) / M, NH);
+  const int q0 = int((T + M - 1) / M - 1 - at.tile) * M;
+  const size_t stride = size_t(NH + 2 * NKV) * HS, out_stride = size_t(NH) * HS;
+  const size_t q_start = size_t(at.b) * T * stride + at.head * HS, out_start = size_t(at.b) * T * out_stride + at.head * HS;
+  const bf16* k = qkv + size_t(at.b) * T * stride + (NH + at.head / (NH / NKV)) * HS;
+  const bf16* v = k + NKV * HS;
+
+  const Tile<M, HS> q_tile{shared_start()}, do_tile{q_tile.at + q_tile.kBytes}, out_tile{do_tile.at + do_tile.kBytes};
+  auto k_tile = [&](int stage) { return Tile<N, HS>{out_tile.at + stage * 2 * Tile<N, HS>::kBytes}; };
+  auto v_tile = [&](int stage) { return Tile<N, HS>{k_tile(stage).at + Tile<N, HS>::kBytes}; };
+  auto load = [&](int j, int stage) {
+    load_tile<C::kThreads>(k_tile(stage), k, stride, j * N, T);
+    load_tile<C::kThreads>(v_tile(stage), v, stride, j * N, T);
+    commit_loads();
+  };
+  load_tile<C::kThreads>(q_tile, qkv + q_start, stride, q0, T);
+  load_tile<C::kThreads>(do_tile, dout + out_start, out_stride, q0, T);
+  load_tile<C::kThreads>(out_tile, out + out_start, out_stride, q0, T);  // where the keys will be
+  commit_loads();
+  wait_loads();
+
+  const int row0 = q0 + group() * kRows, row = row0 + own_row();
+  const float scale2 = scale * kLog2e;
+  float D[2] = {0, 0}, lse2[2];
+#pragma unroll
+  for (int n = 0; n < HS / 16; ++n) {
+    uint32_t x[4], y[4];
+    load_operand(x, do_tile, group() * kRows, n);
+    load_operand(y, out_tile, group() * kRows, n);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      float2 a = __bfloat1622float2(reinterpret_cast<__nv_bfloat162&>(x[i])), b = __bfloat1622float2(reinterpret_cast<__nv_bfloat162&>(y[i]));
+      D[i % 2] += a.x * b.x + a.y * b.y;
+    }
+  }
+  const size_t statistics = (size_t(at.b) * NH + at.head) * T;
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    bool inside = row + 8 * h < T;
+    D[h] = row_sum(D[h]);
+    lse2[h] = inside ? lse[statistics + row + 8 * h] * kLog2e : 0;
+    if (inside && lane() % 4 == 0) D_out[statistics + row + 8 * h] = D[h];
+  }
+  const Operand<C::kRegisters, M, HS> Q(q_tile, group() * kRows), dO(do_tile, group() * kRows);
+  float dQ[HS / 8][4] = {};
+  __syncthreads();  // out_tile is done with
+
+  const int tiles = (min(q0 + M, T) + N - 1) / N;
+  if (C::kStages == 2) load(tiles - 1, 0);
+  for (int j = tiles - 1, stage = 0; j >= 0; --j) {
+    if (C::kStages == 1) {
+      if (j < tiles - 1) __syncthreads();
+      load(j, 0);
+    }
+    wait_loads();
+    if (C::kStages == 2 && j > 0) load(j - 1, stage ^ 1);
+    if (j * N <= row0 + kRows - 1) {
+      float S[N / 8][4], dP[N / 8][4];
+      Q.template times<N>(S, k_tile(stage));
+      dO.template times<N>(dP, v_tile(stage));
+      wait_products<1>(S);
+#pragma unroll
+      for (int n = 0; n < N / 8; ++n)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) S[n][i] = exp2_(S[n][i] * scale2 - lse2[i / 2]);
+      if (j * N + N - 1 > row0) {
+#pragma unroll
+        for (int n = 0; n < N / 8; ++n)
+#pragma unroll
+          for (int i = 0; i < 4; ++i)
+            if (j * N + n * 8 + lane() % 4 * 2 + i % 2 > row + i / 2 * 8) S[n][i] = 0;
+      }
+      wait_products<0>(dP);
+#pragma unroll
+      for (int n = 0; n < N / 8; ++n)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) S[n][i] *= dP[n][i] - D[i / 2];
+      uint32_t dS[N / 16][4];
+      to_operand<N>(dS, S);
+      multiply<N, HS>(dQ, dS, k_tile(stage));
+      wait_products<0>(dQ);
+    }
+    if (C::kStages == 2) stage ^= 1;
+  }
+  __syncthreads();
+  store_rows(dqkv + q_start, stride, q0, T, dQ, scale, scale, q_tile);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Backward, keys and values: a block per tile of keys, over the query heads of its group and their tiles of queries.
+// Everything is transposed (rows are keys), so that P^T and dS^T come out as A operands. DK and DV say which of the two
+// are computed: at head size 256 both at once do not fit the registers.
+
+template <int HS, class C>
+constexpr size_t key_bytes() {
+  return 2 * Tile<C::kTile, HS>::kBytes + size_t(C::kStages) * (2 * Tile<C::kN, HS>::kBytes + 2 * C::kN * sizeof(float));
+}
+
+template <int HS, class C, bool DK, bool DV>
+__global__ __launch_bounds__(C::kThreads, C::kBlocks) void key_kernel(bf16* dqkv, const bf16* dout, const bf16* qkv, const float* lse,
+                                                                       const float* D, int T, int NH, int NKV, float scale) {
+  constexpr int M = C::kTile, N = C::kN;
+  static_assert(C::kThreads >= 2 * N);
+  const Place at = place((T + M - 1) / M, NKV);
+  const int k0 = at.tile * M, heads = NH / NKV;
+  const size_t stride = size_t(NH + 2 * NKV) * HS, out_stride = size_t(NH) * HS;
+  const size_t k_start = size_t(at.b) * T * stride + (NH + at.head) * HS, v_start = k_start + NKV * HS;
+
+  const Tile<M, HS> k_shared{shared_start()}, v_shared{k_shared.at + k_shared.kBytes};
+  const uint32_t streamed = v_shared.at + v_shared.kBytes, statistics = streamed + C::kStages * 2 * Tile<N, HS>::kBytes;
+  auto q_tile = [&](int stage) { return Tile<N, HS>{streamed + stage * 2 * Tile<N, HS>::kBytes}; };
+  auto do_tile = [&](int stage) { return Tile<N, HS>{q_tile(stage).at + Tile<N, HS>::kBytes}; };
+
+  // Steps: the heads of the group, and of each the tiles of queries from the diagonal on.
+  const int first = k0 / N, per_head = (T + N - 1) / N - first, steps = heads * per_head;
+  auto load = [&](int step, int stage) {
+    int head = at.head * heads + step / per_head, q0 = (first + step % per_head) * N;
+    load_tile<C::kThreads>(q_tile(stage), qkv + size_t(at.b) * T * stride + head * HS, stride, q0, T);
+    load_tile<C::kThreads>(do_tile(stage), dout + size_t(at.b) * T * out_stride + head * HS, out_stride, q0, T);
+    size_t start = (size_t(at.b) * NH + head) * T;
+    uint32_t to = statistics + stage * 2 * N * 4;
+    load_vector<N>(to, lse + start, q0, T, threadIdx.x);
+    if (DK) load_vector<N>(to + N * 4, D + start, q0, T, int(threadIdx.x) - N);
+    commit_loads();
+  };
+  load_tile<C::kThreads>(k_shared, qkv + k_start, stride, k0, T);
+  if (DK) load_tile<C::kThreads>(v_shared, qkv + v_start, stride, k0, T);
+  load(0, 0);
+  wait_loads();
+
+  const int row0 = k0 + group() * kRows, row = row0 + own_row();
+  const Operand<C::kRegisters, M, HS> K(k_shared, group() * kRows), V(v_shared, group() * kRows);
+  const float scale2 = scale * kLog2e;
+  float dK[HS / 8][4] = {}, dV[HS / 8][4] = {};
+
+  for (int step = 0, stage = 0; step < steps; ++step) {
+    if (step > 0) {
+      if (C::kStages == 1) {
+        __syncthreads();
+        load(step, 0);
+      }
+      wait_loads();
+    }
+    if (C::kStages == 2 && step + 1 < steps) load(step + 1, stage ^ 1);
+    const int q0 = (first + step % per_head) * N;
+    if (q0 + N - 1 >= row0) {
+      float S[N / 8][4], dP[N / 8][4];
+      K.template times<N>(S, q_tile(stage));
+      if (DK) V.template times<N>(dP, do_tile(stage));
+      wait_products<DK ? 1 : 0>(S);
+      const float* lse_tile = reinterpret_cast<const float*>(shared_memory + (statistics - shared_start())) + stage * 2 * N;
+#pragma unroll
+      for (int n = 0; n < N / 8; ++n) {
+        float2 x = *reinterpret_cast<const float2*>(lse_tile + n * 8 + lane() % 4 * 2);
+        float lse2[2] = {x.x * kLog2e, x.y * kLog2e};
+#pragma unroll
+        for (int i = 0; i < 4; ++i) S[n][i] = exp2_(S[n][i] * scale2 - lse2[i % 2]);
+      }
+      if (q0 < row0 + kRows - 1) {
+#pragma unroll
+        for (int n = 0; n < N / 8; ++n)
+#pragma unroll
+          for (int i = 0; i < 4; ++i)
+            if (q0 + n * 8 + lane() % 4 * 2 + i % 2 < row + i / 2 * 8) S[n][i] = 0;
+      }
+      uint32_t P[N / 16][4], dS[N / 16][4];
+      if (DV) {
+        to_operand<N>(P, S);
+        multiply<N, HS>(dV, P, do_tile(stage));
+      }
+      if (DK) {
+        wait_products<DV ? 1 : 0>(dP);
+#pragma unroll
+        for (int n = 0; n < N / 8; ++n) {
+          float2 x = *reinterpret_cast<const float2*>(lse_tile + N + n * 8 + lane() % 4 * 2);
+          float d[2] = {x.x, x.y};
+#pragma unroll
+          for (int i = 0; i < 4; ++i) S[n][i] *= dP[n][i] - d[i % 2];
+        }
+        to_operand<N>(dS, S);
+        multiply<N, HS>(dK, dS, q_tile(stage));
+        wait_products<0>(dK);
+      }
+      if (DV) wait_products<0>(dV);
+    }
+    if (C::kStages == 2) stage ^= 1;
+  }
+  __syncthreads();
+  if (DK) store_rows(dqkv + k_start, stride, k0, T, dK, scale, scale, k_shared);
+  if (DV) store_rows(dqkv + v_start, stride, k0, T, dV, 1.0f, 1.0f, v_shared);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Launches
+
+template <class Kernel, class... Arguments>
+void launch(Cuda& be, const char* name, Kernel* kernel, size_t blocks, int threads, size_t bytes, Arguments... arguments) {
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes)), name);
+  kernel<<<unsigned(blocks), threads, bytes, be.stream>>>(arguments...);
+  check(cudaGetLastError(), name);
+}
+
+inline size_t tiles(int T, int tile) { return size_t((T + tile - 1) / tile); }
+
+template <int HS>
+void forward(Cuda& be, bf16* out, float* lse, const bf16* qkv, int B, int T, int NH, int NKV) {
+  using C = ForwardConfig<HS>;
+  launch(be, "flash_attention_forward", forward_kernel<HS, C>, tiles(T, C::kTile) * B * NH, C::kThreads, forward_bytes<HS, C>(), out, lse,
+         qkv, T, NH, NKV, 1 / std::sqrt(float(HS)));
+}
+
+template <int HS>
+void backward(Cuda& be, bf16* dqkv, float* D, const bf16* dout, const bf16* qkv, const bf16* out, const float* lse, int B, int T,
+              int NH, int NKV) {
+  using Q = QueryConfig<HS>;
+  using K = KeyConfig<HS>;
+  const float scale = 1 / std::sqrt(float(HS));
+  launch(be, "flash_attention_backward (queries)", query_kernel<HS, Q>, tiles(T, Q::kTile) * B * NH, Q::kThreads, query_bytes<HS, Q>(),
+         dqkv, D, dout, qkv, out, lse, T, NH, NKV, scale);
+  auto keys = [&](auto* kernel) {
+    launch(be, "flash_attention_backward (keys)", kernel, tiles(T, K::kTile) * B * NKV, K::kThreads, key_bytes<HS, K>(), dqkv, dout, qkv,
+           lse, (const float*)D, T, NH, NKV, scale);
+  };
+  if constexpr (HS <= 128) {
+    keys(key_kernel<HS, K, true, true>);
+  } else {
+    keys(key_kernel<HS, K, true, false>);
+    keys(key_kernel<HS, K, false, true>);
+  }
+}
+
+}  // namespace flash
+
+// Head sizes that the flash kernels know.
+inline bool flash_attention_supports(int HS) { return HS == 32 || HS == 64 || HS == 128 || HS == 256; }
+
+// Causal attention with scale 1/sqrt(HS); query head h reads key/value head h / (NH/NKV). bf16, sm_80 and up, B, T >= 1.
+// out: (B, T, NH, HS). lse: (B, NH, T) fp32, log sum exp of the scaled scores, in nats. qkv: (B, T, NH + 2*NKV, HS).
+// Equal to torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).
+inline void flash_attention_forward(Cuda& be, bf16* out, float* lse, const bf16* qkv, int B, int T, int NH, int NKV, int HS) {
+  switch (HS) {
+    case 32: return flash::forward<32>(be, out, lse, qkv, B, T, NH, NKV);
+    case 64: return flash::forward<64>(be, out, lse, qkv, B, T, NH, NKV);
+    case 128: return flash::forward<128>(be, out, lse, qkv, B, T, NH, NKV);
+    case 256: return flash::forward<256>(be, out, lse, qkv, B, T, NH, NKV);
+    default: throw std::runtime_error("flash_attention_forward: head size must be 32, 64, 128 or 256");
+  }
+}
+
+// The gradient dqkv (B, T, NH + 2*NKV, HS), assigned, from dout (B, T, NH, HS) and the forward's qkv, out and lse. D: workspace
+// (B, NH, T) fp32. Deterministic: no atomics, every sum in a fixed order.
+inline void flash_attention_backward(Cuda& be, bf16* dqkv, float* D, const bf16* dout, const bf16* qkv, const bf16* out,
+                                     const float* lse, int B, int T, int NH, int NKV, int HS) {
+  switch (HS) {
+    case 32: return flash::backward<32>(be, dqkv, D, dout, qkv, out, lse, B, T, NH, NKV);
+    case 64: return flash::backward<64>(be, dqkv, D, dout, qkv, out, lse, B, T, NH, NKV);
+    case 128: return flash::backward<128>(be, dqkv, D, dout, qkv, out, lse, B, T, NH, NKV);
+    case 256: return flash::backward<256>(be, dqkv, D, dout, qkv, out, lse, B, T, NH, NKV);
+    default: throw std::runtime_error("flash_attention_backward: head size must be 32, 64, 128 or 256");
+  }
+}
+
+#endif  // __CUDACC__

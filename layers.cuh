@@ -1,0 +1,768 @@
+#pragma once
+// The layers between the attentions: embedding, norms, linear, MLP activations, loss. Forward and backward side by side.
+// N rows are tokens (N = B*T unless said otherwise), C the width.
+
+#include <vector>
+
+#define EIGEN_DONT_PARALLELIZE  // we split the work ourselves, in the same way for any number of threads
+#define EIGEN_NO_CUDA
+#include <Eigen/Core>
+
+#include "backend.h"
+
+enum class NormKind { rms, layer };
+
+// ---------------------------------------------------------------------------------------------------------------------
+// CPU
+
+// x (N, C) = rows of weight (V, C) chosen by tokens (N).
+template <class Real>
+void embedding_forward(Cpu&, Real* x, const int* tokens, const Real* weight, int N, int C) {
+#pragma omp parallel for
+  for (int n = 0; n < N; ++n) std::memcpy(x + size_t(n) * C, weight + size_t(tokens[n]) * C, C * sizeof(Real));
+}
+
+// dweight (V, C) += dx (N, C), each row at its token. A thread owns some columns of all rows, so that the order of the
+// sums is that of the tokens.
+template <class Real>
+void embedding_backward(Cpu&, Acc<Real>* dweight, const Real* dx, const int* tokens, int N, int V, int C) {
+  (void)V;
+  const int columns = 64;
+#pragma omp parallel for
+  for (int c0 = 0; c0 < C; c0 += columns)
+    for (int n = 0; n < N; ++n)
+      for (int c = c0; c < std::min(c0 + columns, C); ++c) dweight[size_t(tokens[n]) * C + c] += dx[size_t(n) * C + c];
+}
+
+// RMSNorm:    out = x / sqrt(mean(x^2) + eps) * weight
+// LayerNorm:  out = (x - mean(x)) / sqrt(var(x) + eps) * weight + bias
+// out, x (N, C); weight, bias (C); keeps mean (N, LayerNorm only) and rstd (N) for the backward pass.
+template <class Real>
+void norm_forward(Cpu&, NormKind kind, Real* out, Acc<Real>* mean, Acc<Real>* rstd, const Real* x, const Real* weight,
+                  const Real* bias, int N, int C, double eps) {
+#pragma omp parallel for
+  for (int n = 0; n < N; ++n) {
+    const Real* row = x + size_t(n) * C;
+    Real m = 0, v = 0;
+    if (kind == NormKind::layer) {
+#pragma omp simd reduction(+ : m)
+      for (int c = 0; c < C; ++c) m += row[c];
+      m /= C;
+      mean[n] = m;
+    }
+#pragma omp simd reduction(+ : v)
+    for (int c = 0; c < C; ++c) v += (row[c] - m) * (row[c] - m);
+    const Real r = Real(1) / std::sqrt(v / C + Real(eps));
+    rstd[n] = r;
+    Real* o = out + size_t(n) * C;
+    if (kind == NormKind::layer)
+      for (int c = 0; c < C; ++c) o[c] = (row[c] - m) * r * weight[c] + bias[c];
+    else
+      for (int c = 0; c < C; ++c) o[c] = row[c] * r * weight[c];
+  }
+}
+
+// dx (N, C) = dresidual + the gradient through the norm: x feeds both the norm and the residual stream past it, and
+// the two gradients meet here. dx may be dresidual itself; dresidual = nullptr where nothing runs past the norm.
+// dweight, dbias (C) accumulate. With xhat = (x - mean) rstd and g = dout * weight:
+//     dx = rstd (g - mean(g) - xhat mean(g xhat)), without the term mean(g) for RMSNorm.
+template <class Real>
+void norm_backward(Cpu&, NormKind kind, Real* dx, Acc<Real>* dweight, Acc<Real>* dbias, const Real* dresidual,
+                   const Real* dout, const Real* x, const Acc<Real>* mean, const Acc<Real>* rstd, const Real* weight,
+                   int N, int C) {
+  const bool layer = kind == NormKind::layer;
+  std::vector<Acc<Real>> partial(size_t(kRowChunks) * 2 * C);  // (chunks, weight or bias, C)
+  for_row_chunks(N, [&](int chunk, int begin, int end) {
+    Acc<Real>* dw = &partial[size_t(chunk) * 2 * C];
+    Acc<Real>* db = dw + C;
+    for (int n = begin; n < end; ++n) {
+      const Real *row = x + size_t(n) * C, *d = dout + size_t(n) * C;
+      const Real m = layer ? mean[n] : 0, r = rstd[n];
+      Real g_mean = 0, gx_mean = 0;
+#pragma omp simd reduction(+ : g_mean, gx_mean)
+      for (int c = 0; c < C; ++c) {
+        const Real xhat = (row[c] - m) * r, g = d[c] * weight[c];
+        g_mean += g;
+        gx_mean += g * xhat;
+        dw[c] += d[c] * xhat;
+      }
+      if (layer)
+        for (int c = 0; c < C; ++c) db[c] += d[c];
+      g_mean = layer ? g_mean / C : 0;
+      gx_mean /= C;
+      Real* o = dx + size_t(n) * C;
+      const Real* past = dresidual ? dresidual + size_t(n) * C : nullptr;
+      for (int c = 0; c < C; ++c) {
+        const Real xhat = (row[c] - m) * r;
+        o[c] = (past ? past[c] : Real(0)) + r * (d[c] * weight[c] - g_mean - xhat * gx_mean);
+      }
+    }
+  });
+  for (int chunk = 0; chunk < kRowChunks; ++chunk)
+    for (int c = 0; c < C; ++c) {
+      dweight[c] += partial[(size_t(chunk) * 2 + 0) * C + c];
+      if (layer) dbias[c] += partial[(size_t(chunk) * 2 + 1) * C + c];
+    }
+}
+
+// Matrix products. Eigen multiplies tiles of the output, which do not depend on the number of threads; OpenMP hands
+// the tiles out.
+template <class Real>
+using RowMajor = Eigen::Map<Eigen::Matrix<Real, Eigen::Dynamic, Eigen::Dynamic, Eigen::RowMajor>>;
+template <class Real>
+using ConstRowMajor = Eigen::Map<const Eigen::Matrix<Real, Eigen::Dynamic, Eigen::Dynamic, Eigen::RowMajor>>;
+
+template <class Work>
+void for_tiles(int rows, int columns, Work work) {
+  const int tile_rows = std::min(rows, 512), tile_columns = rows >= 512 ? columns : std::min(columns, 512);
+#pragma omp parallel for collapse(2) schedule(dynamic)
+  for (int r = 0; r < rows; r += tile_rows)
+    for (int c = 0; c < columns; c += tile_columns)
+      work(r, c, std::min(tile_rows, rows - r), std::min(tile_columns, columns - c));
+}
+
+// out (N, OC) = inp (N, IC) weight^T + bias; weight (OC, IC), bias (OC) or nullptr. torch.nn.functional.linear.
+template <class Real>
+void linear_forward(Cpu&, Real* out, const Real* inp, const Real* weight, const Real* bias, int N, int IC, int OC) {
+  RowMajor<Real> y(out, N, OC);
+  ConstRowMajor<Real> x(inp, N, IC), w(weight, OC, IC);
+  for_tiles(N, OC, [&](int r, int c, int rows, int columns) {
+    y.block(r, c, rows, columns).noalias() = x.middleRows(r, rows) * w.middleRows(c, columns).transpose();
+    if (bias) y.block(r, c, rows, columns).rowwise() += ConstRowMajor<Real>(bias, 1, OC).row(0).segment(c, columns);
+  });
+}
+
+// out (N, OC) = residual (N, OC) + inp (N, IC) weight^T + bias: a branch joins the residual stream.
+template <class Real>
+void linear_residual_forward(Cpu&, Real* out, const Real* residual, const Real* inp, const Real* weight, const Real* bias,
+                             int N, int IC, int OC) {
+  RowMajor<Real> y(out, N, OC);
+  ConstRowMajor<Real> x(inp, N, IC), w(weight, OC, IC), past(residual, N, OC);
+  for_tiles(N, OC, [&](int r, int c, int rows, int columns) {
+    auto tile = y.block(r, c, rows, columns);
+    tile = past.block(r, c, rows, columns);
+    if (bias) tile.rowwise() += ConstRowMajor<Real>(bias, 1, OC).row(0).segment(c, columns);
+    tile.noalias() += x.middleRows(r, rows) * w.middleRows(c, columns).transpose();
+  });
+}
+
+// dinp (N, IC) = dout (N, OC) weight;  dweight (OC, IC) += dout^T inp;  dbias (OC) += column sums of dout.
+template <class Real>
+void linear_backward(Cpu&, Real* dinp, Acc<Real>* dweight, Acc<Real>* dbias, const Real* dout, const Real* inp,
+                     const Real* weight, int N, int IC, int OC) {
+  RowMajor<Real> dx(dinp, N, IC);
+  RowMajor<Acc<Real>> dw(dweight, OC, IC);
+  ConstRowMajor<Real> dy(dout, N, OC), x(inp, N, IC), w(weight, OC, IC);
+  for_tiles(N, IC, [&](int r, int c, int rows, int columns) {
+    dx.block(r, c, rows, columns).noalias() = dy.middleRows(r, rows) * w.middleCols(c, columns);
+  });
+  for_tiles(OC, IC, [&](int r, int c, int rows, int columns) {
+    dw.block(r, c, rows, columns).noalias() += dy.middleCols(r, rows).transpose() * x.middleCols(c, columns);
+  });
+  if (!dbias) return;
+#pragma omp parallel for
+  for (int c0 = 0; c0 < OC; c0 += 64)
+    for (int n = 0; n < N; ++n)
+      for (int c = c0; c < std::min(c0 + 64, OC); ++c) dbias[c] += dout[size_t(n) * OC + c];
+}
+
+// SwiGLU (Shazeer 2020, arXiv 2002.05202): out (N, F) = silu(gate) * up, with gate and up the halves of gate_up (N, 2F);
+// silu(z) = z / (1 + e^-z).
+template <class Real>
+void swiglu_forward(Cpu&, Real* out, const Real* gate_up, int N, int F) {
+#pragma omp parallel for
+  for (int n = 0; n < N; ++n) {
+    const Real *gate = gate_up + size_t(n) * 2 * F, *up = gate + F;
+    Real* o = out + size_t(n) * F;
+    for (int f = 0; f < F; ++f) o[f] = gate[f] / (Real(1) + exp_(-gate[f])) * up[f];
+  }
+}
+
+// dgate_up (N, 2F) from dout (N, F).
+template <class Real>
+void swiglu_backward(Cpu&, Real* dgate_up, const Real* dout, const Real* gate_up, int N, int F) {
+#pragma omp parallel for
+  for (int n = 0; n < N; ++n) {
+    const Real *gate = gate_up + size_t(n) * 2 * F, *up = gate + F, *d = dout + size_t(n) * F;
+    Real *dgate = dgate_up + size_t(n) * 2 * F, *dup = dgate + F;
+    for (int f = 0; f < F; ++f) {
+      const Real sigmoid = Real(1) / (Real(1) + exp_(-gate[f]));
+      const Real silu = gate[f] * sigmoid;
+      dgate[f] = d[f] * up[f] * (sigmoid + silu * (Real(1) - sigmoid));
+      dup[f] = d[f] * silu;
+    }
+  }
+}
+
+// GELU, the exact one with the error function: out = x Phi(x). out, x (N, F). torch.nn.functional.gelu.
+template <class Real>
+void gelu_forward(Cpu&, Real* out, const Real* x, int N, int F) {
+#pragma omp parallel for
+  for (size_t i = 0; i < size_t(N) * F; ++i) out[i] = x[i] * Real(0.5) * (Real(1) + std::erf(x[i] * Real(M_SQRT1_2)));
+}
+
+// dx (N, F) from dout: d/dx x Phi(x) = Phi(x) + x phi(x).
+template <class Real>
+void gelu_backward(Cpu&, Real* dx, const Real* dout, const Real* x, int N, int F) {
+#pragma omp parallel for
+  for (size_t i = 0; i < size_t(N) * F; ++i) {
+    const Real Phi = Real(0.5) * (Real(1) + std::erf(x[i] * Real(M_SQRT1_2)));
+    const Real phi = exp_(Real(-0.5) * x[i] * x[i]) * Real(0.3989422804014327);  // 1/sqrt(2 pi)
+    dx[i] = dout[i] * (Phi + x[i] * phi);
+  }
+}
+
+// Softmax cross-entropy with the log Z penalty of z-loss (Chowdhery et al. 2022, arXiv 2204.02311):
+//     loss = log Z - logit[target] + z_loss (log Z)^2,  Z = sum exp(logit), in nats.
+// Reads logits (N, V) and writes the gradient of scale * sum(losses) in their place; losses (N) without the penalty, so
+// that runs compare. Rows whose target is negative have loss and gradient 0.
+template <class Real>
+void cross_entropy(Cpu&, Acc<Real>* losses, Real* logits, const int* targets, double scale, double z_loss, int N, int V) {
+#pragma omp parallel for
+  for (int n = 0; n < N; ++n) {
+    Real* row = logits + size_t(n) * V;
+    if (targets[n] < 0) {
+      losses[n] = 0;
+      for (int v = 0; v < V; ++v) row[v] = 0;
+      continue;
+    }
+    Real highest = row[0];
+    for (int v = 1; v < V; ++v) highest = row[v] > highest ? row[v] : highest;
+    const Real target_logit = row[targets[n]];
+    Real sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (int v = 0; v < V; ++v) {
+      row[v] = exp_(row[v] - highest);
+      sum += row[v];
+    }
+    const Real log_z = highest + std::log(sum);
+    losses[n] = log_z - target_logit;
+    const Real factor = Real(scale) * (Real(1) + Real(2 * z_loss) * log_z) / sum;
+    for (int v = 0; v < V; ++v) row[v] *= factor;
+    row[targets[n]] -= Real(scale);
+  }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// CUDA. Kernels of W elements per access: 16 bytes' worth, or 1 where a width or an address does not allow it.
+
+#ifdef __CUDACC__
+
+#include <cub/device/device_radix_sort.cuh>
+#include <map>
+#include <tuple>
+
+// A thread copies W channels of one row.
+template <class Real, int W>
+__global__ void embedding_forward_kernel(Real* x, const int* tokens, const Real* weight, int N, int C) {
+  const int packs = C / W;
+  const size_t id = blockIdx.x * size_t(blockDim.x) + threadIdx.x, n = id / packs;
+  if (n >= N) return;
+  const int c = int(id % packs) * W;
+  using P = Pack<Real, W>;
+  *reinterpret_cast<P*>(x + n * C + c) = *reinterpret_cast<const P*>(weight + size_t(tokens[n]) * C + c);
+}
+
+template <class Real>
+void embedding_forward(Cuda& be, Real* x, const int* tokens, const Real* weight, int N, int C) {
+  const bool packs = wide(C, x, weight);
+  launch(be, "embedding_forward", packs ? embedding_forward_kernel<Real, kWide<Real>> : embedding_forward_kernel<Real, 1>,
+         divide_up(size_t(N) * C / (packs ? kWide<Real> : 1), 256), 256, 0, x, tokens, weight, N, C);
+}
+
+// For the backward pass, the rows are sorted by token; the sort is stable, so that the rows of a token are added up in
+// their order, whatever the order in which blocks run.
+
+__global__ inline void count_up_kernel(int* to, int n) {
+  const int i = blockIdx.x * blockDim.x + threadIdx.x;
+  if (i < n) to[i] = i;
+}
+// Where the run of each token begins and ends in the sorted list; both 0 for a token that does not occur.
+__global__ inline void find_runs_kernel(int* begin, int* end, const int* sorted, int N) {
+  const int i = blockIdx.x * blockDim.x + threadIdx.x;
+  if (i >= N) return;
+  if (i == 0 || sorted[i] != sorted[i - 1]) begin[sorted[i]] = i;
+  if (i == N - 1 || sorted[i] != sorted[i + 1]) end[sorted[i]] = i + 1;
+}
+
+constexpr int kEmbeddingWarps = 8;
+
+// The sum of every step-th row of a run, in the W columns from c on.
+template <class Real, int W>
+__device__ __forceinline__ void add_run(float (&sum)[W], const Real* dx, const int* rows, int begin, int end, int step, int C,
+                                        int c) {
+#pragma unroll 4
+  for (int i = begin; i < end; i += step) {
+    float d[W];
+    load<W>(d, dx + size_t(rows[i]) * C + c);
+#pragma unroll
+    for (int k = 0; k < W; ++k) sum[k] += d[k];
+  }
+}
+template <int W>
+__device__ __forceinline__ void add_to(float* to, const float (&sum)[W]) {
+  float old[W];
+  load<W>(old, to);
+#pragma unroll
+  for (int k = 0; k < W; ++k) old[k] += sum[k];
+  store<W>(to, old);
+}
+
+// A block has 8 tokens, gridDim.x apart, and 32 W columns. A warp adds up the rows of one token, a lane W columns of them;
+// where a token is frequent, all warps share its rows.
+template <class Real, int W>
+__global__ void __launch_bounds__(kEmbeddingWarps * 32)
+    embedding_backward_kernel(float* dweight, const Real* dx, const int* rows, const int* begin, const int* end, int V, int C) {
+  __shared__ float sums[kEmbeddingWarps][32 * W];
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, c = (blockIdx.y * 32 + lane) * W;
+  constexpr int kFrequent = 32;
+  for (int i = 0; i < kEmbeddingWarps; ++i) {
+    const int token = blockIdx.x + i * gridDim.x;
+    if (token >= V) break;
+    const int first = begin[token], last = end[token];
+    const bool frequent = last - first > kFrequent;  // the same for the whole block
+    float sum[W] = {};
+    if (!frequent) {
+      if (i != warp || first == last || c >= C) continue;
+      add_run<Real, W>(sum, dx, rows, first, last, 1, C, c);
+      add_to<W>(dweight + size_t(token) * C + c, sum);
+      continue;
+    }
+    if (c < C) add_run<Real, W>(sum, dx, rows, first + warp, last, kEmbeddingWarps, C, c);
+    for (int k = 0; k < W; ++k) sums[warp][k * 32 + lane] = sum[k];
+    __syncthreads();
+    if (warp == 0 && c < C) {
+      for (int w = 1; w < kEmbeddingWarps; ++w)
+        for (int k = 0; k < W; ++k) sum[k] += sums[w][k * 32 + lane];
+      add_to<W>(dweight + size_t(token) * C + c, sum);
+    }
+    __syncthreads();
+  }
+}
+
+template <class Real>
+void embedding_backward(Cuda& be, Acc<Real>* dweight, const Real* dx, const int* tokens, int N, int V, int C) {
+  int* memory = static_cast<int*>(be.workspace);  // begin (V), end (V), sorted (N), rows (N), counts (N), the sort's own
+  int *begin = memory, *end = begin + V, *sorted = end + V, *rows = sorted + N, *counts = rows + N;
+  void* temporary = memory + (2 * size_t(V) + 3 * size_t(N) + 63) / 64 * 64;
+  int bits = 1;
+  while (bits < 31 && V > 1 << bits) ++bits;
+  size_t bytes = 0;
+  check(cub::DeviceRadixSort::SortPairs(nullptr, bytes, tokens, sorted, counts, rows, N, 0, bits, be.stream), "sort");
+  if (static_cast<char*>(temporary) + bytes > static_cast<char*>(be.workspace) + Cuda::kWorkspaceBytes)
+    throw UserError("--batch: too many tokens at once to sort them (" + std::to_string(N) + "); use a smaller --batch");
+  launch(be, "count_up", count_up_kernel, divide_up(N, 256), 256, 0, counts, N);
+  check(cub::DeviceRadixSort::SortPairs(temporary, bytes, tokens, sorted, counts, rows, N, 0, bits, be.stream), "sort");
+  be.zero(begin, 2 * size_t(V) * sizeof(int));
+  launch(be, "find_runs", find_runs_kernel, divide_up(N, 256), 256, 0, begin, end, (const int*)sorted, N);
+  const bool packs = wide(C, dx) && wide(4, dweight);
+  const dim3 blocks(divide_up(V, kEmbeddingWarps), divide_up(C, 32 * (packs ? kWide<Real> : 1)));
+  launch(be, "embedding_backward", packs ? embedding_backward_kernel<Real, kWide<Real>> : embedding_backward_kernel<Real, 1>,
+         blocks, kEmbeddingWarps * 32, 0, dweight, dx, (const int*)rows, (const int*)begin, (const int*)end, V, C);
+}
+
+constexpr int kNormWarps = 8;
+
+// A warp normalises one row, and reads it up to three times: from memory once, then from the L1 cache.
+template <class Real, int W, NormKind KIND>
+__global__ void __launch_bounds__(kNormWarps * 32)
+    norm_forward_kernel(Real* out, float* mean, float* rstd, const Real* x, const Real* weight, const Real* bias, int N, int C,
+                        float eps) {
+  const size_t n = blockIdx.x * size_t(kNormWarps) + threadIdx.x / 32;
+  if (n >= N) return;
+  const int start = threadIdx.x % 32 * W;
+  const Real* row = x + n * C;
+  float m = 0, square = 0, v[W], w[W], b[W];
+  if (KIND == NormKind::layer) {
+#pragma unroll 4
+    for (int c = start; c < C; c += 32 * W) {
+      load<W>(v, row + c);
+#pragma unroll
+      for (int k = 0; k < W; ++k) m += v[k];
+    }
+    m = warp_sum(m) / C;
+    if (start == 0) mean[n] = m;
+  }
+#pragma unroll 4
+  for (int c = start; c < C; c += 32 * W) {
+    load<W>(v, row + c);
+#pragma unroll
+    for (int k = 0; k < W; ++k) square += (v[k] - m) * (v[k] - m);
+  }
+  const float r = rsqrtf(warp_sum(square) / C + eps);
+  if (start == 0) rstd[n] = r;
+#pragma unroll 4
+  for (int c = start; c < C; c += 32 * W) {
+    load<W>(v, row + c);
+    load<W>(w, weight + c);
+    if (KIND == NormKind::layer) load<W>(b, bias + c);
+#pragma unroll
+    for (int k = 0; k < W; ++k) v[k] = KIND == NormKind::layer ? (v[k] - m) * r * w[k] + b[k] : v[k] * r * w[k];
+    store<W>(out + n * C + c, v);
+  }
+}
+
+template <class Real>
+void norm_forward(Cuda& be, NormKind kind, Real* out, Acc<Real>* mean, Acc<Real>* rstd, const Real* x, const Real* weight,
+                  const Real* bias, int N, int C, double eps) {
+  auto kernel = [&](auto W) {
+    return kind == NormKind::rms ? norm_forward_kernel<Real, W(), NormKind::rms> : norm_forward_kernel<Real, W(), NormKind::layer>;
+  };
+  launch(be, "norm_forward",
+         wide(C, out, x, weight, bias) ? kernel(std::integral_constant<int, kWide<Real>>()) : kernel(std::integral_constant<int, 1>()),
+         divide_up(N, kNormWarps), kNormWarps * 32, 0, out, mean, rstd, x, weight, bias, N, C, float(eps));
+}
+
+// A warp works through many rows. Its sums for dweight (and dbias) lie in shared memory, (warps, C) of each, where a lane
+// only ever touches its own columns; at the end the block adds the warps up to one row of partial (blocks, 1 or 2, C).
+template <class Real, int W, NormKind KIND>
+__global__ void norm_backward_kernel(Real* dx, float* partial, const Real* dresidual, const Real* dout, const Real* x,
+                                     const float* mean, const float* rstd, const Real* weight, int N, int C) {
+  extern __shared__ float4 shared_sums[];
+  constexpr bool layer = KIND == NormKind::layer;
+  const int warp = threadIdx.x / 32, warps = blockDim.x / 32, start = threadIdx.x % 32 * W;
+  float* sums = reinterpret_cast<float*>(shared_sums);  // (dweight or dbias, warps, C)
+  float *dw = sums + size_t(warp) * C, *db = dw + size_t(warps) * C;
+  for (int i = threadIdx.x; i < (layer ? 2 : 1) * warps * C; i += blockDim.x) sums[i] = 0;
+  __syncthreads();
+  for (int n = blockIdx.x * warps + warp; n < N; n += gridDim.x * warps) {
+    const size_t at = size_t(n) * C;
+    const float m = layer ? mean[n] : 0, r = rstd[n];
+    float g_mean = 0, gx_mean = 0, v[W], d[W], w[W];
+#pragma unroll 4
+    for (int c = start; c < C; c += 32 * W) {
+      load<W>(v, x + at + c);
+      load<W>(d, dout + at + c);
+      load<W>(w, weight + c);
+      float add[W];
+#pragma unroll
+      for (int k = 0; k < W; ++k) {
+        const float xhat = (v[k] - m) * r, g = d[k] * w[k];
+        if (layer) g_mean += g;
+        gx_mean += g * xhat;
+        add[k] = d[k] * xhat;
+      }
+      add_to<W>(dw + c, add);
+      if (layer) add_to<W>(db + c, d);
+    }
+    g_mean = layer ? warp_sum(g_mean) / C : 0;
+    gx_mean = warp_sum(gx_mean) / C;
+#pragma unroll 4
+    for (int c = start; c < C; c += 32 * W) {
+      float past[W] = {};
+      load<W>(v, x + at + c);
+      load<W>(d, dout + at + c);
+      load<W>(w, weight + c);
+      if (dresidual) load<W>(past, dresidual + at + c);
+#pragma unroll
+      for (int k = 0; k < W; ++k) past[k] += r * (d[k] * w[k] - g_mean - (v[k] - m) * r * gx_mean);
+      store<W>(dx + at + c, past);
+    }
+  }
+  __syncthreads();
+  for (int i = threadIdx.x; i < (layer ? 2 : 1) * C; i += blockDim.x) {
+    float sum = 0;
+    for (int w = 0; w < warps; ++w) sum += sums[(size_t(i / C) * warps + w) * C + i % C];
+    partial[size_t(blockIdx.x) * (layer ? 2 : 1) * C + i] = sum;
+  }
+}
+
+template <class Real>
+void norm_backward(Cuda& be, NormKind kind, Real* dx, Acc<Real>* dweight, Acc<Real>* dbias, const Real* dresidual,
+                   const Real* dout, const Real* x, const Acc<Real>* mean, const Acc<Real>* rstd, const Real* weight, int N,
+                   int C) {
+  auto kernel = [&](auto W) {
+    return kind == NormKind::rms ? norm_backward_kernel<Real, W(), NormKind::rms> : norm_backward_kernel<Real, W(), NormKind::layer>;
+  };
+  const int sums = kind == NormKind::rms ? 1 : 2;
+  const size_t bytes = size_t(sums) * C * sizeof(float);  // per warp
+  const int warps = int(std::min<size_t>(kNormWarps, be.shared_bytes / bytes));
+  if (warps == 0) throw UserError("--width " + std::to_string(C) + ": too wide for the norms on this GPU; use --device cpu");
+  const int blocks = int(std::min<size_t>(4 * be.multiprocessors, divide_up(N, warps)));
+  float* partial = static_cast<float*>(be.workspace);
+  const bool packs = wide(C, dx, dresidual, dout, x, weight);
+  launch(be, "norm_backward", packs ? kernel(std::integral_constant<int, kWide<Real>>()) : kernel(std::integral_constant<int, 1>()),
+         blocks, warps * 32, warps * bytes, dx, partial, dresidual, dout, x, mean, rstd, weight, N, C);
+  add_rows(be, dweight, partial, blocks, C, sums * C);
+  if (kind == NormKind::layer) add_rows(be, dbias, partial + C, blocks, C, sums * C);
+}
+
+// One matrix product of cuBLASLt, which counts in columns: our row-major (rows, columns) is its (columns, rows).
+//     out (columns of b's, rows of a's) = a b, plus `add` when given; shapes as cuBLASLt sees them:
+// out (m, n) = op(a) op(b) [+ add (m, n)] [+ bias (m) to every column]. op(a) is (m, k), op(b) (k, n).
+template <class Out>
+struct Product {
+  Out* out;
+  const Out* add;  // may be out
+  const Out* bias;
+  int m, n, k;
+  bool transpose_a, transpose_b;
+};
+
+// How a product is to be done, found once per shape: asking cuBLASLt costs more than starting it.
+struct ProductPlan {
+  cublasLtMatmulDesc_t description = nullptr;
+  cublasLtMatrixLayout_t a = nullptr, b = nullptr, out = nullptr;
+  cublasLtMatmulAlgo_t algorithm;
+};
+
+template <class T>
+constexpr cudaDataType_t cuda_type() {
+  return std::is_same_v<T, bf16> ? CUDA_R_16BF : CUDA_R_32F;
+}
+inline int alignment(const void* p) {  // the largest power of two that divides the address, up to 256 bytes
+  return int(std::min<uintptr_t>(reinterpret_cast<uintptr_t>(p) & -reinterpret_cast<uintptr_t>(p), 256));
+}
+
+// Inputs in Real, sums in fp32 (never TF32), out in Out. cuBLASLt may split k among blocks, but only to add up partial
+// products from the workspace in a fixed order: no reduction scheme with atomics is let in.
+template <class Real, class Out>
+void multiply(Cuda& be, const Product<Out>& p, const Real* a, const Real* b) {
+  using Key = std::tuple<int, int, int, bool, bool, bool, bool, int, int, int, int>;
+  static std::map<std::pair<cublasLtHandle_t, Key>, ProductPlan> plans;
+  const Key key = {p.m, p.n, p.k, p.transpose_a, p.transpose_b, p.add != nullptr, p.bias != nullptr,
+                   alignment(a), alignment(b), alignment(p.out), p.add ? alignment(p.add) : 256};
+  ProductPlan& plan = plans[{be.blas, key}];
+  if (!plan.description) {
+    cublasLtMatmulDesc_t description;
+    check(cublasLtMatmulDescCreate(&description, CUBLAS_COMPUTE_32F, CUDA_R_32F), "cublasLtMatmulDescCreate");
+    auto set = [&](cublasLtMatmulDescAttributes_t name, auto value) {
+      check(cublasLtMatmulDescSetAttribute(description, name, &value, sizeof value), "cublasLtMatmulDescSetAttribute");
+    };
+    set(CUBLASLT_MATMUL_DESC_TRANSA, p.transpose_a ? CUBLAS_OP_T : CUBLAS_OP_N);
+    set(CUBLASLT_MATMUL_DESC_TRANSB, p.transpose_b ? CUBLAS_OP_T : CUBLAS_OP_N);
+    if (p.bias) set(CUBLASLT_MATMUL_DESC_EPILOGUE, CUBLASLT_EPILOGUE_BIAS);
+    if (p.bias) set(CUBLASLT_MATMUL_DESC_BIAS_POINTER, (const void*)p.bias);
+    auto layout = [&](cublasLtMatrixLayout_t& to, cudaDataType_t type, int rows, int columns) {
+      check(cublasLtMatrixLayoutCreate(&to, type, rows, columns, rows), "cublasLtMatrixLayoutCreate");
+    };
+    layout(plan.a, cuda_type<Real>(), p.transpose_a ? p.k : p.m, p.transpose_a ? p.m : p.k);
+    layout(plan.b, cuda_type<Real>(), p.transpose_b ? p.n : p.k, p.transpose_b ? p.k : p.n);
+    layout(plan.out, cuda_type<Out>(), p.m, p.n);
+    cublasLtMatmulPreference_t preference;
+    check(cublasLtMatmulPreferenceCreate(&preference), "cublasLtMatmulPreferenceCreate");
+    auto prefer = [&](cublasLtMatmulPreferenceAttributes_t name, auto value) {
+      check(cublasLtMatmulPreferenceSetAttribute(preference, name, &value, sizeof value), "cublasLtMatmulPreferenceSetAttribute");
+    };
+    prefer(CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, Cuda::kWorkspaceBytes);
+    prefer(CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, uint32_t(CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE));
+    prefer(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, uint32_t(alignment(a)));
+    prefer(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES, uint32_t(alignment(b)));
+    prefer(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, uint32_t(p.add ? alignment(p.add) : alignment(p.out)));
+    prefer(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES, uint32_t(alignment(p.out)));
+    cublasLtMatmulHeuristicResult_t found;
+    int count = 0;
+    check(cublasLtMatmulAlgoGetHeuristic(be.blas, description, plan.a, plan.b, plan.out, plan.out, preference, 1, &found, &count),
+          "cublasLtMatmulAlgoGetHeuristic");
+    cublasLtMatmulPreferenceDestroy(preference);
+    if (count == 0) throw std::runtime_error("cuBLASLt has no algorithm for a matrix product of this shape");
+    plan.algorithm = found.algo;
+    plan.description = description;
+  }
+  if (p.bias)
+    check(cublasLtMatmulDescSetAttribute(plan.description, CUBLASLT_MATMUL_DESC_BIAS_POINTER, &p.bias, sizeof p.bias),
+          "cublasLtMatmulDescSetAttribute");
+  const float one = 1, zero = 0;
+  check(cublasLtMatmul(be.blas, plan.description, &one, a, plan.a, b, plan.b, p.add ? &one : &zero, p.add ? p.add : p.out,
+                       plan.out, p.out, plan.out, &plan.algorithm, be.workspace, Cuda::kWorkspaceBytes, be.stream),
+        "cublasLtMatmul");
+}
+
+template <class Real>
+void linear_forward(Cuda& be, Real* out, const Real* inp, const Real* weight, const Real* bias, int N, int IC, int OC) {
+  multiply(be, Product<Real>{out, nullptr, bias, OC, N, IC, true, false}, weight, inp);
+}
+
+template <class Real>
+void linear_residual_forward(Cuda& be, Real* out, const Real* residual, const Real* inp, const Real* weight, const Real* bias,
+                             int N, int IC, int OC) {
+  multiply(be, Product<Real>{out, residual, bias, OC, N, IC, true, false}, weight, inp);
+}
+
+// Column sums of a run of rows: a block has 32 columns, whose rows its 8 warps share; one row of partial (blocks, OC) each.
+template <class Real>
+__global__ void __launch_bounds__(256) bias_backward_kernel(float* partial, const Real* dout, int N, int OC) {
+  __shared__ float sums[8][33];
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, c = blockIdx.x * 32 + lane;
+  float sum = 0;
+  if (c < OC)
+#pragma unroll 4
+    for (int n = blockIdx.y * 8 + warp; n < N; n += gridDim.y * 8) sum += float(dout[size_t(n) * OC + c]);
+  sums[warp][lane] = sum;
+  __syncthreads();
+  if (warp > 0 || c >= OC) return;
+  for (int w = 1; w < 8; ++w) sum += sums[w][lane];
+  partial[size_t(blockIdx.y) * OC + c] = sum;
+}
+
+template <class Real>
+void linear_backward(Cuda& be, Real* dinp, Acc<Real>* dweight, Acc<Real>* dbias, const Real* dout, const Real* inp,
+                     const Real* weight, int N, int IC, int OC) {
+  multiply(be, Product<Real>{dinp, nullptr, nullptr, IC, N, OC, false, false}, weight, dout);
+  multiply(be, Product<Acc<Real>>{dweight, dweight, nullptr, IC, OC, N, false, true}, inp, dout);
+  if (!dbias) return;
+  float* partial = static_cast<float*>(be.workspace);
+  const int rows = int(std::min<size_t>(64, divide_up(N, 8)));
+  launch(be, "bias_backward", bias_backward_kernel<Real>, dim3(divide_up(OC, 32), rows), 256, 0, partial, dout, N, OC);
+  add_rows(be, dbias, partial, rows, OC, OC);
+}
+
+__device__ __forceinline__ float sigmoid(float x) { return 1 / (1 + __expf(-x)); }
+
+// A thread works out W of the F channels of one row.
+template <class Real, int W>
+__global__ void swiglu_forward_kernel(Real* out, const Real* gate_up, int N, int F) {
+  const int packs = F / W;
+  const size_t id = blockIdx.x * size_t(blockDim.x) + threadIdx.x, n = id / packs;
+  if (n >= N) return;
+  const int f = int(id % packs) * W;
+  float gate[W], up[W];
+  load<W>(gate, gate_up + n * 2 * F + f);
+  load<W>(up, gate_up + n * 2 * F + F + f);
+#pragma unroll
+  for (int k = 0; k < W; ++k) up[k] *= gate[k] * sigmoid(gate[k]);
+  store<W>(out + n * F + f, up);
+}
+
+template <class Real, int W>
+__global__ void swiglu_backward_kernel(Real* dgate_up, const Real* dout, const Real* gate_up, int N, int F) {
+  const int packs = F / W;
+  const size_t id = blockIdx.x * size_t(blockDim.x) + threadIdx.x, n = id / packs;
+  if (n >= N) return;
+  const int f = int(id % packs) * W;
+  const size_t at = n * 2 * F + f;
+  float gate[W], up[W], d[W];
+  load<W>(gate, gate_up + at);
+  load<W>(up, gate_up + at + F);
+  load<W>(d, dout + n * F + f);
+#pragma unroll
+  for (int k = 0; k < W; ++k) {
+    const float s = sigmoid(gate[k]), silu = gate[k] * s;
+    gate[k] = d[k] * up[k] * (s + silu * (1 - s));
+    up[k] = d[k] * silu;
+  }
+  store<W>(dgate_up + at, gate);
+  store<W>(dgate_up + at + F, up);
+}
+
+template <class Real>
+void swiglu_forward(Cuda& be, Real* out, const Real* gate_up, int N, int F) {
+  const bool packs = wide(F, out, gate_up);
+  launch(be, "swiglu_forward", packs ? swiglu_forward_kernel<Real, kWide<Real>> : swiglu_forward_kernel<Real, 1>,
+         divide_up(size_t(N) * F / (packs ? kWide<Real> : 1), 256), 256, 0, out, gate_up, N, F);
+}
+
+template <class Real>
+void swiglu_backward(Cuda& be, Real* dgate_up, const Real* dout, const Real* gate_up, int N, int F) {
+  const bool packs = wide(F, dgate_up, dout, gate_up);
+  launch(be, "swiglu_backward", packs ? swiglu_backward_kernel<Real, kWide<Real>> : swiglu_backward_kernel<Real, 1>,
+         divide_up(size_t(N) * F / (packs ? kWide<Real> : 1), 256), 256, 0, dgate_up, dout, gate_up, N, F);
+}
+
+// A thread works out W elements.
+template <class Real, int W>
+__global__ void gelu_forward_kernel(Real* out, const Real* x, size_t count) {
+  const size_t i = (blockIdx.x * size_t(blockDim.x) + threadIdx.x) * W;
+  if (i >= count) return;
+  float v[W];
+  load<W>(v, x + i);
+#pragma unroll
+  for (int k = 0; k < W; ++k) v[k] *= normcdff(v[k]);
+  store<W>(out + i, v);
+}
+
+template <class Real, int W>
+__global__ void gelu_backward_kernel(Real* dx, const Real* dout, const Real* x, size_t count) {
+  const size_t i = (blockIdx.x * size_t(blockDim.x) + threadIdx.x) * W;
+  if (i >= count) return;
+  float v[W], d[W];
+  load<W>(v, x + i);
+  load<W>(d, dout + i);
+#pragma unroll
+  for (int k = 0; k < W; ++k)
+    d[k] *= normcdff(v[k]) + v[k] * __expf(-0.5f * v[k] * v[k]) * 0.3989422804014327f;  // 1/sqrt(2 pi)
+  store<W>(dx + i, d);
+}
+
+template <class Real>
+void gelu_forward(Cuda& be, Real* out, const Real* x, int N, int F) {
+  const bool packs = wide(F, out, x);
+  launch(be, "gelu_forward", packs ? gelu_forward_kernel<Real, kWide<Real>> : gelu_forward_kernel<Real, 1>,
+         divide_up(size_t(N) * F / (packs ? kWide<Real> : 1), 256), 256, 0, out, x, size_t(N) * F);
+}
+
+template <class Real>
+void gelu_backward(Cuda& be, Real* dx, const Real* dout, const Real* x, int N, int F) {
+  const bool packs = wide(F, dx, dout, x);
+  launch(be, "gelu_backward", packs ? gelu_backward_kernel<Real, kWide<Real>> : gelu_backward_kernel<Real, 1>,
+         divide_up(size_t(N) * F / (packs ? kWide<Real> : 1), 256), 256, 0, dx, dout, x, size_t(N) * F);
+}
+
+// The largest of some numbers and the sum of their exponentials relative to it.
+struct SoftmaxSum {
+  float highest, sum;
+};
+__device__ __forceinline__ SoftmaxSum merge(SoftmaxSum a, SoftmaxSum b) {
+  const float highest = fmaxf(a.highest, b.highest);
+  if (highest == -INFINITY) return {highest, 0};
+  return {highest, a.sum * __expf(a.highest - highest) + b.sum * __expf(b.highest - highest)};
+}
+
+constexpr int kLossThreads = 512;
+
+// A block works on one row: one pass for the maximum and the sum together, then one that writes the gradient. A thread
+// takes every 512th pack of W logits in both.
+template <class Real, int W>
+__global__ void __launch_bounds__(kLossThreads)
+    cross_entropy_kernel(float* losses, Real* logits, const int* targets, float scale, float z_loss, int V) {
+  __shared__ SoftmaxSum warps[kLossThreads / 32];
+  const int n = blockIdx.x, target = targets[n];
+  Real* row = logits + size_t(n) * V;
+  float x[W];
+  if (target < 0) {
+    for (int v = threadIdx.x * W; v < V; v += kLossThreads * W) {
+      const float zeros[W] = {};
+      store<W>(row + v, zeros);
+    }
+    if (threadIdx.x == 0) losses[n] = 0;
+    return;
+  }
+  const float target_logit = float(row[target]);
+  SoftmaxSum total = {-INFINITY, 0};
+#pragma unroll 4
+  for (int v = threadIdx.x * W; v < V; v += kLossThreads * W) {
+    load<W>(x, row + v);
+    SoftmaxSum here = {x[0], 0};
+#pragma unroll
+    for (int k = 1; k < W; ++k) here.highest = fmaxf(here.highest, x[k]);
+#pragma unroll
+    for (int k = 0; k < W; ++k) here.sum += __expf(x[k] - here.highest);
+    total = merge(total, here);
+  }
+#pragma unroll
+  for (int step = 16; step > 0; step /= 2)
+    total = merge(total, {__shfl_xor_sync(~0u, total.highest, step), __shfl_xor_sync(~0u, total.sum, step)});
+  if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = total;
+  __syncthreads();
+  total = warps[0];
+  for (int w = 1; w < kLossThreads / 32; ++w) total = merge(total, warps[w]);
+
+  const float log_z = total.highest + logf(total.sum);
+  const float factor = scale * (1 + 2 * z_loss * log_z) / total.sum;
+  if (threadIdx.x == 0) losses[n] = log_z - target_logit;
+#pragma unroll 4
+  for (int v = threadIdx.x * W; v < V; v += kLossThreads * W) {
+    load<W>(x, row + v);
+#pragma unroll
+    for (int k = 0; k < W; ++k) x[k] = factor * __expf(x[k] - total.highest) - (v + k == target ? scale : 0);
+    store<W>(row + v, x);
+  }
+}
+
+template <class Real>
+void cross_entropy(Cuda& be, Acc<Real>* losses, Real* logits, const int* targets, double scale, double z_loss, int N, int V) {
+  launch(be, "cross_entropy", wide(V, logits) ? cross_entropy_kernel<Real, kWide<Real>> : cross_entropy_kernel<Real, 1>, N,
+         kLossThreads, 0, losses, logits, targets, float(scale), float(z_loss), V);
+}
+
+#endif  // __CUDACC__

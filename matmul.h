@@ -1,0 +1,195 @@
+#pragma once
+// Matrix products on the CPU: c (M, N) = start + a b, row-major, fp32 or double.
+//
+// The method is that of Goto and van de Geijn (2008, "Anatomy of high-performance matrix multiplication"). The inner
+// loop multiplies kTileRows rows of `a` with one panel of `b`, a few vectors of columns, and keeps that tile of c in
+// registers: every number that is loaded is used several times. Panels of b are packed, so that the inner loop reads
+// them in order and from the L1 cache; a is read where it stands, or packed if its rows run across memory.
+//
+// An element of c is a sum over k in runs of at most kDepth, in order. Nothing else about how the work is divided reaches
+// the result, so it is the same for any number of threads, to the bit.
+
+#include <algorithm>
+#include <cstddef>
+#include <cstring>
+#include <vector>
+
+#include <omp.h>
+
+// Vectors are those of GCC and clang, not of one processor: the compiler turns them into AVX-512, AVX, SSE or NEON.
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64, kTileRows = 12;  // 32 registers: 12 x 2 of them hold the tile of c
+#elif defined(__AVX__)
+constexpr int kVectorBytes = 32, kTileRows = 6;  // 16 registers: 6 x 2 for c, 2 for b, 1 for a
+#elif defined(__aarch64__)
+constexpr int kVectorBytes = 16, kTileRows = 12;
+#else
+constexpr int kVectorBytes = 16, kTileRows = 6;
+#endif
+template <class Real>
+constexpr int kTileColumns = 2 * kVectorBytes / int(sizeof(Real));
+
+constexpr int kDepth = 384;    // k per run: a panel of b (kDepth, kTileColumns) takes 24 KiB of a 32 KiB L1 cache
+constexpr int kRowBlock = 96;  // rows per task: their part of a (kRowBlock, kDepth) takes 144 KiB of the L2 cache
+constexpr size_t kPackedElements = size_t(1) << 21;  // of b, packed at one time
+
+// A matrix in memory: element (i, j) at data[i * row + j * column]. The transpose swaps the strides.
+template <class Real>
+struct Strided {
+  const Real* data;
+  size_t row, column;
+  const Real* at(size_t i, size_t j) const { return data + i * row + j * column; }
+};
+template <class Real>
+Strided<Real> row_major(const Real* data, size_t stride) { return {data, stride, 1}; }
+template <class Real>
+Strided<Real> transposed(const Real* data, size_t stride) { return {data, 1, stride}; }
+
+inline int round_up(int n, int multiple) { return (n + multiple - 1) / multiple * multiple; }
+
+// The length of the runs that k is cut into: equal ones, and a function of K alone.
+inline int depth_of_runs(int K) {
+  const int runs = std::max(1, (K + kDepth - 1) / kDepth);
+  return std::max(1, (K + runs - 1) / runs);
+}
+
+// One tile: c (rows <= kTileRows, columns <= kTileColumns) = start + a (rows, K) b (K, kTileColumns), b packed.
+// start may be nullptr for 0, or c itself; its rows lie start_stride apart (0: one row for all, a bias).
+template <class Real>
+void multiply_tile(Real* c, size_t c_stride, const Real* start, size_t start_stride, Strided<Real> a, const Real* b, int rows,
+                   int columns, int K) {
+  constexpr int kLanes = kVectorBytes / int(sizeof(Real));
+  typedef Real Vector __attribute__((vector_size(kVectorBytes)));
+  const Real* a_row[kTileRows];
+  for (int i = 0; i < kTileRows; ++i) a_row[i] = a.at(std::min(i, rows - 1), 0);  // rows past the edge: any, not kept
+  Vector sum[kTileRows][2] = {};
+  for (int k = 0; k < K; ++k) {
+    Vector b0, b1;
+    std::memcpy(&b0, b + size_t(k) * 2 * kLanes, sizeof b0);
+    std::memcpy(&b1, b + size_t(k) * 2 * kLanes + kLanes, sizeof b1);
+#pragma GCC unroll 16
+    for (int i = 0; i < kTileRows; ++i) {
+      const Real x = a_row[i][k * a.column];
+      sum[i][0] += x * b0;
+      sum[i][1] += x * b1;
+    }
+  }
+  if (rows == kTileRows && columns == 2 * kLanes) {
+#pragma GCC unroll 16
+    for (int i = 0; i < kTileRows; ++i)
+      for (int v = 0; v < 2; ++v) {
+        Vector from = {};
+        if (start) std::memcpy(&from, start + i * start_stride + v * kLanes, sizeof from);
+        from += sum[i][v];
+        std::memcpy(c + i * c_stride + v * kLanes, &from, sizeof from);
+      }
+    return;
+  }
+  Real tile[kTileRows][2 * kLanes];
+  std::memcpy(tile, sum, sizeof tile);
+  for (int i = 0; i < rows; ++i)
+    for (int j = 0; j < columns; ++j)
+      c[i * c_stride + j] = (start ? start[i * start_stride + j] : Real(0)) + tile[i][j];
+}
+
+// Elements that b (K, N) takes when packed.
+template <class Real>
+size_t packed_elements(int K, int N) { return size_t(K) * round_up(N, kTileColumns<Real>); }
+
+// Packs panels [first, last) of b (K, N): runs of k one after the other, in a run panel by panel, in a panel row by row,
+// in a row kTileColumns numbers, zeros past the edge.
+template <class Real>
+void pack_panels(Real* packed, Strided<Real> b, int K, int N, int first, int last) {
+  constexpr int kColumns = kTileColumns<Real>;
+  const int depth = depth_of_runs(K), width = round_up(N, kColumns);
+  for (int k0 = 0; k0 < K; k0 += depth)
+    for (int panel = first; panel < last; ++panel) {
+      const int run = std::min(depth, K - k0), columns = std::min(kColumns, N - panel * kColumns);
+      const Real* from = b.at(k0, panel * kColumns);
+      Real* to = packed + size_t(k0) * width + size_t(panel) * kColumns * run;
+      for (int k = 0; k < run; ++k, to += kColumns) {
+        __builtin_prefetch(from + (k + 8) * b.row);
+        if (columns == kColumns && b.column == 1)
+          std::memcpy(to, from + k * b.row, kColumns * sizeof(Real));
+        else if (columns == kColumns)
+          for (int j = 0; j < kColumns; ++j) to[j] = from[k * b.row + j * b.column];
+        else
+          for (int j = 0; j < kColumns; ++j) to[j] = j < columns ? from[k * b.row + j * b.column] : Real(0);
+      }
+    }
+}
+template <class Real>
+void pack(Real* packed, Strided<Real> b, int K, int N) {
+  pack_panels(packed, b, K, N, 0, round_up(N, kTileColumns<Real>) / kTileColumns<Real>);
+}
+
+// c (M, N) = start + a (M, K) b, with b packed, on this thread. A long `a` that runs across memory is packed, too, in
+// panels of kTileRows rows, one k after the other.
+template <class Real>
+void multiply_packed(Real* c, size_t c_stride, const Real* start, size_t start_stride, Strided<Real> a, const Real* packed,
+                     int M, int N, int K) {
+  constexpr int kColumns = kTileColumns<Real>;
+  static thread_local std::vector<Real> packed_a;
+  const int depth = depth_of_runs(K), width = round_up(N, kColumns);
+  const bool pack_a = a.column != 1 && K > 64;
+  if (pack_a) packed_a.resize(size_t(round_up(M, kTileRows)) * depth);
+  for (int k0 = 0; k0 < std::max(K, 1); k0 += depth) {  // K = 0 is one run of nothing: c = start
+    const int run = std::min(depth, K - k0);
+    if (pack_a)
+      for (int k = 0; k < run; ++k) {
+        for (int i = 0; i < M; i += 64 / int(sizeof(Real))) __builtin_prefetch(a.at(i, k0 + k + 8));
+        for (int i = 0; i < M; i += kTileRows) {
+          Real* to = &packed_a[size_t(i) * run + size_t(k) * kTileRows];
+          const Real* from = a.at(i, k0 + k);
+          if (a.row == 1 && M - i >= kTileRows)
+            std::memcpy(to, from, kTileRows * sizeof(Real));
+          else
+            for (int r = 0; r < std::min(kTileRows, M - i); ++r) to[r] = from[r * a.row];
+        }
+      }
+    for (int j = 0; j < N; j += kColumns)
+      for (int i = 0; i < M; i += kTileRows) {
+        Real* tile = c + i * c_stride + j;
+        const Real* from = k0 ? tile : start ? start + i * start_stride + j : nullptr;
+        const Strided<Real> rows = pack_a ? Strided<Real>{&packed_a[size_t(i) * run], 1, kTileRows}
+                                          : Strided<Real>{a.at(i, k0), a.row, a.column};
+        multiply_tile(tile, c_stride, from, k0 ? c_stride : start_stride, rows,
+                      packed + size_t(k0) * width + size_t(j) * run, std::min(kTileRows, M - i), std::min(kColumns, N - j), run);
+      }
+  }
+}
+
+// c (M, N) = start + a (M, K) b (K, N) on all threads. c has rows of N; start as in multiply_tile.
+template <class Real>
+void matmul(Real* c, const Real* start, size_t start_stride, Strided<Real> a, Strided<Real> b, int M, int N, int K) {
+  constexpr int kColumns = kTileColumns<Real>;
+  if (M <= 2 && a.column == 1 && b.row == 1) {  // sampling: b, the weights, is read once, so packing it would not pay
+#pragma omp parallel for
+    for (int j = 0; j < N; ++j)
+      for (int i = 0; i < M; ++i) {
+        const Real *x = a.at(i, 0), *y = b.at(0, j);
+        Real sum = 0;
+#pragma omp simd reduction(+ : sum)
+        for (int k = 0; k < K; ++k) sum += x[k] * y[k];
+        c[size_t(i) * N + j] = (start ? start[i * start_stride + j] : Real(0)) + sum;
+      }
+    return;
+  }
+  // b is packed by all threads, a slab of columns at a time; then a task is kRowBlock rows (fewer if threads would idle).
+  static thread_local std::vector<Real> packed;
+  const int slab = int(std::min<size_t>(N, std::max<size_t>(1, kPackedElements / std::max(K, 1) / kColumns) * kColumns));
+  const int row_block = std::min(kRowBlock, round_up(M / (2 * omp_get_max_threads()) + 1, kTileRows));
+  if (packed.size() < packed_elements<Real>(K, slab)) packed.resize(packed_elements<Real>(K, slab));
+  Real* panels = packed.data();  // the calling thread's, shared by all
+#pragma omp parallel
+  for (int j = 0; j < N; j += slab) {
+    const int columns = std::min(slab, N - j);
+#pragma omp for schedule(dynamic)
+    for (int panel = 0; panel < (columns + kColumns - 1) / kColumns; ++panel)
+      pack_panels(panels, Strided<Real>{b.at(0, j), b.row, b.column}, K, columns, panel, panel + 1);
+#pragma omp for schedule(dynamic)
+    for (int i = 0; i < M; i += row_block)
+      multiply_packed(c + size_t(i) * N + j, N, start ? start + i * start_stride + j : nullptr, start_stride,
+                      Strided<Real>{a.at(i, 0), a.row, a.column}, panels, std::min(row_block, M - i), columns, K);
+  }
+}

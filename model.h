@@ -1,0 +1,519 @@
+#pragma once
+// The model: configuration, the table of parameters, the activations, forward(), backward(), memory.
+//
+// A block, with rows N = B*T. The parallel block differs in one thing: norm2 reads x instead of x2.
+//
+//     h1   = norm1(x)
+//     qkv  = h1 Wqkv^T                      (N, NH + 2*NKV, HS), packed
+//     qkv  = rope(qkv)                      the first R channels of queries and keys, in place
+//     att  = attention(qkv)                 (N, NH, HS)
+//     x2   = x + att Wproj^T
+//     h2   = norm2(x2)
+//     up   = h2 Wup^T                       (N, 2F) for SwiGLU: gate, up
+//     act  = swiglu(up)                     (N, F)
+//     next = x2 + act Wdown^T
+
+#include <functional>
+#include <string>
+#include <vector>
+
+#include "attention.cuh"
+#include "backend.h"
+#include "layers.cuh"
+#include "optimizer.cuh"
+#include "rope.cuh"
+
+enum class BlockKind { sequential, parallel };
+enum class MlpKind { swiglu, gelu };
+
+struct Config {
+  int layers = 6;        // L
+  int width = 128;       // C
+  int heads = 4;         // NH
+  int kv_heads = 0;      // NKV; 0: as many as heads
+  int head_size = 0;     // HS; 0: width / heads
+  int mlp_hidden = 0;    // F; 0: SwiGLU 8/3 of the width rounded up to a multiple of 64, GELU 4 times the width
+  int context = 256;     // T in training, and the positions of the RoPE table
+  int vocab = 0;         // V; 0: that of the data
+  int rotary_dim = -1;   // R; -1: from the fraction
+  double rope_base = 10000;
+  RopePairs rope_pairs = RopePairs::half;
+  bool qk_norm = false;
+  BlockKind block = BlockKind::sequential;
+  NormKind norm = NormKind::rms;
+  MlpKind mlp = MlpKind::swiglu;
+  bool bias = false;
+  bool tied = false;
+
+  static constexpr double norm_eps = 1e-5;
+
+  int qkv_width() const { return (heads + 2 * kv_heads) * head_size; }
+  int up_width() const { return mlp == MlpKind::swiglu ? 2 * mlp_hidden : mlp_hidden; }
+  RopeShape heads_shape(int B, int T, int first) const { return {B, T, heads, kv_heads, head_size, first}; }
+};
+
+// Fills in what was left to be derived, and refuses what cannot be.
+inline void resolve(Config& c) {
+  auto positive = [](const char* flag, int value) {
+    if (value <= 0) throw UserError(std::string(flag) + " " + std::to_string(value) + ": must be at least 1");
+  };
+  positive("--layers", c.layers);
+  positive("--width", c.width);
+  positive("--heads", c.heads);
+  positive("--context", c.context);
+  positive("--vocab", c.vocab);
+  if (c.kv_heads == 0) c.kv_heads = c.heads;
+  if (c.head_size == 0) {
+    if (c.width % c.heads)
+      throw UserError("--heads " + std::to_string(c.heads) + ": does not divide --width " + std::to_string(c.width) +
+                      "; choose a divisor or give --head-size");
+    c.head_size = c.width / c.heads;
+  }
+  if (c.mlp_hidden == 0) c.mlp_hidden = c.mlp == MlpKind::swiglu ? (c.width * 8 / 3 + 63) / 64 * 64 : 4 * c.width;
+  positive("--kv-heads", c.kv_heads);
+  positive("--head-size", c.head_size);
+  positive("--mlp-hidden", c.mlp_hidden);
+  if (c.heads % c.kv_heads)
+    throw UserError("--kv-heads " + std::to_string(c.kv_heads) + ": must divide --heads " + std::to_string(c.heads));
+  if (!(c.rope_base > 1 && std::isfinite(c.rope_base)))
+    throw UserError("--rope-base " + std::to_string(c.rope_base) + ": must be a finite number above 1");
+  check_rotary_dim(c.rotary_dim, c.head_size);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Parameters, and their gradients, which have the same names and shapes.
+
+template <class T>
+struct BlockParameters {
+  T *norm1 = nullptr, *norm1_bias = nullptr, *qkv = nullptr, *qkv_bias = nullptr, *q_norm = nullptr, *k_norm = nullptr,
+    *proj = nullptr, *proj_bias = nullptr, *norm2 = nullptr, *norm2_bias = nullptr, *up = nullptr, *up_bias = nullptr,
+    *down = nullptr, *down_bias = nullptr;
+};
+
+template <class T>
+struct Parameters {
+  T *embedding = nullptr, *final_norm = nullptr, *final_norm_bias = nullptr, *head = nullptr;
+  std::vector<BlockParameters<T>> blocks;
+};
+
+enum class Init { normal, ones, zeros };  // normal: N(0, 0.02), as in arXiv 2603.11611, without depth scaling
+
+// Visits every parameter tensor: visit(name, shape, init, pointer). This list is the only one: allocation,
+// initialisation, AdamW, checkpoints, gradient tests and the memory report are made from it.
+template <class T, class Visit>
+void visit_parameters(const Config& c, Parameters<T>& p, Visit visit) {
+  const size_t C = c.width, HS = c.head_size, F = c.mlp_hidden, V = c.vocab, QKV = c.qkv_width(), UP = c.up_width();
+  const size_t A = size_t(c.heads) * HS;
+  const bool layer_norm = c.norm == NormKind::layer;
+  using Shape = std::vector<size_t>;
+  p.blocks.resize(c.layers);
+  visit("embedding.weight", Shape{V, C}, Init::normal, p.embedding);
+  for (int l = 0; l < c.layers; ++l) {
+    BlockParameters<T>& b = p.blocks[l];
+    const std::string block = "layers." + std::to_string(l) + ".";
+    visit(block + "norm1.weight", Shape{C}, Init::ones, b.norm1);
+    if (layer_norm) visit(block + "norm1.bias", Shape{C}, Init::zeros, b.norm1_bias);
+    visit(block + "qkv.weight", Shape{QKV, C}, Init::normal, b.qkv);
+    if (c.bias) visit(block + "qkv.bias", Shape{QKV}, Init::zeros, b.qkv_bias);
+    if (c.qk_norm) visit(block + "q_norm.weight", Shape{HS}, Init::ones, b.q_norm);
+    if (c.qk_norm) visit(block + "k_norm.weight", Shape{HS}, Init::ones, b.k_norm);
+    visit(block + "proj.weight", Shape{C, A}, Init::normal, b.proj);
+    if (c.bias) visit(block + "proj.bias", Shape{C}, Init::zeros, b.proj_bias);
+    visit(block + "norm2.weight", Shape{C}, Init::ones, b.norm2);
+    if (layer_norm) visit(block + "norm2.bias", Shape{C}, Init::zeros, b.norm2_bias);
+    visit(block + "up.weight", Shape{UP, C}, Init::normal, b.up);
+    if (c.bias) visit(block + "up.bias", Shape{UP}, Init::zeros, b.up_bias);
+    visit(block + "down.weight", Shape{C, F}, Init::normal, b.down);
+    if (c.bias) visit(block + "down.bias", Shape{C}, Init::zeros, b.down_bias);
+  }
+  visit("final_norm.weight", Shape{C}, Init::ones, p.final_norm);
+  if (layer_norm) visit("final_norm.bias", Shape{C}, Init::zeros, p.final_norm_bias);
+  if (!c.tied) visit("head.weight", Shape{V, C}, Init::normal, p.head);
+}
+
+// A row of the table: where a tensor lies in the flat array of all parameters. Matrices, which decay, come first, so
+// that AdamW works on two runs of memory. Each tensor starts at a multiple of 64 elements; the gaps stay zero.
+struct ParameterRow {
+  std::string name;
+  std::vector<size_t> shape;
+  Init init;
+  size_t offset = 0, count = 1;
+  bool decays() const { return shape.size() > 1; }
+};
+
+struct ParameterTable {
+  std::vector<ParameterRow> rows;  // in the order of visit_parameters
+  size_t decayed = 0;              // elements of the flat array that weight decay applies to: [0, decayed)
+  size_t total = 0;                // elements of the flat array
+  size_t parameters = 0;           // without the gaps
+};
+
+inline ParameterTable parameter_table(const Config& c) {
+  ParameterTable table;
+  Parameters<float> names_only;
+  visit_parameters(c, names_only, [&](const std::string& name, const std::vector<size_t>& shape, Init init, float*) {
+    table.rows.push_back({name, shape, init});
+  });
+  for (bool decays : {true, false}) {
+    for (ParameterRow& row : table.rows) {
+      if (row.decays() != decays) continue;
+      for (size_t n : row.shape) row.count *= n;
+      row.offset = table.total;
+      table.total += (row.count + 63) / 64 * 64;
+      table.parameters += row.count;
+    }
+    if (decays) table.decayed = table.total;
+  }
+  return table;
+}
+
+// Points the names at their places in a flat array.
+template <class T>
+Parameters<T> bind(const Config& c, const ParameterTable& table, T* flat) {
+  Parameters<T> p;
+  size_t i = 0;
+  visit_parameters(c, p, [&](const std::string&, const std::vector<size_t>&, Init, T*& pointer) {
+    pointer = flat + table.rows[i++].offset;
+  });
+  if (c.tied) p.head = p.embedding;
+  return p;
+}
+
+// A number in [0, 1) for each (seed, stream, index), by the splitmix64 finaliser: no state, so initialisation is the
+// same for any number of threads.
+inline double uniform(uint64_t seed, uint64_t stream, uint64_t index) {
+  uint64_t z = seed * 0x9E3779B97F4A7C15ull + stream;
+  for (int round = 0; round < 2; ++round) {
+    z += index + 0x9E3779B97F4A7C15ull;
+    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9ull;
+    z = (z ^ (z >> 27)) * 0x94D049BB133111EBull;
+    z ^= z >> 31;
+  }
+  return double(z >> 11) * 0x1p-53;
+}
+
+// Initial values of one tensor, written to the host array values (count).
+template <class T>
+void initialise(T* values, const ParameterRow& row, uint64_t seed, uint64_t stream) {
+#pragma omp parallel for
+  for (size_t i = 0; i < row.count; ++i) {
+    if (row.init == Init::normal) {  // Box-Muller
+      const double u = 1 - uniform(seed, 2 * stream, i), v = uniform(seed, 2 * stream + 1, i);
+      values[i] = T(0.02 * std::sqrt(-2 * std::log(u)) * std::cos(2 * M_PI * v));
+    } else {
+      values[i] = T(row.init == Init::ones ? 1 : 0);
+    }
+  }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Activations: what the forward pass keeps for the backward pass, and the gradients that pass through it.
+
+template <class Real>
+struct BlockActivations {
+  Real *x = nullptr, *h1 = nullptr, *qkv = nullptr, *qk_raw = nullptr, *att = nullptr, *x2 = nullptr, *h2 = nullptr,
+       *up = nullptr, *act = nullptr;
+  Acc<Real> *mean1 = nullptr, *rstd1 = nullptr, *qk_rstd = nullptr, *lse = nullptr, *mean2 = nullptr, *rstd2 = nullptr;
+};
+
+template <class Real>
+struct Activations {
+  int *tokens = nullptr, *targets = nullptr;
+  std::vector<BlockActivations<Real>> blocks;
+  Real *x = nullptr, *final = nullptr, *logits = nullptr;  // x: the residual stream after the last block
+  Acc<Real> *final_mean = nullptr, *final_rstd = nullptr, *losses = nullptr;
+};
+
+template <class Real>  // one set, used again by every block
+struct ActivationGradients {
+  Real *dx = nullptr, *dx2 = nullptr, *dh = nullptr, *dqkv = nullptr, *datt = nullptr, *dup = nullptr, *dact = nullptr;
+  Acc<Real>* delta = nullptr;
+};
+
+// Rows of logits that exist at one time: loss and head work through the tokens in runs of this many, so that a large
+// vocabulary does not dominate memory.
+template <class Backend>
+int loss_rows(const Config& c, size_t N) {
+  const size_t elements = std::is_same_v<Backend, Cpu> ? size_t(1) << 22 : size_t(1) << 28;
+  const size_t rows = std::max<size_t>(elements / c.vocab / 64 * 64, 64);
+  return int(std::min(N, rows));
+}
+
+// Visits every activation tensor of N = B*T tokens: visit(name, elements, pointer).
+template <class Backend, class Real, class Visit>
+void visit_activations(const Config& c, size_t N, Activations<Real>& a, Visit visit) {
+  const size_t C = c.width, F = c.mlp_hidden, QKV = c.qkv_width(), UP = c.up_width(), A = size_t(c.heads) * c.head_size;
+  const size_t QK_heads = c.heads + c.kv_heads;
+  a.blocks.resize(c.layers);
+  visit("tokens", N, a.tokens);
+  visit("targets", N, a.targets);
+  for (BlockActivations<Real>& b : a.blocks) {
+    visit("x", N * C, b.x);
+    visit("mean1", N, b.mean1);
+    visit("rstd1", N, b.rstd1);
+    visit("h1", N * C, b.h1);
+    visit("qkv", N * QKV, b.qkv);
+    if (c.qk_norm) visit("qk_raw", N * QK_heads * c.head_size, b.qk_raw);
+    if (c.qk_norm) visit("qk_rstd", N * QK_heads, b.qk_rstd);
+    visit("att", N * A, b.att);
+    visit("lse", N * c.heads, b.lse);
+    visit("x2", N * C, b.x2);
+    visit("mean2", N, b.mean2);
+    visit("rstd2", N, b.rstd2);
+    visit("h2", N * C, b.h2);
+    visit("up", N * UP, b.up);
+    visit("act", N * F, b.act);
+  }
+  visit("x", N * C, a.x);
+  visit("final_mean", N, a.final_mean);
+  visit("final_rstd", N, a.final_rstd);
+  visit("final", N * C, a.final);
+  visit("logits", size_t(loss_rows<Backend>(c, N)) * c.vocab, a.logits);
+  visit("losses", N, a.losses);
+}
+
+template <class Real, class Visit>
+void visit_activation_gradients(const Config& c, size_t N, ActivationGradients<Real>& d, Visit visit) {
+  const size_t C = c.width, A = size_t(c.heads) * c.head_size;
+  visit("dx", N * C, d.dx);
+  visit("dx2", N * C, d.dx2);
+  visit("dh", N * C, d.dh);
+  visit("dqkv", N * c.qkv_width(), d.dqkv);
+  visit("datt", N * A, d.datt);
+  visit("delta", N * c.heads, d.delta);
+  visit("dup", N * c.up_width(), d.dup);
+  visit("dact", N * c.mlp_hidden, d.dact);
+}
+
+// Allocates everything that a visitor visits in one buffer, each tensor at a multiple of 256 bytes. `visit_all` is
+// called twice, first to count.
+template <class Backend, class VisitAll>
+Buffer<Backend> allocate_visited(Backend& be, VisitAll visit_all) {
+  size_t bytes = 0;
+  visit_all([&](const char*, size_t count, auto*& pointer) { bytes += (count * sizeof(*pointer) + 255) / 256 * 256; });
+  Buffer<Backend> buffer(be, bytes);
+  char* at = buffer.template as<char>();
+  visit_all([&](const char*, size_t count, auto*& pointer) {
+    pointer = reinterpret_cast<std::decay_t<decltype(pointer)>>(at);
+    at += (count * sizeof(*pointer) + 255) / 256 * 256;
+  });
+  return buffer;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Memory, in bytes, from the same lists and without allocating anything.
+
+struct MemoryReport {
+  size_t parameters = 0;    // the model's own copy (bf16: next to the fp32 master weights)
+  size_t gradients = 0;     // of parameters, fp32
+  size_t optimizer = 0;     // m, v, and under bf16 the master weights
+  size_t activations = 0;   // of one micro-batch, with their gradients and the logits
+  size_t rope_table = 0;
+  size_t total() const { return parameters + gradients + optimizer + activations + rope_table; }
+};
+
+template <class Backend, class Real>
+MemoryReport memory_report(const Config& c, int B, int T) {
+  const ParameterTable table = parameter_table(c);
+  constexpr bool own_master = !std::is_same_v<Real, Acc<Real>>;
+  MemoryReport m;
+  m.parameters = table.total * sizeof(Real);
+  m.gradients = table.total * sizeof(Acc<Real>);
+  m.optimizer = table.total * sizeof(Acc<Real>) * (own_master ? 3 : 2);
+  auto add = [&](const char*, size_t count, auto*& pointer) { m.activations += (count * sizeof(*pointer) + 255) / 256 * 256; };
+  Activations<Real> a;
+  ActivationGradients<Real> d;
+  visit_activations<Backend>(c, size_t(B) * T, a, add);
+  visit_activation_gradients(c, size_t(B) * T, d, add);
+  m.rope_table = rope_table_bytes(std::max(T, c.context), c.rotary_dim);
+  return m;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+
+template <class Backend, class Real>
+struct Model {
+  Backend& be;
+  Config config;
+  ParameterTable table;
+  Parameters<Real> weights;
+  Parameters<Acc<Real>> gradients;
+  RopeTable rope;
+  Activations<Real> acts;
+  ActivationGradients<Real> grads;
+  int B, T;  // the largest batch and length that the activations were made for
+
+  // Flat arrays behind the names. master is the fp32 copy that AdamW updates; in fp32 it is the weights themselves.
+  Real* weights_flat = nullptr;
+  Acc<Real>*master = nullptr, *gradients_flat = nullptr, *m = nullptr, *v = nullptr, *norm = nullptr;
+
+  // for_training = false leaves out gradients and optimizer state.
+  Model(Backend& backend, const Config& c, int batch, int length, bool for_training)
+      : be(backend), config(c), table(parameter_table(c)), B(batch), T(length) {
+    weights_memory_ = Buffer<Backend>(be, table.total * sizeof(Real));
+    weights_flat = weights_memory_.template as<Real>();
+    if constexpr (std::is_same_v<Real, Acc<Real>>) {
+      master = weights_flat;
+    } else {
+      master_memory_ = Buffer<Backend>(be, table.total * sizeof(Acc<Real>));
+      master = master_memory_.template as<Acc<Real>>();
+    }
+    weights = bind(config, table, weights_flat);
+    const size_t N = size_t(B) * T;
+    activations_memory_ = allocate_visited(be, [&](auto visit) { visit_activations<Backend>(config, N, acts, visit); });
+    if (for_training) {
+      training_memory_ = Buffer<Backend>(be, table.total * sizeof(Acc<Real>) * 3 + 256);
+      gradients_flat = training_memory_.template as<Acc<Real>>();
+      m = gradients_flat + table.total;
+      v = m + table.total;
+      norm = v + table.total;
+      gradients = bind(config, table, gradients_flat);
+      activation_gradients_memory_ =
+          allocate_visited(be, [&](auto visit) { visit_activation_gradients(config, N, grads, visit); });
+    }
+    const int positions = std::max(T, config.context);
+    std::vector<float> host(size_t(positions) * config.rotary_dim);
+    rope_fill_table(host.data(), positions, config.rotary_dim, config.rope_base);
+    rope_memory_ = Buffer<Backend>(be, host.size() * sizeof(float));
+    be.upload(rope_memory_.data, host.data(), host.size() * sizeof(float));
+    be.synchronize();
+    rope = {rope_memory_.template as<float>(), positions, config.rotary_dim, config.rope_pairs};
+  }
+
+  // Initial weights from the seed: tensor i of the table draws from stream i.
+  void initialise_weights(uint64_t seed) {
+    std::vector<Acc<Real>> host(table.total);
+    for (size_t i = 0; i < table.rows.size(); ++i) initialise(&host[table.rows[i].offset], table.rows[i], seed, i);
+    set_weights(host.data());
+  }
+
+  // Sets the master weights from a host array (table.total), and the model's copy with them.
+  void set_weights(const Acc<Real>* host) {
+    be.upload(master, host, table.total * sizeof(Acc<Real>));
+    if constexpr (!std::is_same_v<Real, Acc<Real>>) convert(be, weights_flat, master, table.total);
+    be.synchronize();
+  }
+
+  // Runs tokens, host (batch, length), through all blocks and the final norm. With first > 0 (and batch 1) only
+  // positions first .. length-1 are worked on; what earlier calls left in the activations serves as key/value cache.
+  void forward(const int* tokens, int batch, int length, int first = 0) {
+    const Config& c = config;
+    const int C = c.width, A = c.heads * c.head_size, F = c.mlp_hidden, QKV = c.qkv_width(), UP = c.up_width();
+    const int N = batch * (length - first);
+    const size_t f = first;  // rows already there
+    const RopeShape shape = c.heads_shape(batch, length, first);
+    be.upload(acts.tokens + f, tokens + f, N * sizeof(int));
+    embedding_forward(be, acts.blocks[0].x + f * C, acts.tokens + f, weights.embedding, N, C);
+    for (int l = 0; l < c.layers; ++l) {
+      const BlockParameters<Real>& w = weights.blocks[l];
+      const BlockActivations<Real>& a = acts.blocks[l];
+      Real* next = l + 1 < c.layers ? acts.blocks[l + 1].x : acts.x;
+      const Real* mlp_input = c.block == BlockKind::parallel ? a.x : a.x2;
+
+      norm_forward(be, c.norm, a.h1 + f * C, a.mean1 + f, a.rstd1 + f, a.x + f * C, w.norm1, w.norm1_bias, N, C, c.norm_eps);
+      linear_forward(be, a.qkv + f * QKV, a.h1 + f * C, w.qkv, w.qkv_bias, N, C, QKV);
+      if (c.qk_norm)
+        qk_norm_rope_forward(be, a.qkv, a.qk_raw, a.qk_rstd, w.q_norm, w.k_norm, rope, shape, c.norm_eps);
+      else
+        rope_forward(be, a.qkv, rope, shape);
+      attention_forward(be, a.att, a.lse, a.qkv, shape);
+      linear_residual_forward(be, a.x2 + f * C, a.x + f * C, a.att + f * A, w.proj, w.proj_bias, N, A, C);
+
+      norm_forward(be, c.norm, a.h2 + f * C, a.mean2 + f, a.rstd2 + f, mlp_input + f * C, w.norm2, w.norm2_bias, N, C, c.norm_eps);
+      linear_forward(be, a.up + f * UP, a.h2 + f * C, w.up, w.up_bias, N, C, UP);
+      if (c.mlp == MlpKind::swiglu)
+        swiglu_forward(be, a.act + f * F, a.up + f * UP, N, F);
+      else
+        gelu_forward(be, a.act + f * F, a.up + f * UP, N, F);
+      linear_residual_forward(be, next + f * C, a.x2 + f * C, a.act + f * F, w.down, w.down_bias, N, F, C);
+    }
+    norm_forward(be, c.norm, acts.final + f * C, acts.final_mean + f, acts.final_rstd + f, acts.x + f * C, weights.final_norm,
+                 weights.final_norm_bias, N, C, c.norm_eps);
+  }
+
+  // After forward(): losses per token in nats, host (batch, length), for targets, host (batch, length); a negative
+  // target is skipped (loss 0).
+  void loss(Acc<Real>* losses, const int* targets, int batch, int length) {
+    const int N = batch * length, C = config.width, V = config.vocab, run = loss_rows<Backend>(config, size_t(B) * T);
+    be.upload(acts.targets, targets, N * sizeof(int));
+    for (int n = 0; n < N; n += run) {
+      const int rows = std::min(run, N - n);
+      linear_forward(be, acts.logits, acts.final + size_t(n) * C, weights.head, (const Real*)nullptr, rows, C, V);
+      cross_entropy(be, acts.losses + n, acts.logits, acts.targets + n, 0.0, 0.0, rows, V);
+    }
+    be.download(losses, acts.losses, N * sizeof(Acc<Real>));
+  }
+
+  // After forward(): logits, host (rows, V), of the last `rows` positions of a batch of one.
+  void logits(Acc<Real>* out, int length, int rows) {
+    const int C = config.width, V = config.vocab, run = loss_rows<Backend>(config, size_t(B) * T);
+    std::vector<Real> host(size_t(run) * V);
+    for (int n = length - rows; n < length; n += run) {
+      const int count = std::min(run, length - n);
+      linear_forward(be, acts.logits, acts.final + size_t(n) * C, weights.head, (const Real*)nullptr, count, C, V);
+      be.download(host.data(), acts.logits, size_t(count) * V * sizeof(Real));
+      for (size_t i = 0; i < size_t(count) * V; ++i) *out++ = Acc<Real>(host[i]);
+    }
+  }
+
+  void zero_gradients() { be.zero(gradients_flat, table.total * sizeof(Acc<Real>)); }
+
+  // After forward() on the same tokens: adds to the gradients those of scale * (sum of the losses + z-loss), and leaves
+  // the losses per token in acts.losses. scale is 1 / (tokens of the whole step).
+  void backward(const int* targets, int batch, int length, double scale, double z_loss) {
+    const Config& c = config;
+    const int C = c.width, A = c.heads * c.head_size, F = c.mlp_hidden, V = c.vocab, QKV = c.qkv_width(), UP = c.up_width();
+    const int N = batch * length, run = loss_rows<Backend>(c, size_t(B) * T);
+    const RopeShape shape = c.heads_shape(batch, length, 0);
+    ActivationGradients<Real>& d = grads;
+    be.upload(acts.targets, targets, N * sizeof(int));
+    for (int n = 0; n < N; n += run) {
+      const int rows = std::min(run, N - n);
+      const Real* final = acts.final + size_t(n) * C;
+      linear_forward(be, acts.logits, final, weights.head, (const Real*)nullptr, rows, C, V);
+      cross_entropy(be, acts.losses + n, acts.logits, acts.targets + n, scale, z_loss, rows, V);
+      linear_backward(be, d.dh + size_t(n) * C, gradients.head, (Acc<Real>*)nullptr, acts.logits, final, weights.head, rows, C, V);
+    }
+    norm_backward(be, c.norm, d.dx, gradients.final_norm, gradients.final_norm_bias, (const Real*)nullptr, d.dh, acts.x,
+                  acts.final_mean, acts.final_rstd, weights.final_norm, N, C);
+    for (int l = c.layers - 1; l >= 0; --l) {
+      const BlockParameters<Real>& w = weights.blocks[l];
+      const BlockParameters<Acc<Real>>& g = gradients.blocks[l];
+      const BlockActivations<Real>& a = acts.blocks[l];
+      const bool parallel = c.block == BlockKind::parallel;
+
+      // d.dx is the gradient of the block's output. It reaches x2 along the residual stream as it is.
+      linear_backward(be, d.dact, g.down, g.down_bias, d.dx, a.act, w.down, N, F, C);
+      if (c.mlp == MlpKind::swiglu)
+        swiglu_backward(be, d.dup, d.dact, a.up, N, F);
+      else
+        gelu_backward(be, d.dup, d.dact, a.up, N, F);
+      linear_backward(be, d.dh, g.up, g.up_bias, d.dup, a.h2, w.up, N, C, UP);
+      norm_backward(be, c.norm, d.dx2, g.norm2, g.norm2_bias, d.dx, d.dh, parallel ? a.x : a.x2, a.mean2, a.rstd2, w.norm2, N, C);
+
+      // Sequential: x2 feeds norm2, so its gradient is dx2. Parallel: norm2 hangs on x, so that of x2 is still dx.
+      linear_backward(be, d.datt, g.proj, g.proj_bias, parallel ? d.dx : d.dx2, a.att, w.proj, N, A, C);
+      attention_backward(be, d.dqkv, d.delta, d.datt, a.qkv, a.att, a.lse, shape);
+      if (c.qk_norm)
+        qk_norm_rope_backward(be, d.dqkv, g.q_norm, g.k_norm, a.qk_raw, a.qk_rstd, w.q_norm, w.k_norm, rope, shape);
+      else
+        rope_backward(be, d.dqkv, rope, shape);
+      linear_backward(be, d.dh, g.qkv, g.qkv_bias, d.dqkv, a.h1, w.qkv, N, C, QKV);
+      norm_backward(be, c.norm, d.dx, g.norm1, g.norm1_bias, d.dx2, d.dh, a.x, a.mean1, a.rstd1, w.norm1, N, C);
+    }
+    embedding_backward(be, gradients.embedding, d.dx, acts.tokens, N, V, C);
+  }
+
+  // One AdamW step on the accumulated gradients; decay on matrices only. The norm before clipping is left in `norm`.
+  void update(AdamW a) {
+    gradient_norm(be, norm, gradients_flat, table.total);
+    adamw(be, weights_flat, master, gradients_flat, m, v, norm, table.decayed, a);
+    a.weight_decay = 0;
+    const size_t o = table.decayed;
+    adamw(be, weights_flat + o, master + o, gradients_flat + o, m + o, v + o, norm, table.total - o, a);
+  }
+
+ private:
+  Buffer<Backend> weights_memory_, master_memory_, training_memory_, activations_memory_, activation_gradients_memory_,
+      rope_memory_;
+};

@@ -1,0 +1,167 @@
+#pragma once
+// AdamW, the global norm of the gradient and clipping, learning-rate schedules.
+
+#include <vector>
+
+#include "backend.h"
+
+enum class Schedule { cosine, linear, constant };
+
+// Learning rate of step (0, 1, ...): linear warm-up over `warmup` steps to lr, then down to min_lr at the last step.
+inline double learning_rate(Schedule schedule, int step, int steps, int warmup, double lr, double min_lr) {
+  if (step < warmup) return lr * (step + 1) / warmup;
+  if (schedule == Schedule::constant) return lr;
+  const double done = steps - 1 > warmup ? double(step - warmup) / (steps - 1 - warmup) : 1.0;
+  const double share = schedule == Schedule::linear ? 1 - done : 0.5 * (1 + std::cos(M_PI * done));
+  return min_lr + (lr - min_lr) * (done > 1 ? 0 : share);
+}
+
+struct AdamW {
+  double lr, beta1, beta2, eps, weight_decay;
+  double clip;  // largest global gradient norm; 0: no clipping
+  int step;     // 1, 2, ...: for the bias correction
+};
+
+// ---------------------------------------------------------------------------------------------------------------------
+// CPU
+
+// norm (1) = sqrt(sum of squares of gradients (n)). Partial sums over fixed runs, in double.
+template <class Real>
+void gradient_norm(Cpu&, Real* norm, const Real* gradients, size_t n) {
+  const size_t run = 1 << 16, runs = (n + run - 1) / run;
+  std::vector<double> partial(runs);
+#pragma omp parallel for
+  for (size_t i = 0; i < runs; ++i) {
+    double sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (size_t j = i * run; j < std::min(n, (i + 1) * run); ++j) sum += double(gradients[j]) * double(gradients[j]);
+    partial[i] = sum;
+  }
+  double sum = 0;
+  for (double p : partial) sum += p;
+  norm[0] = Real(std::sqrt(sum));
+}
+
+// One step of AdamW (Loshchilov and Hutter 2019, arXiv 1711.05101), equal to torch.optim.AdamW after
+// torch.nn.utils.clip_grad_norm_. master, gradients, m, v (n); parameters (n) receives the new values in the model's own
+// type (it may be master itself). A norm that is not finite changes nothing: the caller stops the run.
+template <class Real>
+void adamw(Cpu&, Real* parameters, Acc<Real>* master, const Acc<Real>* gradients, Acc<Real>* m, Acc<Real>* v,
+           const Acc<Real>* norm, size_t n, const AdamW& a) {
+  using T = Acc<Real>;
+  if (!std::isfinite(norm[0])) return;
+  const T clip = a.clip > 0 ? T(std::min(1.0, a.clip / (double(norm[0]) + 1e-6))) : T(1);
+  const T beta1 = T(a.beta1), beta2 = T(a.beta2), eps = T(a.eps);
+  const T step_size = T(a.lr / (1 - std::pow(a.beta1, a.step)));
+  const T correction2 = T(1 / std::sqrt(1 - std::pow(a.beta2, a.step)));
+  const T keep = T(1 - a.lr * a.weight_decay);
+#pragma omp parallel for simd
+  for (size_t i = 0; i < n; ++i) {
+    const T g = gradients[i] * clip;
+    m[i] = beta1 * m[i] + (1 - beta1) * g;
+    v[i] = beta2 * v[i] + (1 - beta2) * g * g;
+    master[i] = master[i] * keep - step_size * m[i] / (std::sqrt(v[i]) * correction2 + eps);
+    parameters[i] = Real(master[i]);
+  }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// CUDA
+
+#ifdef __CUDACC__
+
+constexpr int kNormBlocks = 1024;
+
+// Sum over the block of 256 threads, in double; the result is the first thread's.
+__device__ inline double block_sum(double x) {
+  __shared__ double sums[256];
+  sums[threadIdx.x] = x;
+  for (int half = 128; half > 0; half /= 2) {
+    __syncthreads();
+    if (threadIdx.x < half) sums[threadIdx.x] += sums[threadIdx.x + half];
+  }
+  return sums[0];
+}
+
+// Two stages, so that the order of the sums does not depend on which block is ready first. A thread adds up the squares
+// of every (blocks * 256)-th pack of 4.
+__global__ inline void __launch_bounds__(256) squares_kernel(double* partial, const float* gradients, size_t n) {
+  const size_t stride = size_t(gridDim.x) * 256, id = blockIdx.x * size_t(256) + threadIdx.x;
+  float sum = 0;
+#pragma unroll 4
+  for (size_t i = id; i < n / 4; i += stride) {
+    float g[4];
+    load<4>(g, gradients + 4 * i);
+    sum += g[0] * g[0] + g[1] * g[1] + g[2] * g[2] + g[3] * g[3];
+  }
+  if (id < n % 4) sum += gradients[n - 1 - id] * gradients[n - 1 - id];
+  const double total = block_sum(sum);
+  if (threadIdx.x == 0) partial[blockIdx.x] = total;
+}
+__global__ inline void __launch_bounds__(256) norm_of_squares_kernel(float* norm, const double* partial) {
+  double sum = 0;
+  for (int i = threadIdx.x; i < kNormBlocks; i += 256) sum += partial[i];
+  sum = block_sum(sum);
+  if (threadIdx.x == 0) norm[0] = float(sqrt(sum));
+}
+
+// The norm stays on the device, where adamw reads it. gradients: at a multiple of 16 bytes.
+template <class Real>
+void gradient_norm(Cuda& be, Real* norm, const Real* gradients, size_t n) {
+  double* partial = static_cast<double*>(be.workspace);
+  launch(be, "gradient_norm", squares_kernel, kNormBlocks, 256, 0, partial, gradients, n);
+  launch(be, "gradient_norm", norm_of_squares_kernel, 1, 256, 0, norm, partial);
+}
+
+// The constants of a step, in fp32: what the CPU version computes before its loop.
+struct AdamWStep {
+  float clip, beta1, beta2, eps, step_size, correction2, keep;
+};
+
+// A thread updates W neighbouring parameters.
+template <class Real, int W>
+__global__ void __launch_bounds__(256) adamw_kernel(Real* parameters, float* master, const float* gradients, float* m,
+                                                    float* v, const float* norm, size_t n, AdamWStep a) {
+  const size_t i = (blockIdx.x * size_t(256) + threadIdx.x) * W;
+  const float total = norm[0];
+  if (i >= n || !isfinite(total)) return;
+  const float clip = a.clip > 0 ? fminf(1.0f, a.clip / (total + 1e-6f)) : 1.0f;
+  float w[W], g[W], first[W], second[W];
+  load<W>(w, master + i);
+  load<W>(g, gradients + i);
+  load<W>(first, m + i);
+  load<W>(second, v + i);
+#pragma unroll
+  for (int k = 0; k < W; ++k) {
+    g[k] *= clip;
+    first[k] = a.beta1 * first[k] + (1 - a.beta1) * g[k];
+    second[k] = a.beta2 * second[k] + (1 - a.beta2) * g[k] * g[k];
+    w[k] = w[k] * a.keep - a.step_size * first[k] / (sqrtf(second[k]) * a.correction2 + a.eps);
+  }
+  store<W>(master + i, w);
+  store<W>(m + i, first);
+  store<W>(v + i, second);
+  if (static_cast<void*>(parameters) != master) store<W>(parameters + i, w);
+}
+
+template <class Real>
+void adamw(Cuda& be, Real* parameters, Acc<Real>* master, const Acc<Real>* gradients, Acc<Real>* m, Acc<Real>* v,
+           const Acc<Real>* norm, size_t n, const AdamW& a) {
+  const AdamWStep step = {float(a.clip), float(a.beta1), float(a.beta2), float(a.eps),
+                          float(a.lr / (1 - std::pow(a.beta1, a.step))), float(1 / std::sqrt(1 - std::pow(a.beta2, a.step))),
+                          float(1 - a.lr * a.weight_decay)};
+  const bool packs = n % 4 == 0 && wide(4, master, gradients, m, v) && reinterpret_cast<uintptr_t>(parameters) % 8 == 0;
+  launch(be, "adamw", packs ? adamw_kernel<Real, 4> : adamw_kernel<Real, 1>, divide_up(n, packs ? 1024 : 256), 256, 0,
+         parameters, master, gradients, m, v, norm, n, step);
+}
+
+__global__ inline void convert_kernel(bf16* to, const float* from, size_t n) {
+  const size_t i = blockIdx.x * size_t(blockDim.x) + threadIdx.x;
+  if (i < n) to[i] = from[i];
+}
+// to = from, rounded to nearest even; (n).
+inline void convert(Cuda& be, bf16* to, const float* from, size_t n) {
+  launch(be, "convert", convert_kernel, divide_up(n, 256), 256, 0, to, from, n);
+}
+
+#endif  // __CUDACC__
