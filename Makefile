@@ -22,24 +22,24 @@ OPTIMISE := $(if $(DEBUG),-O0 -g,$(if $(SAN),-O1 -g,-O3 -march=native -fno-math-
 comma := ,
 SANITIZE := $(if $(SAN),-fsanitize=address$(comma)undefined -fno-sanitize-recover=all)
 CPPFLAGS += -I. $(if $(EIGEN),-isystem $(EIGEN)) $(if $(ROTARY_DIM),-DROTARY_DIM=$(ROTARY_DIM))
-CXXFLAGS += -std=c++17 -Wall -Wextra -fopenmp $(OPTIMISE) $(SANITIZE)
+CXXFLAGS += -std=c++17 -Wall -Wextra -fopenmp $(SANITIZE)
 
 # One way to make a program from its sources, with the compiler that the machine has.
 ifeq ($(ARCH),)
-  COMPILE = $(CXX) $(CPPFLAGS) $(CXXFLAGS) -MMD -MP -x c++ -c $< -o $@
+  COMPILE = $(CXX) $(CPPFLAGS) $(CXXFLAGS) $(OPTIMISE) -MMD -MP -x c++ -c $< -o $@
   LINK = $(CXX) $(CXXFLAGS) $(filter %.o,$^) -o $@
 else
   # Hopper's own instructions (wgmma) exist for sm_90a only.
   GENCODE := -gencode arch=compute_$(ARCH:90=90a)$(comma)code=sm_$(ARCH:90=90a)
   COMPILE = $(NVCC) $(GENCODE) -std=c++17 $(if $(DEBUG),-G) $(CPPFLAGS) --diag-suppress=20012,20013,20014,20015 \
-            $(addprefix -Xcompiler=,$(subst $(comma),\$(comma),$(filter-out -std=c++17,$(CXXFLAGS)))) -MMD -MP -x cu -c $< -o $@
+            $(addprefix -Xcompiler=,$(subst $(comma),\$(comma),$(filter-out -std=c++17,$(CXXFLAGS) $(OPTIMISE)))) -MMD -MP -x cu -c $< -o $@
   LINK = $(NVCC) $(GENCODE) $(addprefix -Xcompiler=,$(subst $(comma),\$(comma),-fopenmp $(SANITIZE))) $(filter %.o,$^) -o $@ -lcublasLt
 endif
 
 .PHONY: all train test bench clean
 all: $(BUILD)/train $(BUILD)/data $(BUILD)/eval
 
-train: $(BUILD)/train $(BUILD)/data $(BUILD)/eval data/stories/meta.json
+train: $(BUILD)/train $(BUILD)/data data/stories/meta.json
 	@$(BUILD)/train $(ARGS)
 
 data/stories/meta.json: | $(BUILD)/data
@@ -67,6 +67,9 @@ $(BUILD)/%.o: %.cpp $(BUILD)/ready
 	$(COMPILE)
 $(BUILD)/bench.o: bench/bench.cpp $(BUILD)/ready
 	$(COMPILE)
+# Tests are compiled more often than they run: little optimisation, and doctest's assertions as function calls.
+$(BUILD)/tests-%.o: OPTIMISE := $(if $(SAN),-O1 -g,$(if $(DEBUG),-O0 -g,-O1 -march=native))
+$(BUILD)/tests-%.o: CPPFLAGS += -DDOCTEST_CONFIG_SUPER_FAST_ASSERTS
 $(BUILD)/tests-%.o: tests/%.cpp $(BUILD)/ready
 	$(COMPILE)
 

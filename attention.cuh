@@ -10,26 +10,17 @@
 
 #include <vector>
 
-#define EIGEN_DONT_PARALLELIZE  // we split the work ourselves, in the same way for any number of threads
-#define EIGEN_NO_CUDA
-#include <Eigen/Core>
-
 #include "backend.h"
+#include "matmul.h"
 #include "rope.cuh"
 
 // Shapes of one attention call. Positions first .. T-1 of each sequence are the queries; keys and values of all
 // positions 0 .. T-1 are read from the buffer (first > 0 while sampling: the buffer is the key/value cache).
 using AttentionShape = RopeShape;
 
-// Rows [begin, end) of one head in the packed buffer, seen as a matrix (end - begin, HS).
-template <class Real>
-using HeadMatrix = Eigen::Map<Eigen::Matrix<Real, Eigen::Dynamic, Eigen::Dynamic, Eigen::RowMajor>, 0, Eigen::OuterStride<>>;
-template <class Real>
-using ConstHeadMatrix = Eigen::Map<const Eigen::Matrix<Real, Eigen::Dynamic, Eigen::Dynamic, Eigen::RowMajor>, 0, Eigen::OuterStride<>>;
-template <class Real>
-using Matrix = Eigen::Matrix<Real, Eigen::Dynamic, Eigen::Dynamic, Eigen::RowMajor>;
-
-constexpr int kQueryBlock = 64;  // queries worked on together on the CPU: their scores (64, T) stay in the L2 cache
+// Queries worked on together on the CPU: a multiple of kTileRows, and few enough that their scores (kQueryBlock, T) stay
+// in the L2 cache and that little is computed beyond the diagonal.
+constexpr int kQueryBlock = 48;
 
 // ---------------------------------------------------------------------------------------------------------------------
 // CPU
@@ -38,40 +29,43 @@ constexpr int kQueryBlock = 64;  // queries worked on together on the CPU: their
 // Equal to torch.nn.functional.scaled_dot_product_attention(is_causal=True, enable_gqa=True).
 template <class Real>
 void attention_forward(Cpu&, Real* out, Acc<Real>* lse, const Real* qkv, AttentionShape s) {
-  const int heads = s.NH + 2 * s.NKV, group = s.NH / s.NKV, stride = heads * s.HS;
+  const int heads = s.NH + 2 * s.NKV, group = s.NH / s.NKV, stride = heads * s.HS, p_stride = round_up(s.T, 16) + 16;
   const Real scale = Real(1) / std::sqrt(Real(s.HS));
-  const int blocks = (s.T - s.first + kQueryBlock - 1) / kQueryBlock;
-#pragma omp parallel for collapse(2) schedule(dynamic)
-  for (int bh = 0; bh < s.B * s.NH; ++bh)
-    for (int block = 0; block < blocks; ++block) {
-      const int b = bh / s.NH, h = bh % s.NH;
-      const int t0 = s.first + block * kQueryBlock, t1 = std::min(t0 + kQueryBlock, s.T);
-      const Real* sequence = qkv + size_t(b) * s.T * stride;
-      ConstHeadMatrix<Real> q(sequence + size_t(t0) * stride + h * s.HS, t1 - t0, s.HS, Eigen::OuterStride<>(stride));
-      ConstHeadMatrix<Real> k(sequence + (s.NH + h / group) * s.HS, t1, s.HS, Eigen::OuterStride<>(stride));
-      ConstHeadMatrix<Real> v(sequence + (s.NH + s.NKV + h / group) * s.HS, t1, s.HS, Eigen::OuterStride<>(stride));
-      static thread_local Matrix<Real> p;
-      p.noalias() = q * k.transpose();
-      for (int i = 0; i < t1 - t0; ++i) {
-        Real* row = &p(i, 0);
+#pragma omp parallel for schedule(dynamic)
+  for (int bh = 0; bh < s.B * s.NH; ++bh) {
+    const int b = bh / s.NH, h = bh % s.NH;
+    const Real* sequence = qkv + size_t(b) * s.T * stride;
+    static thread_local std::vector<Real> k_memory, v_memory, p_memory;
+    const Packed<Real> k_transposed = pack(k_memory, transposed(sequence + (s.NH + h / group) * s.HS, stride), s.HS, s.T);
+    const Packed<Real> v = pack(v_memory, row_major(sequence + (s.NH + s.NKV + h / group) * s.HS, stride), s.T, s.HS);
+    p_memory.resize(size_t(kQueryBlock) * p_stride);
+    Real* p = p_memory.data();
+    for (int t0 = s.first; t0 < s.T; t0 += kQueryBlock) {
+      const int t1 = std::min(t0 + kQueryBlock, s.T), n = t1 - t0;
+      const Real* q = sequence + size_t(t0) * stride + h * s.HS;
+      Real* o = out + (size_t(b) * s.T + t0) * s.NH * s.HS + h * s.HS;
+      Real sums[kQueryBlock];
+      multiply_packed<Real>(p, p_stride, nullptr, 0, row_major(q, stride), k_transposed, n, t1, s.HS);
+      for (int i = 0; i < n; ++i) {
+        Real* row = p + size_t(i) * p_stride;
         const int t = t0 + i;
-        Real highest = row[0];
-        for (int j = 1; j <= t; ++j) highest = row[j] > highest ? row[j] : highest;
-        Real sum = 0;
+        Real highest = row[0], sum = 0;
+#pragma omp simd reduction(max : highest)
+        for (int j = 0; j <= t; ++j) highest = row[j] > highest ? row[j] : highest;
 #pragma omp simd reduction(+ : sum)
         for (int j = 0; j <= t; ++j) {
           row[j] = exp_((row[j] - highest) * scale);
           sum += row[j];
         }
-        const Real inverse = Real(1) / sum;
-        for (int j = 0; j <= t; ++j) row[j] *= inverse;
         for (int j = t + 1; j < t1; ++j) row[j] = 0;  // the future
+        sums[i] = sum;
         lse[size_t(bh) * s.T + t] = highest * scale + std::log(sum);
       }
-      HeadMatrix<Real> o(out + (size_t(b) * s.T + t0) * s.NH * s.HS + h * s.HS, t1 - t0, s.HS,
-                         Eigen::OuterStride<>(s.NH * s.HS));
-      o.noalias() = p * v;
+      multiply_packed<Real>(o, s.NH * s.HS, nullptr, 0, row_major<Real>(p, p_stride), v, n, s.HS, t1);
+      for (int i = 0; i < n; ++i)
+        for (int c = 0; c < s.HS; ++c) o[size_t(i) * s.NH * s.HS + c] /= sums[i];
     }
+  }
 }
 
 // dqkv (B, T, NH + 2*NKV, HS) from dout (B, T, NH, HS) and what the forward pass read and wrote. With P the
@@ -80,7 +74,8 @@ void attention_forward(Cpu&, Real* out, Acc<Real>* lse, const Real* qkv, Attenti
 template <class Real>
 void attention_backward(Cpu&, Real* dqkv, Acc<Real>* delta, const Real* dout, const Real* qkv, const Real* out,
                         const Acc<Real>* lse, AttentionShape s) {
-  const int heads = s.NH + 2 * s.NKV, group = s.NH / s.NKV, stride = heads * s.HS;
+  const int heads = s.NH + 2 * s.NKV, group = s.NH / s.NKV, stride = heads * s.HS, p_stride = round_up(s.T, 16) + 16;
+  const size_t out_stride = size_t(s.NH) * s.HS;
   const Real scale = Real(1) / std::sqrt(Real(s.HS));
   // One key/value head of one sequence at a time: its dK and dV are sums over queries, in one fixed order.
 #pragma omp parallel for schedule(dynamic)
@@ -91,24 +86,30 @@ void attention_backward(Cpu&, Real* dqkv, Acc<Real>* delta, const Real* dout, co
     const int k_at = (s.NH + hkv) * s.HS, v_at = (s.NH + s.NKV + hkv) * s.HS;
     for (int t = 0; t < s.T; ++t)
       for (int c = 0; c < s.HS; ++c) dsequence[size_t(t) * stride + k_at + c] = dsequence[size_t(t) * stride + v_at + c] = 0;
-    static thread_local Matrix<Real> p, dp;
+    static thread_local std::vector<Real> kt_memory, vt_memory, k_memory, q_memory, do_memory, p_memory;
+    const Packed<Real> k_transposed = pack(kt_memory, transposed(sequence + k_at, stride), s.HS, s.T);
+    const Packed<Real> v_transposed = pack(vt_memory, transposed(sequence + v_at, stride), s.HS, s.T);
+    const Packed<Real> k = pack(k_memory, row_major(sequence + k_at, stride), s.T, s.HS);
+    p_memory.resize(2 * size_t(kQueryBlock) * p_stride);
+    Real *p = p_memory.data(), *dp = p + size_t(kQueryBlock) * p_stride;
     for (int h = hkv * group; h < (hkv + 1) * group; ++h)
       for (int t0 = 0; t0 < s.T; t0 += kQueryBlock) {
         const int t1 = std::min(t0 + kQueryBlock, s.T), n = t1 - t0;
-        const size_t head_at = (size_t(b) * s.T + t0) * s.NH * s.HS + h * s.HS;
-        ConstHeadMatrix<Real> q(sequence + size_t(t0) * stride + h * s.HS, n, s.HS, Eigen::OuterStride<>(stride));
-        ConstHeadMatrix<Real> k(sequence + k_at, t1, s.HS, Eigen::OuterStride<>(stride));
-        ConstHeadMatrix<Real> v(sequence + v_at, t1, s.HS, Eigen::OuterStride<>(stride));
-        ConstHeadMatrix<Real> o(out + head_at, n, s.HS, Eigen::OuterStride<>(s.NH * s.HS));
-        ConstHeadMatrix<Real> d_o(dout + head_at, n, s.HS, Eigen::OuterStride<>(s.NH * s.HS));
-        p.noalias() = q * k.transpose();
-        dp.noalias() = d_o * v.transpose();
+        const size_t head_at = (size_t(b) * s.T + t0) * out_stride + h * s.HS;
+        const Strided<Real> q = row_major(sequence + size_t(t0) * stride + h * s.HS, stride);
+        const Strided<Real> d_o = row_major(dout + head_at, out_stride);
+        multiply_packed<Real>(p, p_stride, nullptr, 0, q, k_transposed, n, t1, s.HS);
+        multiply_packed<Real>(dp, p_stride, nullptr, 0, d_o, v_transposed, n, t1, s.HS);
         for (int i = 0; i < n; ++i) {
           const int t = t0 + i;
           const size_t row_at = (size_t(b) * s.NH + h) * s.T + t;
-          const Real row_lse = lse[row_at], d = d_o.row(i).dot(o.row(i));
+          const Real *do_row = d_o.at(i, 0), *o_row = out + head_at + i * out_stride;
+          Real *p_row = p + size_t(i) * p_stride, *dp_row = dp + size_t(i) * p_stride;
+          const Real row_lse = lse[row_at];
+          Real d = 0;
+#pragma omp simd reduction(+ : d)
+          for (int c = 0; c < s.HS; ++c) d += do_row[c] * o_row[c];
           delta[row_at] = d;
-          Real *p_row = &p(i, 0), *dp_row = &dp(i, 0);
 #pragma omp simd
           for (int j = 0; j <= t; ++j) {
             p_row[j] = exp_(p_row[j] * scale - row_lse);
@@ -116,12 +117,10 @@ void attention_backward(Cpu&, Real* dqkv, Acc<Real>* delta, const Real* dout, co
           }
           for (int j = t + 1; j < t1; ++j) p_row[j] = dp_row[j] = 0;
         }
-        HeadMatrix<Real> dq(dsequence + size_t(t0) * stride + h * s.HS, n, s.HS, Eigen::OuterStride<>(stride));
-        HeadMatrix<Real> dk(dsequence + k_at, t1, s.HS, Eigen::OuterStride<>(stride));
-        HeadMatrix<Real> dv(dsequence + v_at, t1, s.HS, Eigen::OuterStride<>(stride));
-        dq.noalias() = dp * k;
-        dk.noalias() += dp.transpose() * q;
-        dv.noalias() += p.transpose() * d_o;
+        Real *dq = dsequence + size_t(t0) * stride + h * s.HS, *dk = dsequence + k_at, *dv = dsequence + v_at;
+        multiply_packed<Real>(dq, stride, nullptr, 0, row_major<Real>(dp, p_stride), k, n, s.HS, t1);
+        multiply_packed<Real>(dk, stride, dk, stride, transposed<Real>(dp, p_stride), pack(q_memory, q, n, s.HS), t1, s.HS, n);
+        multiply_packed<Real>(dv, stride, dv, stride, transposed<Real>(p, p_stride), pack(do_memory, d_o, n, s.HS), t1, s.HS, n);
       }
   }
 }
@@ -384,10 +383,11 @@ void simple_attention_backward(Cuda& be, Real* dqkv, float* delta, const Real* d
   const int threads = kAttentionWarps * 32;
   with_channels(s.HS, [&](auto channels) {
     launch(be, "attention_backward (queries)", attention_dq_kernel<Real, channels()>,
-           divide_up(size_t(s.B) * s.NH * s.T, kAttentionWarps), threads, 0, dqkv, delta, dout, qkv, out, lse, s, scale);
-    launch(be, "attention_backward (keys)", attention_dkv_kernel<Real, channels()>,
-           divide_up(size_t(s.B) * s.NKV * s.T, kAttentionWarps), threads, 0, dqkv, (const float*)delta, dout, qkv, lse, s,
+           divide_up(size_t(s.B) * s.NH * s.T, kAttentionWarps), threads, 0, dqkv, delta, dout, qkv, out, lse, s,
            scale);
+    launch(be, "attention_backward (keys)", attention_dkv_kernel<Real, channels()>,
+           divide_up(size_t(s.B) * s.NKV * s.T, kAttentionWarps), threads, 0, dqkv, (const float*)delta, dout, qkv, lse,
+           s, scale);
   });
 }
 
@@ -400,7 +400,8 @@ bool use_flash_attention(const Cuda& be, const AttentionShape& s) {
 template <class Real>
 void attention_forward(Cuda& be, Real* out, Acc<Real>* lse, const Real* qkv, AttentionShape s) {
   if constexpr (std::is_same_v<Real, bf16>)
-    if (use_flash_attention<Real>(be, s)) return flash_attention_forward(be, out, lse, qkv, s.B, s.T, s.NH, s.NKV, s.HS);
+    if (use_flash_attention<Real>(be, s))
+      return flash_attention_forward(be, out, lse, qkv, s.B, s.T, s.NH, s.NKV, s.HS);
   simple_attention_forward(be, out, lse, qkv, s);
 }
 
@@ -453,8 +454,9 @@ __global__ void __launch_bounds__(kAttentionWarps * 32)
 // (blocks, 2, HS) gets one row per block, of queries and of keys, for add_rows.
 template <class Real, int CHANNELS>
 __global__ void __launch_bounds__(kAttentionWarps * 32)
-    qk_norm_rope_backward_kernel(Real* dqkv, float* partial, const Real* qk_raw, const float* qk_rstd, const Real* q_weight,
-                                 const Real* k_weight, const float* table, int run_time_R, RopePairs pairs, RopeShape s) {
+    qk_norm_rope_backward_kernel(Real* dqkv, float* partial, const Real* qk_raw, const float* qk_rstd,
+                                 const Real* q_weight, const Real* k_weight, const float* table, int run_time_R,
+                                 RopePairs pairs, RopeShape s) {
   __shared__ float shared[kAttentionWarps][CHANNELS];
   const int R = ROTARY_DIM_OR(run_time_R), heads = s.NH + s.NKV, lane = threadIdx.x % 32;
   const size_t items = size_t(s.B) * s.T * heads, stride = size_t(gridDim.x) * kAttentionWarps;
@@ -471,7 +473,8 @@ __global__ void __launch_bounds__(kAttentionWarps * 32)
     __syncwarp();
     for (int i = lane; i < R / 2; i += 32) {
       const int first = rope_first(pairs, i), second = rope_second(pairs, i, R);
-      const float cos = table[size_t(t) * R + 2 * i], sin = table[size_t(t) * R + 2 * i + 1], a = dy[first], b = dy[second];
+      const float cos = table[size_t(t) * R + 2 * i], sin = table[size_t(t) * R + 2 * i + 1], a = dy[first],
+                  b = dy[second];
       dy[first] = a * cos + b * sin;
       dy[second] = b * cos - a * sin;
     }
@@ -507,12 +510,12 @@ __global__ void __launch_bounds__(kAttentionWarps * 32)
 }
 
 template <class Real>
-void qk_norm_rope_forward(Cuda& be, Real* qkv, Real* qk_raw, Acc<Real>* qk_rstd, const Real* q_weight, const Real* k_weight,
-                          const RopeTable& table, RopeShape s, double eps) {
+void qk_norm_rope_forward(Cuda& be, Real* qkv, Real* qk_raw, Acc<Real>* qk_rstd, const Real* q_weight,
+                          const Real* k_weight, const RopeTable& table, RopeShape s, double eps) {
   with_channels(s.HS, [&](auto channels) {
     launch(be, "qk_norm_rope_forward", qk_norm_rope_forward_kernel<Real, channels()>,
-           divide_up(size_t(s.B) * (s.T - s.first) * (s.NH + s.NKV), kAttentionWarps), kAttentionWarps * 32, 0, qkv, qk_raw,
-           qk_rstd, q_weight, k_weight, table.cos_sin, table.R, table.pairs, s, float(eps));
+           divide_up(size_t(s.B) * (s.T - s.first) * (s.NH + s.NKV), kAttentionWarps), kAttentionWarps * 32, 0, qkv,
+           qk_raw, qk_rstd, q_weight, k_weight, table.cos_sin, table.R, table.pairs, s, float(eps));
   });
 }
 
@@ -524,8 +527,8 @@ void qk_norm_rope_backward(Cuda& be, Real* dqkv, Acc<Real>* dq_weight, Acc<Real>
   const size_t items = size_t(s.B) * s.T * (s.NH + s.NKV);
   const int blocks = int(std::min<size_t>(8 * be.multiprocessors, divide_up(items, kAttentionWarps)));
   with_channels(s.HS, [&](auto channels) {
-    launch(be, "qk_norm_rope_backward", qk_norm_rope_backward_kernel<Real, channels()>, blocks, kAttentionWarps * 32, 0, dqkv,
-           partial, qk_raw, qk_rstd, q_weight, k_weight, table.cos_sin, table.R, table.pairs, s);
+    launch(be, "qk_norm_rope_backward", qk_norm_rope_backward_kernel<Real, channels()>, blocks, kAttentionWarps * 32, 0,
+           dqkv, partial, qk_raw, qk_rstd, q_weight, k_weight, table.cos_sin, table.R, table.pairs, s);
   });
   add_rows(be, dq_weight, partial, blocks, s.HS, 2 * s.HS);
   add_rows(be, dk_weight, partial + s.HS, blocks, s.HS, 2 * s.HS);

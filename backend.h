@@ -50,7 +50,9 @@ struct Cpu {
   }
   void release(void* p) { std::free(p); }
   void zero(void* p, size_t bytes) { std::memset(p, 0, bytes); }
-  void upload(void* to, const void* from_host, size_t bytes) { std::memcpy(to, from_host, bytes); }
+  void upload(void* to, const void* from_host, size_t bytes) {
+    if (bytes) std::memcpy(to, from_host, bytes);  // an empty vector's pointer may be null, which memcpy forbids
+  }
   void download(void* to_host, const void* from, size_t bytes) { std::memcpy(to_host, from, bytes); }
   void synchronize() {}
 };
@@ -82,7 +84,7 @@ inline float exp_(float x) {
   p = p * r + 0.5f;
   p = p * r + 1.0f;
   p = p * r + 1.0f;
-  int32_t bits = (int32_t(n) + 127) << 23;  // 2^n
+  uint32_t bits = (uint32_t(int32_t(n)) + 127) << 23;  // 2^n; unsigned: of a NaN, n is any number
   float scale;
   std::memcpy(&scale, &bits, 4);
   return p * scale;
@@ -218,9 +220,10 @@ void launch(Cuda& be, const char* name, void (*kernel)(Parameters...), dim3 bloc
   check(cudaGetLastError(), name);
 }
 
-// to (columns) += the sum over rows of partial (rows, columns), rows being `stride` elements apart, in an order that depends
-// on the shape only. A block has 32 columns; warp w adds up rows w, w + 32, ..., the first warp the 32 sums.
-__global__ inline void __launch_bounds__(1024) add_rows_kernel(float* to, const float* partial, int rows, int columns, int stride) {
+// to (columns) += the sum over rows of partial (rows, columns), rows being `stride` elements apart, in an order that
+// depends on the shape only. A block has 32 columns; warp w adds up rows w, w + 32, ..., the first warp the 32 sums.
+static __global__ void __launch_bounds__(1024)
+    add_rows_kernel(float* to, const float* partial, int rows, int columns, int stride) {
   __shared__ float sums[32][33];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, c = blockIdx.x * 32 + lane;
   float sum = 0;

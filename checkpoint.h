@@ -151,6 +151,9 @@ class SafeTensors {
                                                             {"I16", 2}, {"I8", 1},  {"U8", 1},  {"BOOL", 1}};
         const auto size = sizes.find(t.dtype);
         if (size == sizes.end()) fail("tensor " + name + " has the unknown type " + t.dtype);
+        const auto& offsets = entry.at("data_offsets");
+        const size_t begin = offsets.at(0).get<size_t>(), end = offsets.at(1).get<size_t>();
+        if (begin > end || end > data_bytes) fail("truncated: tensor " + name + " ends behind the end of the file");
         t.count = 1;
         for (const auto& extent : entry.at("shape")) {
           const size_t n = extent.get<size_t>();
@@ -158,9 +161,6 @@ class SafeTensors {
           t.count *= n;
           t.shape.push_back(n);
         }
-        const auto& offsets = entry.at("data_offsets");
-        const size_t begin = offsets.at(0).get<size_t>(), end = offsets.at(1).get<size_t>();
-        if (begin > end || end > data_bytes) fail("truncated: tensor " + name + " ends behind the end of the file");
         if (end - begin != t.count * size->second) fail("tensor " + name + ": its byte range does not fit its shape");
         if (begin != end && !ranges.insert({begin, end}).second) fail("tensor " + name + " overlaps another");
         t.data = data + begin;
@@ -263,10 +263,10 @@ void load_weights(Model<Backend, Real>& model, const std::string& checkpoint) {
 template <class Backend, class Real>
 void load_optimizer(Model<Backend, Real>& model, const std::string& checkpoint) {
   const SafeTensors file(checkpoint + "/optimizer.safetensors");
-  for (auto [prefix, moment] : {std::pair{"m.", model.m}, std::pair{"v.", model.v}}) {
+  for (const bool second : {false, true}) {
     std::vector<float> host(model.table.total);
-    read_tensors(file, model.table, prefix, host.data());
-    model.be.upload(moment, host.data(), host.size() * sizeof(float));
+    read_tensors(file, model.table, second ? "v." : "m.", host.data());
+    model.be.upload(second ? model.v : model.m, host.data(), host.size() * sizeof(float));
     model.be.synchronize();
   }
 }

@@ -10,6 +10,7 @@
 #include <unistd.h>
 
 #include <CLI/CLI.hpp>
+#include <algorithm>
 #include <cstdio>
 #include <cstdlib>
 #include <filesystem>
@@ -25,7 +26,8 @@ namespace {
 // "5M", "300k", "2G" or plain digits: a count in decimal units.
 uint64_t parse_count(const std::string& flag, const std::string& text) {
   char* end = nullptr;
-  double value = text.empty() || !std::isdigit(static_cast<unsigned char>(text[0])) ? NAN : std::strtod(text.c_str(), &end);
+  bool number = !text.empty() && std::isdigit(static_cast<unsigned char>(text[0]));
+  double value = number ? std::strtod(text.c_str(), &end) : NAN;
   std::string unit = end ? end : "";
   double scale = unit.empty() ? 1 : unit == "k" || unit == "K" ? 1e3 : unit == "M" ? 1e6 : unit == "G" ? 1e9 : NAN;
   if (!(value * scale >= 1 && value * scale < 1e15))
@@ -34,6 +36,7 @@ uint64_t parse_count(const std::string& flag, const std::string& text) {
 }
 
 void print_split(const char* name, const Meta::Split& split) {
+  if (split.tokens == 0) return;
   std::printf("%-5s  %llu documents, %llu bytes of text, %llu tokens", name, (unsigned long long)split.documents,
               (unsigned long long)split.bytes, (unsigned long long)split.tokens);
   if (!std::isnan(split.entropy)) std::printf(", lowest reachable loss %.4f nats per token", split.entropy);
@@ -60,9 +63,10 @@ void encode(const std::vector<std::string>& inputs, const std::string& directory
   uint64_t total = 0, before = 0;
   for (const std::string& input : inputs) {
     std::error_code error;
-    uint64_t size = std::filesystem::file_size(input, error);
-    if (error) throw UserError(input + ": cannot read text: " + error.message());
-    total += size;
+    if (!std::filesystem::exists(input, error)) throw UserError("--input " + input + ": no such file");
+    if (!std::filesystem::is_regular_file(input, error))
+      throw UserError("--input " + input + ": not a regular file; a text file is wanted");
+    total += std::filesystem::file_size(input, error);
   }
   const bool terminal = ::isatty(STDERR_FILENO);
   CorpusWriter corpus(directory, std::make_unique<ByteTokenizer>(), shard_tokens);
@@ -137,7 +141,8 @@ void info(const std::string& pattern, int documents_shown) {
     size_t end = at + 1;
     while (end < first.size() && first[end] != tokenizer->end_of_text()) end++;
     std::string text;
-    decode_tokens(*tokenizer, first.tokens() + at, std::min(end - at, most), "", [&](const std::string& s) { text += s; });
+    decode_tokens(*tokenizer, first.tokens() + at, std::min(end - at, most), "",
+                  [&](const std::string& s) { text += s; });
     std::printf("--- from token %zu:\n%s%s\n", at, printable(text).c_str(), end - at > most ? " ..." : "");
     at = end;
   }
@@ -146,7 +151,7 @@ void info(const std::string& pattern, int documents_shown) {
 // ---------------------------------------------------------------------------------------------------------------------
 // Downloads
 
-// Runs a program without a shell, so that no argument can be taken for anything else. Its standard output is returned in
+// Runs a program without a shell, so that no argument can be taken for anything else. Its standard output is added to
 // `output`, its standard error is ours. The exit status; 127 if there is no such program.
 int run_program(const std::vector<std::string>& arguments, std::string& output) {
   std::vector<char*> argv;
@@ -219,14 +224,17 @@ void fetch(const std::string& name, std::string url, std::string directory) {
     bool complete = std::filesystem::exists(part) && sha256(part) == wanted->sha256;
     if (!complete) {
       std::vector<std::string> curl = {"curl", "--fail", "--location", "--proto", "=https,http,file", "--retry", "3",
-                                       "--connect-timeout", "20", "--continue-at", "-", "--output", part, "--url", url};
+                                       "--connect-timeout", "20", "--continue-at", "-", "--output", part, "--url", url,
+                                       "--write-out", "%{errormsg}"};
       curl.push_back(::isatty(STDERR_FILENO) ? "--progress-bar" : "--silent");
-      std::string output;
-      int status = run_program(curl, output);
+      std::string message;
+      int status = run_program(curl, message);
+      if (message.empty() || message.find('\n') != std::string::npos || message.find("errormsg") != std::string::npos)
+        message = "curl's exit code is " + std::to_string(status);  // curl before 7.75 has no %{errormsg}
       if (status != 0)
         throw UserError(
             "cannot download " + url + " (" +
-            (status == 127 ? "there is no curl program" : "curl's exit code is " + std::to_string(status)) +
+            (status == 127 ? "there is no curl program" : message) +
             "); offline: get the file elsewhere, put it at " + path + " and run this again, or use --url file:///PATH");
     }
     std::string sum = sha256(part);
@@ -249,7 +257,8 @@ void fetch(const std::string& name, std::string url, std::string directory) {
 int main(int argc, char** argv) {
   CLI::App app("Makes token shards from text, and shows what is in them.", "data");
   app.require_subcommand(1);
-  std::string out, stories_out = "data/stories", bytes = "5M", shard_tokens = "100M", tokens, offset, separator = "<|endoftext|>", name, url, path;
+  std::string out, stories_out = "data/stories", bytes = "5M", shard_tokens = "100M", tokens, offset;
+  std::string separator = "<|endoftext|>", name, url, path;
   std::vector<std::string> inputs;
   uint64_t seed = 1;
   double val_fraction = 0.05;
@@ -284,6 +293,10 @@ int main(int argc, char** argv) {
   fetcher->add_option("--out", out, "directory to write to (default data/NAME)");
 
   try {
+    if (argc < 2) throw UserError("data: which command? stories, encode, decode, info or fetch (see data --help)");
+    const std::vector<std::string> commands = {"stories", "encode", "decode", "info", "fetch"};
+    if (argv[1][0] != '-' && std::find(commands.begin(), commands.end(), argv[1]) == commands.end())
+      throw UserError(std::string("data ") + argv[1] + ": no such command; stories, encode, decode, info or fetch");
     app.parse(argc, argv);
     if (*stories) {
       print_written(stories_out, write_stories(stories_out, parse_count("--bytes", bytes), seed));

@@ -110,7 +110,8 @@ class Shard {
       throw UserError(path_ + ": shard version " + std::to_string(header[1]) + ", only " +
                       std::to_string(shard_version) + " is known");
     if (header[2] <= 0)
-      throw UserError(path_ + ": the shard's header says " + std::to_string(header[2]) + " tokens, should be 1 or more");
+      throw UserError(path_ + ": the shard's header says " + std::to_string(header[2]) +
+                      " tokens, should be 1 or more");
     size_t wanted = shard_header_bytes + size_t(header[2]) * sizeof(uint16_t);
     if (bytes_ != wanted)
       throw UserError(path_ + (bytes_ < wanted ? ": truncated shard: " : ": the shard is too long: ") +
@@ -135,8 +136,8 @@ inline uint64_t mix_bits(uint64_t x) {
 }
 
 // A permutation of 0..n-1 chosen by `key`: where element i goes. Constant memory and constant time on average.
-// A Feistel network permutes the smallest power of four that holds n, whatever its round function is; what lands outside
-// of 0..n-1 is sent through again (cycle walking, Black and Rogaway 2002), on average less than four times in all.
+// A Feistel network permutes the smallest power of four that holds n, whatever its round function is; what lands
+// outside of 0..n-1 is sent through again (cycle walking, Black and Rogaway 2002), less than four times on average.
 inline uint64_t permute(uint64_t i, uint64_t n, uint64_t key) {
   int half = 1;
   while (half < 32 && (uint64_t(1) << (2 * half)) < n) half++;
@@ -213,8 +214,8 @@ class Dataset {
     throw std::out_of_range("Dataset::window: no such window");
   }
 
-  // Micro-batch `index`, counted from 0 over the whole run. Batches take B windows each from an endless stream, in which
-  // every epoch is another permutation of all windows; a batch may straddle two epochs. Depends on nothing else.
+  // Micro-batch `index`, counted from 0 over the whole run. Batches take B windows each from an endless stream, in
+  // which every epoch is another permutation of all windows; a batch may straddle two. Depends on nothing else.
   void batch(uint64_t seed, uint64_t index, int B, int T, int* inputs, int* targets) const {  // (B, T), (B, T)
     const uint64_t n = windows(T);
     for (int b = 0; b < B; b++) {

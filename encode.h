@@ -216,8 +216,8 @@ class CorpusWriter {
 };
 
 // Adds one text file. A line equal to `separator` ends a document (none if it is empty), the end of the file does too.
-// The last `val_fraction` of the file, from the next start of a line on, goes to the validation split, so a file that is
-// one long document is split as well. Memory does not grow with the file. `progress` hears the bytes read so far.
+// The last `val_fraction` of the file, from the next start of a line on, goes to the validation split, so a file that
+// is one long document is split as well. Memory does not grow with the file. `progress` hears the bytes read so far.
 inline void encode_file(CorpusWriter& corpus, const std::string& path, const std::string& separator,
                         double val_fraction, const std::function<void(uint64_t)>& progress = {}) {
   std::unique_ptr<std::FILE, int (*)(std::FILE*)> file(std::fopen(path.c_str(), "rb"), std::fclose);

@@ -103,7 +103,7 @@ class Flags {
   template <class T>
   CLI::Option* add(const std::string& name, T& value, const std::string& help) {
     table.push_back({name, group_, [&value] { return nlohmann::json(value); },
-                     [&value](const nlohmann::json& j) { value = j.is_null() ? T(NAN) : j.get<T>(); }});
+                     [&value](const nlohmann::json& j) { value = j.get<T>(); }});
     return app.add_option("--" + name, value, help)->group(group_)->capture_default_str();
   }
   CLI::Option* add(const std::string& name, std::string& value, const std::string& help) {

@@ -1,21 +1,26 @@
 #pragma once
-// Flash attention on tensor cores: causal attention, forward and backward, in bf16 with fp32 accumulation, for sm_80 and up.
-// The same function as attention.cuh's (which is the one to read first); the T x T matrix never exists.
+// Flash attention on tensor cores: causal attention, forward and backward, in bf16 with fp32 accumulation, for sm_80
+// and up. The same function as the simple kernels of attention.cuh (read those first); the T x T matrix never exists.
 //
 // The algorithm (Dao et al. 2022, "FlashAttention", algorithms 1 and 4; Dao 2023 for the order of the loops):
 //   forward   out_i = sum_j exp(s_ij - lse_i) v_j, s_ij = scale q_i.k_j, with a running row maximum and row sum
 //   backward  P = exp(S - lse); dV = P^T dO; dP = dO V^T; dS = P (dP - D), D = rowsum(dO out); dQ = scale dS K;
-//             dK = scale dS^T Q. Two kernels, one per tile of queries (dQ) and one per tile of keys (dK, dV), so that every
-//             sum has one owner and one order: no atomics, and two runs agree to the bit.
+//             dK = scale dS^T Q. Two kernels, one per tile of queries (dQ) and one per tile of keys (dK, dV), so that
+//             every sum has one owner and one order: no atomics, and two runs agree to the bit. The price is that S and
+//             dP are computed twice: seven products instead of five.
 //
 // How it maps to the hardware. Four warps, a warpgroup, own 64 rows of the tile at hand and keep their accumulators in
 // registers for the whole kernel. The other operand streams through shared memory in tiles. A product is then one of
-//   multiply_transposed   acc (64, N)  += A (64, HS)   tile^T    tile (N, HS):    S = Q K^T, dP = dO V^T, ...
-//   multiply              acc (64, HS) += A (64, rows) tile      tile (rows, HS): O = P V, dQ = dS K, ...
-// and what one product leaves in the accumulators is, rounded to bf16 in place, the A operand of the next: P and dS never
-// leave the registers. Both products are written twice: with mma.sync and ldmatrix (sm_80 and up), and with wgmma, which
-// reads its second operand straight from shared memory (built for sm_90a; two to three times the rate). Registers and shared
-// memory are laid out alike for both, so the kernels do not know which one they use.
+//   multiply_transposed   acc (64, N)  = A (64, HS) tile^T       tile (N, HS):    S = Q K^T, dP = dO V^T, ...
+//   multiply              acc (64, HS) += A (64, ROWS) tile      tile (ROWS, HS): O = P V, dQ = dS K, ...
+// and what the first leaves in the accumulators is, rounded to bf16 in place, the A operand of the second: P and dS
+// never leave the registers. Both products are written twice: with mma.sync and ldmatrix (sm_80 and up), and with
+// wgmma, which reads its second operand straight from shared memory (sm_90a, the target that `make` picks for Hopper).
+// Registers and shared memory are laid out alike for both, so the kernels do not know which one they use.
+
+#include <algorithm>
+#include <cmath>
+#include <stdexcept>
 
 #include "backend.h"
 
@@ -37,11 +42,12 @@ constexpr int kRows = 64;    // rows that a warpgroup owns: 16 per warp
 // Tiles in shared memory
 
 // A tile (ROWS, HS) of bf16 in shared memory, starting at a multiple of 1024 bytes. It is cut into panels of up to 64
-// columns, each of ROWS rows of up to 128 bytes. Within a panel the 16-byte chunks of a row are permuted by the row's number, so that
-// eight rows of one chunk column lie in distinct banks: this is the 128-byte swizzle that wgmma knows (64-byte for HS = 32).
+// columns, each of ROWS rows of up to 128 bytes. Within a panel the 16-byte chunks of a row are permuted by the row's
+// number, so that eight rows of one chunk column lie in distinct banks: this is the 128-byte swizzle that wgmma knows
+// (64-byte for HS = 32).
 template <int ROWS, int HS>
 struct Tile {
-  static constexpr int kPanel = HS < 64 ? HS : 64;                // columns
+  static constexpr int kPanel = HS < 64 ? HS : 64;  // columns
   static constexpr int kPanelBytes = ROWS * kPanel * 2;
   static constexpr int kBytes = ROWS * HS * 2;
 
@@ -53,29 +59,29 @@ struct Tile {
     return at + (chunk >> 3) * kPanelBytes + row * 128 + (((chunk & 7) ^ (row & 7)) << 4);
   }
 
-  // wgmma's description of the tile from (row, column) on, for either reading direction: address, stride of 8 rows, swizzle
-  // (PTX ISA, "Matrix descriptor"; all in units of 16 bytes). row must be a multiple of 8, column of 16.
+  // wgmma's description of the tile from (row, column) on, for either reading direction: address, stride of 8 rows,
+  // swizzle (PTX ISA, "Matrix descriptor"; all in units of 16 bytes). row must be a multiple of 8, column of 16.
   __device__ __forceinline__ uint64_t descriptor(int row, int column) const {
-    uint32_t start = at + column / kPanel * kPanelBytes + row * kPanel * 2 + column % kPanel * 2;
-    uint64_t swizzle = HS == 32 ? 2 : 1, rows8 = 8 * kPanel * 2;
-    return uint64_t((start & 0x3ffff) >> 4) | uint64_t(1) << 16 | rows8 >> 4 << 32 | swizzle << 62;
+    constexpr uint64_t kSwizzle = HS == 32 ? 2 : 1, kRows8 = 8 * kPanel * 2;
+    return (kSwizzle << 62 | kRows8 >> 4 << 32 | 1 << 16 | at >> 4) +
+           (column / kPanel * kPanelBytes + row * kPanel * 2 + column % kPanel * 2) / 16;
   }
 };
 
-// Starts the copy of rows first..first+ROWS-1 of a matrix (T, stride) to a tile, by THREADS threads; rows from T on become zeros.
+// Starts the copy of rows first..first+ROWS-1 of a matrix (T, HS), `stride` elements from row to row, to a tile, by
+// THREADS threads; rows from T on become zeros.
 template <int THREADS, int ROWS, int HS>
 __device__ __forceinline__ void load_tile(Tile<ROWS, HS> tile, const bf16* source, size_t stride, int first, int T) {
 #if __CUDA_ARCH__ >= 800
-  constexpr int kChunks = HS / 8, kTotal = ROWS * kChunks;
+  constexpr int kChunks = HS / 8, kStep = THREADS / kChunks;
+  static_assert(ROWS % kStep == 0);
+  const int row = threadIdx.x / kChunks, chunk = threadIdx.x % kChunks;
+  const bf16* from = source + (first + row) * stride + chunk * 8;
 #pragma unroll
-  for (int n = 0; n < kTotal; n += THREADS) {
-    int i = n + threadIdx.x, row = i / kChunks, chunk = i % kChunks;
-    if (kTotal % THREADS && i >= kTotal) break;
-    bool inside = first + row < T;
-    const bf16* from = source + (inside ? (first + row) * stride + chunk * 8 : 0);
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(tile.address(row, chunk)), "l"(from), "r"(inside ? 16 : 0)
+  for (int n = 0; n < ROWS; n += kStep, from += kStep * stride)
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(tile.address(row + n, chunk)), "l"(from),
+                 "r"(first + row + n < T ? 16 : 0)  // 0: nothing is read, zeros are written
                  : "memory");
-  }
 #endif
 }
 
@@ -84,9 +90,8 @@ template <int N>
 __device__ __forceinline__ void load_vector(uint32_t to, const float* source, int first, int T, int thread) {
 #if __CUDA_ARCH__ >= 800
   if (thread < 0 || thread >= N) return;
-  bool inside = first + thread < T;
-  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(to + thread * 4), "l"(source + (inside ? first + thread : 0)),
-               "r"(inside ? 4 : 0)
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(to + thread * 4), "l"(source + first + thread),
+               "r"(first + thread < T ? 4 : 0)
                : "memory");
 #endif
 }
@@ -109,12 +114,13 @@ __device__ __forceinline__ void wait_loads() {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Fragments. Thread 4 g + t of a warp holds, of a 16 x 8 piece of accumulators, rows g and g + 8, columns 2t and 2t + 1, as
-// acc[piece] = {(g, 2t), (g, 2t+1), (g+8, 2t), (g+8, 2t+1)}; of a 16 x 16 piece of an A operand, the four 8 x 8 quarters'
-// (g, 2t..2t+1) as bf16 pairs, in the order top left, bottom left, top right, bottom right.
+// Fragments. Of a 16 x 8 piece of accumulators, thread 4g + t of a warp holds rows g and g + 8, columns 2t and 2t+1, as
+// acc[piece] = {(g, 2t), (g, 2t+1), (g+8, 2t), (g+8, 2t+1)}; of a 16 x 16 piece of an A operand, (g, 2t..2t+1) of the
+// four 8 x 8 quarters as bf16 pairs, in the order top left, bottom left, top right, bottom right.
 
 __device__ __forceinline__ int lane() { return threadIdx.x & 31; }
-__device__ __forceinline__ int group() { return threadIdx.x / kGroup; }
+// Which warpgroup of the block; the shuffle tells the compiler that all threads of a warp agree.
+__device__ __forceinline__ int group() { return __shfl_sync(~0u, threadIdx.x / kGroup, 0); }
 // Row of the warpgroup's 64 that the thread's accumulators 0 and 1 belong to; 2 and 3 belong to the row 8 further.
 __device__ __forceinline__ int own_row() { return threadIdx.x % kGroup / 32 * 16 + lane() / 4; }
 
@@ -137,10 +143,14 @@ __device__ __forceinline__ void ldmatrix(uint32_t (&r)[4], uint32_t address) {
 #if __CUDA_ARCH__ >= 800
   if (TRANSPOSED)
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(address) : "memory");
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(address)
+                 : "memory");
   else
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(address) : "memory");
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(address)
+                 : "memory");
 #endif
 }
 
@@ -156,7 +166,7 @@ __device__ __forceinline__ void load_operand(uint32_t (&a)[HS / 16][4], Tile<ROW
   for (int k = 0; k < HS / 16; ++k) load_operand(a[k], tile, first, k);
 }
 
-// An A operand left in shared memory: the 64 rows of a tile from `first` on. For head sizes at which registers are short.
+// An A operand left in shared memory: the 64 rows of a tile from `first` on.
 template <int ROWS, int HS>
 struct Shared {
   Tile<ROWS, HS> tile;
@@ -180,48 +190,47 @@ __device__ __forceinline__ void wait_products(float (&acc)[N][4]) {
     asm volatile("" : "+f"(acc[n][0]), "+f"(acc[n][1]), "+f"(acc[n][2]), "+f"(acc[n][3])::"memory");
 }
 
-// d (64, N) = [d +] A (64, 16) B (16, N), N = 32 or 64; A in registers or in shared memory. B is stored (N, 16), or with
-// BY_COLUMN (16, N).
+// d (64, N) = [d +] A (64, 16) B (16, N), N = 32 or 64; A in registers or in shared memory. B is stored (N, 16), or
+// with BY_COLUMN (16, N).
+// clang-format off
 #define FLASH_D4(n) "+f"(d[n][0]), "+f"(d[n][1]), "+f"(d[n][2]), "+f"(d[n][3])
 #define FLASH_D16 FLASH_D4(0), FLASH_D4(1), FLASH_D4(2), FLASH_D4(3)
 #define FLASH_D32 FLASH_D16, FLASH_D4(4), FLASH_D4(5), FLASH_D4(6), FLASH_D4(7)
 #define FLASH_R16 "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15}"
-#define FLASH_R32                                                                                                        \
-  "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31}"
+#define FLASH_R32                                                                                                      \
+  "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,"                                                     \
+  "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31}"
 #define FLASH_OP(n) "wgmma.mma_async.sync.aligned.m64n" #n "k16.f32.bf16.bf16 "
+// clang-format on
 
 template <int N, int BY_COLUMN>
 __device__ __forceinline__ void wgmma(float (*d)[4], const uint32_t (&a)[4], uint64_t b, int accumulate) {
   static_assert(N == 32 || N == 64);
   if constexpr (N == 64)
-    asm volatile("{.reg .pred p; setp.ne.b32 p, %37, 0;\n" FLASH_OP(64) FLASH_R32 ", {%32,%33,%34,%35}, %36, p, 1, 1, %38;}"
-                 : FLASH_D32 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate), "n"(BY_COLUMN));
+    asm volatile("{.reg .pred p; setp.ne.b32 p, %37, 0;\n" FLASH_OP(64) FLASH_R32
+                 ", {%32,%33,%34,%35}, %36, p, 1, 1, %38;}"
+                 : FLASH_D32
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate), "n"(BY_COLUMN));
   else
-    asm volatile("{.reg .pred p; setp.ne.b32 p, %21, 0;\n" FLASH_OP(32) FLASH_R16 ", {%16,%17,%18,%19}, %20, p, 1, 1, %22;}"
-                 : FLASH_D16 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate), "n"(BY_COLUMN));
+    asm volatile("{.reg .pred p; setp.ne.b32 p, %21, 0;\n" FLASH_OP(32) FLASH_R16
+                 ", {%16,%17,%18,%19}, %20, p, 1, 1, %22;}"
+                 : FLASH_D16
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate), "n"(BY_COLUMN));
 }
 template <int N, int BY_COLUMN>
 __device__ __forceinline__ void wgmma(float (*d)[4], uint64_t a, uint64_t b, int accumulate) {
   static_assert(N == 32 || N == 64);
   if constexpr (N == 64)
     asm volatile("{.reg .pred p; setp.ne.b32 p, %34, 0;\n" FLASH_OP(64) FLASH_R32 ", %32, %33, p, 1, 1, 0, %35;}"
-                 : FLASH_D32 : "l"(a), "l"(b), "r"(accumulate), "n"(BY_COLUMN));
+                 : FLASH_D32
+                 : "l"(a), "l"(b), "r"(accumulate), "n"(BY_COLUMN));
   else
     asm volatile("{.reg .pred p; setp.ne.b32 p, %18, 0;\n" FLASH_OP(32) FLASH_R16 ", %16, %17, p, 1, 1, 0, %19;}"
-                 : FLASH_D16 : "l"(a), "l"(b), "r"(accumulate), "n"(BY_COLUMN));
+                 : FLASH_D16
+                 : "l"(a), "l"(b), "r"(accumulate), "n"(BY_COLUMN));
 }
 
 // acc (64, N) = A (64, HS) tile^T
-template <int N, int HS>
-__device__ __forceinline__ void multiply_transposed(float (&acc)[N / 8][4], const uint32_t (&a)[HS / 16][4], Tile<N, HS> tile) {
-  constexpr int kStep = N % 64 ? 32 : 64;
-  begin_products();
-#pragma unroll
-  for (int n = 0; n < N; n += kStep)
-#pragma unroll
-    for (int k = 0; k < HS / 16; ++k) wgmma<kStep, 0>(acc + n / 8, a[k], tile.descriptor(n, k * 16), k > 0);
-  end_products();
-}
 template <int N, int ROWS, int HS>
 __device__ __forceinline__ void multiply_transposed(float (&acc)[N / 8][4], Shared<ROWS, HS> a, Tile<N, HS> tile) {
   constexpr int kStep = N % 64 ? 32 : 64;
@@ -236,7 +245,8 @@ __device__ __forceinline__ void multiply_transposed(float (&acc)[N / 8][4], Shar
 
 // acc (64, HS) += A (64, ROWS) tile
 template <int ROWS, int HS>
-__device__ __forceinline__ void multiply(float (&acc)[HS / 8][4], const uint32_t (&a)[ROWS / 16][4], Tile<ROWS, HS> tile) {
+__device__ __forceinline__ void multiply(float (&acc)[HS / 8][4], const uint32_t (&a)[ROWS / 16][4],
+                                         Tile<ROWS, HS> tile) {
   constexpr int kStep = HS < 64 ? HS : 64;
   begin_products();
 #pragma unroll
@@ -254,14 +264,16 @@ __device__ __forceinline__ void wait_products(float (&)[N][4]) {}
 // d (16, 8) += A (16, 16) B (16, 8), per warp
 __device__ __forceinline__ void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
 #if __CUDA_ARCH__ >= 800
-  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 #endif
 }
 
 template <int N, int HS>
-__device__ __forceinline__ void multiply_transposed_step(float (&acc)[N / 8][4], const uint32_t (&a)[4], Tile<N, HS> tile, int k) {
+__device__ __forceinline__ void multiply_transposed_step(float (&acc)[N / 8][4], const uint32_t (&a)[4],
+                                                         Tile<N, HS> tile, int k) {
 #pragma unroll
   for (int n = 0; n < N / 16; ++n) {
     uint32_t b[4];
@@ -279,7 +291,8 @@ __device__ __forceinline__ void clear(float (&acc)[N][4]) {
 
 // acc (64, N) = A (64, HS) tile^T
 template <int N, int HS>
-__device__ __forceinline__ void multiply_transposed(float (&acc)[N / 8][4], const uint32_t (&a)[HS / 16][4], Tile<N, HS> tile) {
+__device__ __forceinline__ void multiply_transposed(float (&acc)[N / 8][4], const uint32_t (&a)[HS / 16][4],
+                                                    Tile<N, HS> tile) {
   clear(acc);
 #pragma unroll
   for (int k = 0; k < HS / 16; ++k) multiply_transposed_step<N, HS>(acc, a[k], tile, k);
@@ -297,7 +310,8 @@ __device__ __forceinline__ void multiply_transposed(float (&acc)[N / 8][4], Shar
 
 // acc (64, HS) += A (64, ROWS) tile
 template <int ROWS, int HS>
-__device__ __forceinline__ void multiply(float (&acc)[HS / 8][4], const uint32_t (&a)[ROWS / 16][4], Tile<ROWS, HS> tile) {
+__device__ __forceinline__ void multiply(float (&acc)[HS / 8][4], const uint32_t (&a)[ROWS / 16][4],
+                                         Tile<ROWS, HS> tile) {
 #pragma unroll
   for (int k = 0; k < ROWS / 16; ++k)
 #pragma unroll
@@ -330,16 +344,17 @@ __device__ __forceinline__ float row_max(float x) {
   return fmaxf(x, __shfl_xor_sync(~0u, x, 2));
 }
 
-// Writes accumulators (64, HS), rows times factor0 (rows g) or factor1 (rows g + 8), to rows first.. of a matrix (T, stride), by way
-// of the warp's own 16 rows of a tile, so that global memory sees 16-byte accesses.
+// Writes accumulators (64, HS), times factor0 (rows g) or factor1 (rows g + 8), to rows first.. of a matrix (T, HS)
+// with the given stride, by way of the warp's own 16 rows of a tile, so that global memory sees 16-byte accesses.
 template <int ROWS, int HS>
-__device__ __forceinline__ void store_rows(bf16* to, size_t stride, int first, int T, const float (&acc)[HS / 8][4], float factor0,
-                                           float factor1, Tile<ROWS, HS> tile) {
+__device__ __forceinline__ void store_rows(bf16* to, size_t stride, int first, int T, const float (&acc)[HS / 8][4],
+                                           float factor0, float factor1, Tile<ROWS, HS> tile) {
   int row = group() * kRows + own_row();
 #pragma unroll
   for (int n = 0; n < HS / 8; ++n) {
     uint32_t offset = lane() % 4 * 4;
-    asm volatile("st.shared.b32 [%0], %1;" ::"r"(tile.address(row, n) + offset), "r"(pack(acc[n][0] * factor0, acc[n][1] * factor0))
+    asm volatile("st.shared.b32 [%0], %1;" ::"r"(tile.address(row, n) + offset),
+                 "r"(pack(acc[n][0] * factor0, acc[n][1] * factor0))
                  : "memory");
     asm volatile("st.shared.b32 [%0], %1;" ::"r"(tile.address(row + 8, n) + offset),
                  "r"(pack(acc[n][2] * factor1, acc[n][3] * factor1))
@@ -352,12 +367,15 @@ __device__ __forceinline__ void store_rows(bf16* to, size_t stride, int first, i
   for (int i = lane(); i < 16 * kChunks; i += 32) {
     int r = warp_row + i / kChunks, chunk = i % kChunks;
     uint4 v;
-    asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(tile.address(r, chunk)) : "memory");
+    asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+                 : "r"(tile.address(r, chunk))
+                 : "memory");
     if (first + r < T) *reinterpret_cast<uint4*>(to + (first + r) * stride + chunk * 8) = v;
   }
 }
 
-// Where a block works. Blocks count fastest over the tiles of one head, whose keys and values then stay in the L2 cache.
+// Where a block works. Blocks count fastest over the tiles of one head, whose keys and values then stay in the cache.
 struct Place {
   int b, head, tile;
 };
@@ -367,15 +385,18 @@ __device__ __forceinline__ Place place(int tiles, int heads) {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Tile sizes, found by measurement on an H100. GROUPS warpgroups of 64 rows per block; N rows of the streamed tile; STAGES tiles in
-// flight (2: the next one loads while this one is used); REGISTERS: the fixed operands (Q, ...) live in registers, else in
-// shared memory; BLOCKS per multiprocessor, which bounds the registers per thread.
+// Tile sizes, found by measurement on an H100. GROUPS warpgroups of 64 rows per block; N rows of the streamed tile;
+// STAGES (backward): 2, the next tile loads while this one is used, or 1, where shared memory is short; REGISTERS: with
+// mma.sync the fixed operands (Q, ...) stay in registers; BLOCKS per multiprocessor, which bounds registers per thread.
 template <int GROUPS, int N, int STAGES, bool REGISTERS, int BLOCKS>
 struct Config {
-  static constexpr int kGroups = GROUPS, kN = N, kStages = STAGES, kThreads = GROUPS * kGroup, kTile = GROUPS * kRows, kBlocks = BLOCKS;
-  static constexpr bool kRegisters = REGISTERS;
+  static constexpr int kGroups = GROUPS, kN = N, kStages = STAGES, kBlocks = BLOCKS;
+  static constexpr int kThreads = GROUPS * kGroup, kTile = GROUPS * kRows;
+  // For wgmma never: ptxas 13.0 overwrites the registers of an A operand that is the same in every turn of a loop.
+  static constexpr bool kRegisters = REGISTERS && !FLASH_WGMMA;
 };
 
+// clang-format off
 template <int HS> struct ForwardConfig;
 template <> struct ForwardConfig<32> : Config<2, 64, 2, true, 2> {};
 template <> struct ForwardConfig<64> : Config<2, 64, 2, true, 2> {};
@@ -383,22 +404,21 @@ template <> struct ForwardConfig<128> : Config<2, 64, 2, true, 1> {};
 template <> struct ForwardConfig<256> : Config<1, 32, 2, false, 2> {};
 
 template <int HS> struct QueryConfig;  // dQ
-template <> struct QueryConfig<32> : Config<2, 64, 2, true, 1> {};
-template <> struct QueryConfig<64> : Config<2, 64, 2, true, 1> {};
+template <> struct QueryConfig<32> : Config<1, 64, 2, true, 3> {};
+template <> struct QueryConfig<64> : Config<1, 64, 2, true, 2> {};
 template <> struct QueryConfig<128> : Config<1, 64, 2, false, 2> {};
 template <> struct QueryConfig<256> : Config<1, 32, 1, false, 2> {};
 
 template <int HS> struct KeyConfig;  // dK and dV
-template <> struct KeyConfig<32> : Config<2, 64, 2, true, 1> {};
-template <> struct KeyConfig<64> : Config<2, 64, 2, true, 1> {};
-template <> struct KeyConfig<128> : Config<1, 64, 2, false, 2> {};
+template <> struct KeyConfig<32> : Config<1, 64, 2, true, 2> {};
+template <> struct KeyConfig<64> : Config<1, 64, 2, true, 2> {};
+template <> struct KeyConfig<128> : Config<2, 64, 2, false, 1> {};
 template <> struct KeyConfig<256> : Config<1, 32, 1, false, 2> {};
+// clang-format on
 
 // A fixed operand, in registers or in shared memory.
 template <bool REGISTERS, int ROWS, int HS>
-struct Operand;
-template <int ROWS, int HS>
-struct Operand<true, ROWS, HS> {
+struct Operand {
   uint32_t a[HS / 16][4];
   __device__ __forceinline__ Operand(Tile<ROWS, HS> tile, int first) { load_operand(a, tile, first); }
   template <int N>
@@ -420,50 +440,45 @@ extern __shared__ __align__(1024) unsigned char shared_memory[];
 __device__ __forceinline__ uint32_t shared_start() { return uint32_t(__cvta_generic_to_shared(shared_memory)); }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Forward: a block per tile of queries, over the tiles of keys from the diagonal down.
+// Forward: a block per tile of queries, over the tiles of keys up to the diagonal.
 
 template <int HS, class C>
 constexpr size_t forward_bytes() {
-  return Tile<C::kTile, HS>::kBytes + size_t(2 * C::kStages) * Tile<C::kN, HS>::kBytes;
+  return Tile<C::kTile, HS>::kBytes + 4 * Tile<C::kN, HS>::kBytes;
 }
 
 template <int HS, class C>
-__global__ __launch_bounds__(C::kThreads, C::kBlocks) void forward_kernel(bf16* out, float* lse, const bf16* qkv, int T, int NH, int NKV,
-                                                                           float scale) {
+__global__ __launch_bounds__(C::kThreads, C::kBlocks) void forward_kernel(bf16* out, float* lse, const bf16* qkv, int T,
+                                                                          int NH, int NKV, float scale) {
   constexpr int M = C::kTile, N = C::kN;
   const Place at = place((T + M - 1) / M, NH);
-  const int q0 = int((T + M - 1) / M - 1 - at.tile) * M;  // the longest rows first: the short ones fill the gaps at the end
+  const int q0 =
+      ((T + M - 1) / M - 1 - at.tile) * M;  // the longest rows first: the short ones fill the gaps at the end
   const size_t stride = size_t(NH + 2 * NKV) * HS;
   const bf16* q = qkv + size_t(at.b) * T * stride + at.head * HS;
   const bf16* k = qkv + size_t(at.b) * T * stride + (NH + at.head / (NH / NKV)) * HS;
   const bf16* v = k + NKV * HS;
 
   const Tile<M, HS> q_tile{shared_start()};
-  auto k_tile = [&](int stage) { return Tile<N, HS>{q_tile.at + q_tile.kBytes + stage * 2 * Tile<N, HS>::kBytes}; };
-  auto v_tile = [&](int stage) { return Tile<N, HS>{k_tile(stage).at + Tile<N, HS>::kBytes}; };
-  auto load = [&](int j, int stage) {
-    load_tile<C::kThreads>(k_tile(stage), k, stride, j * N, T);
-    load_tile<C::kThreads>(v_tile(stage), v, stride, j * N, T);
+  auto k_tile = [&](int j) { return Tile<N, HS>{q_tile.at + q_tile.kBytes + j % 2 * Tile<N, HS>::kBytes}; };
+  auto v_tile = [&](int j) { return Tile<N, HS>{k_tile(j).at + 2 * Tile<N, HS>::kBytes}; };
+  const int row0 = q0 + group() * kRows, row = row0 + own_row();
+  const int tiles = (min(q0 + M, T) + N - 1) / N;           // tiles of keys that any query of the block sees,
+  const int mine = min(tiles, (row0 + kRows - 1) / N + 1);  // and any query of this warpgroup
+  auto load = [&](int j) {                                  // keys run one tile ahead of values
+    if (j + 1 < tiles) load_tile<C::kThreads>(k_tile(j + 1), k, stride, (j + 1) * N, T);
+    if (j >= 0) load_tile<C::kThreads>(v_tile(j), v, stride, j * N, T);
     commit_loads();
   };
-  const int tiles = (min(q0 + M, T) + N - 1) / N;  // tiles of keys that any query here sees
-  load_tile<C::kThreads>(q_tile, q, stride, q0, T);
-  load(tiles - 1, 0);
-  wait_loads();
 
-  const int row0 = q0 + group() * kRows, row = row0 + own_row();
-  const Operand<C::kRegisters, M, HS> Q(q_tile, group() * kRows);
   const float scale2 = scale * kLog2e, slack = 8 / scale2;  // exponentials are powers of two from here on
-  float O[HS / 8][4] = {}, m[2] = {-INFINITY, -INFINITY}, l[2] = {0, 0};
+  float S[N / 8][4], O[HS / 8][4] = {}, m[2] = {-INFINITY, -INFINITY}, l[2] = {0, 0}, factor[2];
+  uint32_t P[N / 16][4];
 
-  for (int j = tiles - 1, stage = 0; j >= 0; --j, stage ^= 1) {
-    if (j < tiles - 1) wait_loads();
-    if (j > 0) load(j - 1, stage ^ 1);
-    if (j * N > row0 + kRows - 1) continue;  // all in the future of this warpgroup
-
-    float S[N / 8][4];
-    Q.template times<N>(S, k_tile(stage));
-    wait_products<0>(S);
+  // S to exp(S - m), with m and l brought up to date. m is subtracted to keep exp in range, and need not be the maximum
+  // for that: it follows the maximum only when exp has grown by a factor of 2^8, so that O is rarely rescaled. True if
+  // O must be, by factor.
+  auto softmax = [&](int j) {
     if (j * N + N - 1 > row0) {  // the diagonal passes through. Keys from T on lie right of it for every row under T.
 #pragma unroll
       for (int n = 0; n < N / 8; ++n)
@@ -471,22 +486,19 @@ __global__ __launch_bounds__(C::kThreads, C::kBlocks) void forward_kernel(bf16* 
         for (int i = 0; i < 4; ++i)
           if (j * N + n * 8 + lane() % 4 * 2 + i % 2 > row + i / 2 * 8) S[n][i] = -INFINITY;
     }
-
-    // m is subtracted to keep exp in range, and need not be the maximum for that: it follows the maximum only when that has
-    // grown by a factor of 2^8, so that the accumulators are rarely rescaled.
     float top[2] = {S[0][0], S[0][2]};
 #pragma unroll
     for (int n = 0; n < N / 8; ++n)
 #pragma unroll
       for (int i = 0; i < 4; ++i) top[i / 2] = fmaxf(top[i / 2], S[n][i]);
-    if (__any_sync(~0u, top[0] > m[0] + slack || top[1] > m[1] + slack)) {
+    const bool rescale = __any_sync(~0u, top[0] > m[0] + slack || top[1] > m[1] + slack);
+    if (rescale) {
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        float grown = fmaxf(m[h], row_max(top[h])), factor = exp2_((m[h] - grown) * scale2);
+        float grown = fmaxf(m[h], row_max(top[h]));  // finite: every row sees key 0, in the first tile
+        factor[h] = exp2_((m[h] - grown) * scale2);
         m[h] = grown;
-        l[h] *= factor;
-#pragma unroll
-        for (int n = 0; n < HS / 8; ++n) O[n][2 * h] *= factor, O[n][2 * h + 1] *= factor;
+        l[h] *= factor[h];
       }
     }
     const float shift[2] = {m[0] * scale2, m[1] * scale2};
@@ -497,10 +509,43 @@ __global__ __launch_bounds__(C::kThreads, C::kBlocks) void forward_kernel(bf16* 
         S[n][i] = exp2_(S[n][i] * scale2 - shift[i / 2]);
         l[i / 2] += S[n][i];
       }
-    uint32_t P[N / 16][4];
-    to_operand<N>(P, S);
-    multiply<N, HS>(O, P, v_tile(stage));
+    return rescale;
+  };
+
+  load_tile<C::kThreads>(q_tile, q, stride, q0, T);
+  load(-1);
+  wait_loads();
+  load(0);
+  const Operand<C::kRegisters, M, HS> Q(q_tile, group() * kRows);
+  Q.template times<N>(S, k_tile(0));
+  wait_products<0>(S);
+  softmax(0);
+  to_operand<N>(P, S);
+
+  // While the tensor cores multiply by the values of tile j, the other units turn the scores of tile j + 1 into
+  // weights.
+  for (int j = 0; j < mine - 1; ++j) {
+    wait_loads();
+    load(j + 1);
+    Q.template times<N>(S, k_tile(j + 1));
+    multiply<N, HS>(O, P, v_tile(j));
+    wait_products<1>(S);
+    const bool rescale = softmax(j + 1);
     wait_products<0>(O);
+    if (rescale)
+#pragma unroll
+      for (int n = 0; n < HS / 8; ++n)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) O[n][i] *= factor[i / 2];
+    to_operand<N>(P, S);
+  }
+  for (int j = mine - 1; j < tiles; ++j) {  // the last tile; and what the block's other warpgroups still need loaded
+    wait_loads();
+    if (j + 1 < tiles) load(j + 1);
+    if (j == mine - 1) {
+      multiply<N, HS>(O, P, v_tile(j));
+      wait_products<0>(O);
+    }
   }
 
   float* lse_row = lse + (size_t(at.b) * NH + at.head) * T;
@@ -518,18 +563,21 @@ __global__ __launch_bounds__(C::kThreads, C::kBlocks) void forward_kernel(bf16* 
 
 template <int HS, class C>
 constexpr size_t query_bytes() {
-  return 2 * Tile<C::kTile, HS>::kBytes + std::max(size_t(2 * C::kStages) * Tile<C::kN, HS>::kBytes, size_t(Tile<C::kTile, HS>::kBytes));
+  return 2 * Tile<C::kTile, HS>::kBytes +
+         std::max(size_t(2 * C::kStages) * Tile<C::kN, HS>::kBytes, size_t(Tile<C::kTile, HS>::kBytes));
 }
 
 template <int HS, class C>
-__global__ __launch_bounds__(C::kThreads, C::kBlocks) void query_kernel(bf16* dqkv, float* D_out, const bf16* dout, const bf16* qkv,
-                                                                         const bf16* out, const float* lse, int T, int NH, int NKV,
-                                                                         float scale) {
+__global__ __launch_bounds__(C::kThreads, C::kBlocks) void query_kernel(bf16* dqkv, float* D_out, const bf16* dout,
+                                                                        const bf16* qkv, const bf16* out,
+                                                                        const float* lse, int T, int NH, int NKV,
+                                                                        float scale) {
   constexpr int M = C::kTile, N = C::kN;
   const Place at = place((T + M - 1) / M, NH);
-  const int q0 = int((T + M - 1) / M - 1 - at.tile) * M;
+  const int q0 = ((T + M - 1) / M - 1 - at.tile) * M;
   const size_t stride = size_t(NH + 2 * NKV) * HS, out_stride = size_t(NH) * HS;
-  const size_t q_start = size_t(at.b) * T * stride + at.head * HS, out_start = size_t(at.b) * T * out_stride + at.head * HS;
+  const size_t q_start = size_t(at.b) * T * stride + at.head * HS,
+               out_start = size_t(at.b) * T * out_stride + at.head * HS;
   const bf16* k = qkv + size_t(at.b) * T * stride + (NH + at.head / (NH / NKV)) * HS;
   const bf16* v = k + NKV * HS;
 
@@ -557,7 +605,8 @@ __global__ __launch_bounds__(C::kThreads, C::kBlocks) void query_kernel(bf16* dq
     load_operand(y, out_tile, group() * kRows, n);
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      float2 a = __bfloat1622float2(reinterpret_cast<__nv_bfloat162&>(x[i])), b = __bfloat1622float2(reinterpret_cast<__nv_bfloat162&>(y[i]));
+      float2 a = __bfloat1622float2(reinterpret_cast<__nv_bfloat162&>(x[i])),
+             b = __bfloat1622float2(reinterpret_cast<__nv_bfloat162&>(y[i]));
       D[i % 2] += a.x * b.x + a.y * b.y;
     }
   }
@@ -621,12 +670,14 @@ __global__ __launch_bounds__(C::kThreads, C::kBlocks) void query_kernel(bf16* dq
 
 template <int HS, class C>
 constexpr size_t key_bytes() {
-  return 2 * Tile<C::kTile, HS>::kBytes + size_t(C::kStages) * (2 * Tile<C::kN, HS>::kBytes + 2 * C::kN * sizeof(float));
+  return 2 * Tile<C::kTile, HS>::kBytes +
+         size_t(C::kStages) * (2 * Tile<C::kN, HS>::kBytes + 2 * C::kN * sizeof(float));
 }
 
 template <int HS, class C, bool DK, bool DV>
-__global__ __launch_bounds__(C::kThreads, C::kBlocks) void key_kernel(bf16* dqkv, const bf16* dout, const bf16* qkv, const float* lse,
-                                                                       const float* D, int T, int NH, int NKV, float scale) {
+__global__ __launch_bounds__(C::kThreads, C::kBlocks) void key_kernel(bf16* dqkv, const bf16* dout, const bf16* qkv,
+                                                                      const float* lse, const float* D, int T, int NH,
+                                                                      int NKV, float scale) {
   constexpr int M = C::kTile, N = C::kN;
   static_assert(C::kThreads >= 2 * N);
   const Place at = place((T + M - 1) / M, NKV);
@@ -676,7 +727,8 @@ __global__ __launch_bounds__(C::kThreads, C::kBlocks) void key_kernel(bf16* dqkv
       K.template times<N>(S, q_tile(stage));
       if (DK) V.template times<N>(dP, do_tile(stage));
       wait_products<DK ? 1 : 0>(S);
-      const float* lse_tile = reinterpret_cast<const float*>(shared_memory + (statistics - shared_start())) + stage * 2 * N;
+      const float* lse_tile =
+          reinterpret_cast<const float*>(shared_memory + (statistics - shared_start())) + stage * 2 * N;
 #pragma unroll
       for (int n = 0; n < N / 8; ++n) {
         float2 x = *reinterpret_cast<const float2*>(lse_tile + n * 8 + lane() % 4 * 2);
@@ -721,33 +773,24 @@ __global__ __launch_bounds__(C::kThreads, C::kBlocks) void key_kernel(bf16* dqkv
 // ---------------------------------------------------------------------------------------------------------------------
 // Launches
 
-template <class Kernel, class... Arguments>
-void launch(Cuda& be, const char* name, Kernel* kernel, size_t blocks, int threads, size_t bytes, Arguments... arguments) {
-  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes)), name);
-  kernel<<<unsigned(blocks), threads, bytes, be.stream>>>(arguments...);
-  check(cudaGetLastError(), name);
-}
-
-inline size_t tiles(int T, int tile) { return size_t((T + tile - 1) / tile); }
-
 template <int HS>
 void forward(Cuda& be, bf16* out, float* lse, const bf16* qkv, int B, int T, int NH, int NKV) {
   using C = ForwardConfig<HS>;
-  launch(be, "flash_attention_forward", forward_kernel<HS, C>, tiles(T, C::kTile) * B * NH, C::kThreads, forward_bytes<HS, C>(), out, lse,
-         qkv, T, NH, NKV, 1 / std::sqrt(float(HS)));
+  launch(be, "flash_attention_forward", forward_kernel<HS, C>, divide_up(T, C::kTile) * B * NH, C::kThreads,
+         forward_bytes<HS, C>(), out, lse, qkv, T, NH, NKV, 1 / std::sqrt(float(HS)));
 }
 
 template <int HS>
-void backward(Cuda& be, bf16* dqkv, float* D, const bf16* dout, const bf16* qkv, const bf16* out, const float* lse, int B, int T,
-              int NH, int NKV) {
+void backward(Cuda& be, bf16* dqkv, float* D, const bf16* dout, const bf16* qkv, const bf16* out, const float* lse,
+              int B, int T, int NH, int NKV) {
   using Q = QueryConfig<HS>;
   using K = KeyConfig<HS>;
   const float scale = 1 / std::sqrt(float(HS));
-  launch(be, "flash_attention_backward (queries)", query_kernel<HS, Q>, tiles(T, Q::kTile) * B * NH, Q::kThreads, query_bytes<HS, Q>(),
-         dqkv, D, dout, qkv, out, lse, T, NH, NKV, scale);
+  launch(be, "flash_attention_backward (queries)", query_kernel<HS, Q>, divide_up(T, Q::kTile) * B * NH, Q::kThreads,
+         query_bytes<HS, Q>(), dqkv, D, dout, qkv, out, lse, T, NH, NKV, scale);
   auto keys = [&](auto* kernel) {
-    launch(be, "flash_attention_backward (keys)", kernel, tiles(T, K::kTile) * B * NKV, K::kThreads, key_bytes<HS, K>(), dqkv, dout, qkv,
-           lse, (const float*)D, T, NH, NKV, scale);
+    launch(be, "flash_attention_backward (keys)", kernel, divide_up(T, K::kTile) * B * NKV, K::kThreads,
+           key_bytes<HS, K>(), dqkv, dout, qkv, lse, (const float*)D, T, NH, NKV, scale);
   };
   if constexpr (HS <= 128) {
     keys(key_kernel<HS, K, true, true>);
@@ -762,10 +805,11 @@ void backward(Cuda& be, bf16* dqkv, float* D, const bf16* dout, const bf16* qkv,
 // Head sizes that the flash kernels know.
 inline bool flash_attention_supports(int HS) { return HS == 32 || HS == 64 || HS == 128 || HS == 256; }
 
-// Causal attention with scale 1/sqrt(HS); query head h reads key/value head h / (NH/NKV). bf16, sm_80 and up, B, T >= 1.
-// out: (B, T, NH, HS). lse: (B, NH, T) fp32, log sum exp of the scaled scores, in nats. qkv: (B, T, NH + 2*NKV, HS).
-// Equal to torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).
-inline void flash_attention_forward(Cuda& be, bf16* out, float* lse, const bf16* qkv, int B, int T, int NH, int NKV, int HS) {
+// Causal attention with scale 1/sqrt(HS); query head h reads key/value head h / (NH/NKV). bf16, sm_80 and up, B, T
+// >= 1. out: (B, T, NH, HS). lse: (B, NH, T) fp32, log sum exp of the scaled scores, in nats. qkv: (B, T, NH + 2*NKV,
+// HS). Equal to torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).
+inline void flash_attention_forward(Cuda& be, bf16* out, float* lse, const bf16* qkv, int B, int T, int NH, int NKV,
+                                    int HS) {
   switch (HS) {
     case 32: return flash::forward<32>(be, out, lse, qkv, B, T, NH, NKV);
     case 64: return flash::forward<64>(be, out, lse, qkv, B, T, NH, NKV);
@@ -775,8 +819,8 @@ inline void flash_attention_forward(Cuda& be, bf16* out, float* lse, const bf16*
   }
 }
 
-// The gradient dqkv (B, T, NH + 2*NKV, HS), assigned, from dout (B, T, NH, HS) and the forward's qkv, out and lse. D: workspace
-// (B, NH, T) fp32. Deterministic: no atomics, every sum in a fixed order.
+// The gradient dqkv (B, T, NH + 2*NKV, HS), assigned, from dout (B, T, NH, HS) and the forward's qkv, out and lse. D:
+// workspace (B, NH, T) fp32. Deterministic: no atomics, every sum in a fixed order.
 inline void flash_attention_backward(Cuda& be, bf16* dqkv, float* D, const bf16* dout, const bf16* qkv, const bf16* out,
                                      const float* lse, int B, int T, int NH, int NKV, int HS) {
   switch (HS) {

@@ -18,7 +18,8 @@ int sample_token(const T* logits, int vocabulary, double temperature, int top_k,
   std::vector<int> ids(vocabulary);
   std::iota(ids.begin(), ids.end(), 0);
   for (int id : ids)
-    if (!std::isfinite(double(logits[id]))) throw UserError("the model's logits are not finite; it diverged while it trained");
+    if (!std::isfinite(double(logits[id])))
+      throw UserError("the model's logits are not finite; it diverged while it trained");
   auto ahead = [&](int a, int b) { return logits[a] > logits[b] || (logits[a] == logits[b] && a < b); };
   if (temperature == 0) return *std::min_element(ids.begin(), ids.end(), ahead);
   if (top_k > 0 && top_k < vocabulary) {
@@ -54,7 +55,8 @@ void generate(Model<Backend, Real>& model, std::vector<int>& tokens, int count, 
     model.forward(tokens.data() + start, 1, length, cached);
     cached = length;
     model.logits(logits.data(), length, 1);
-    const int next = sample_token(logits.data(), vocabulary, temperature, top_k, uniform(seed, 0x73616d70, tokens.size()));
+    const int next =
+        sample_token(logits.data(), vocabulary, temperature, top_k, uniform(seed, 0x73616d70, tokens.size()));
     tokens.push_back(next);
     if (next == stop_token) return;
     emit(next);

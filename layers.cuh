@@ -4,11 +4,8 @@
 
 #include <vector>
 
-#define EIGEN_DONT_PARALLELIZE  // we split the work ourselves, in the same way for any number of threads
-#define EIGEN_NO_CUDA
-#include <Eigen/Core>
-
 #include "backend.h"
+#include "matmul.h"
 
 enum class NormKind { rms, layer };
 
@@ -105,60 +102,31 @@ void norm_backward(Cpu&, NormKind kind, Real* dx, Acc<Real>* dweight, Acc<Real>*
     }
 }
 
-// Matrix products. Eigen multiplies tiles of the output, which do not depend on the number of threads; OpenMP hands
-// the tiles out.
-template <class Real>
-using RowMajor = Eigen::Map<Eigen::Matrix<Real, Eigen::Dynamic, Eigen::Dynamic, Eigen::RowMajor>>;
-template <class Real>
-using ConstRowMajor = Eigen::Map<const Eigen::Matrix<Real, Eigen::Dynamic, Eigen::Dynamic, Eigen::RowMajor>>;
-
-template <class Work>
-void for_tiles(int rows, int columns, Work work) {
-  const int tile_rows = std::min(rows, 512), tile_columns = rows >= 512 ? columns : std::min(columns, 512);
-#pragma omp parallel for collapse(2) schedule(dynamic)
-  for (int r = 0; r < rows; r += tile_rows)
-    for (int c = 0; c < columns; c += tile_columns)
-      work(r, c, std::min(tile_rows, rows - r), std::min(tile_columns, columns - c));
-}
-
 // out (N, OC) = inp (N, IC) weight^T + bias; weight (OC, IC), bias (OC) or nullptr. torch.nn.functional.linear.
 template <class Real>
 void linear_forward(Cpu&, Real* out, const Real* inp, const Real* weight, const Real* bias, int N, int IC, int OC) {
-  RowMajor<Real> y(out, N, OC);
-  ConstRowMajor<Real> x(inp, N, IC), w(weight, OC, IC);
-  for_tiles(N, OC, [&](int r, int c, int rows, int columns) {
-    y.block(r, c, rows, columns).noalias() = x.middleRows(r, rows) * w.middleRows(c, columns).transpose();
-    if (bias) y.block(r, c, rows, columns).rowwise() += ConstRowMajor<Real>(bias, 1, OC).row(0).segment(c, columns);
-  });
+  matmul(out, bias, 0, row_major(inp, IC), transposed(weight, IC), N, OC, IC);
 }
 
 // out (N, OC) = residual (N, OC) + inp (N, IC) weight^T + bias: a branch joins the residual stream.
 template <class Real>
 void linear_residual_forward(Cpu&, Real* out, const Real* residual, const Real* inp, const Real* weight, const Real* bias,
                              int N, int IC, int OC) {
-  RowMajor<Real> y(out, N, OC);
-  ConstRowMajor<Real> x(inp, N, IC), w(weight, OC, IC), past(residual, N, OC);
-  for_tiles(N, OC, [&](int r, int c, int rows, int columns) {
-    auto tile = y.block(r, c, rows, columns);
-    tile = past.block(r, c, rows, columns);
-    if (bias) tile.rowwise() += ConstRowMajor<Real>(bias, 1, OC).row(0).segment(c, columns);
-    tile.noalias() += x.middleRows(r, rows) * w.middleRows(c, columns).transpose();
-  });
+  if (bias) {
+#pragma omp parallel for
+    for (int n = 0; n < N; ++n)
+      for (int c = 0; c < OC; ++c) out[size_t(n) * OC + c] = residual[size_t(n) * OC + c] + bias[c];
+    residual = out;
+  }
+  matmul(out, residual, OC, row_major(inp, IC), transposed(weight, IC), N, OC, IC);
 }
 
 // dinp (N, IC) = dout (N, OC) weight;  dweight (OC, IC) += dout^T inp;  dbias (OC) += column sums of dout.
 template <class Real>
 void linear_backward(Cpu&, Real* dinp, Acc<Real>* dweight, Acc<Real>* dbias, const Real* dout, const Real* inp,
                      const Real* weight, int N, int IC, int OC) {
-  RowMajor<Real> dx(dinp, N, IC);
-  RowMajor<Acc<Real>> dw(dweight, OC, IC);
-  ConstRowMajor<Real> dy(dout, N, OC), x(inp, N, IC), w(weight, OC, IC);
-  for_tiles(N, IC, [&](int r, int c, int rows, int columns) {
-    dx.block(r, c, rows, columns).noalias() = dy.middleRows(r, rows) * w.middleCols(c, columns);
-  });
-  for_tiles(OC, IC, [&](int r, int c, int rows, int columns) {
-    dw.block(r, c, rows, columns).noalias() += dy.middleCols(r, rows).transpose() * x.middleCols(c, columns);
-  });
+  matmul<Real>(dinp, nullptr, 0, row_major(dout, OC), row_major(weight, IC), N, IC, OC);
+  matmul<Real>(dweight, dweight, IC, transposed(dout, OC), row_major(inp, IC), OC, IC, N);
   if (!dbias) return;
 #pragma omp parallel for
   for (int c0 = 0; c0 < OC; c0 += 64)
@@ -227,6 +195,7 @@ void cross_entropy(Cpu&, Acc<Real>* losses, Real* logits, const int* targets, do
       continue;
     }
     Real highest = row[0];
+#pragma omp simd reduction(max : highest)
     for (int v = 1; v < V; ++v) highest = row[v] > highest ? row[v] : highest;
     const Real target_logit = row[targets[n]];
     Real sum = 0;
@@ -266,19 +235,20 @@ __global__ void embedding_forward_kernel(Real* x, const int* tokens, const Real*
 template <class Real>
 void embedding_forward(Cuda& be, Real* x, const int* tokens, const Real* weight, int N, int C) {
   const bool packs = wide(C, x, weight);
-  launch(be, "embedding_forward", packs ? embedding_forward_kernel<Real, kWide<Real>> : embedding_forward_kernel<Real, 1>,
+  launch(be, "embedding_forward",
+         packs ? embedding_forward_kernel<Real, kWide<Real>> : embedding_forward_kernel<Real, 1>,
          divide_up(size_t(N) * C / (packs ? kWide<Real> : 1), 256), 256, 0, x, tokens, weight, N, C);
 }
 
 // For the backward pass, the rows are sorted by token; the sort is stable, so that the rows of a token are added up in
 // their order, whatever the order in which blocks run.
 
-__global__ inline void count_up_kernel(int* to, int n) {
+static __global__ void count_up_kernel(int* to, int n) {
   const int i = blockIdx.x * blockDim.x + threadIdx.x;
   if (i < n) to[i] = i;
 }
 // Where the run of each token begins and ends in the sorted list; both 0 for a token that does not occur.
-__global__ inline void find_runs_kernel(int* begin, int* end, const int* sorted, int N) {
+static __global__ void find_runs_kernel(int* begin, int* end, const int* sorted, int N) {
   const int i = blockIdx.x * blockDim.x + threadIdx.x;
   if (i >= N) return;
   if (i == 0 || sorted[i] != sorted[i - 1]) begin[sorted[i]] = i;
@@ -289,8 +259,8 @@ constexpr int kEmbeddingWarps = 8;
 
 // The sum of every step-th row of a run, in the W columns from c on.
 template <class Real, int W>
-__device__ __forceinline__ void add_run(float (&sum)[W], const Real* dx, const int* rows, int begin, int end, int step, int C,
-                                        int c) {
+__device__ __forceinline__ void add_run(float (&sum)[W], const Real* dx, const int* rows, int begin, int end, int step,
+                                        int C, int c) {
 #pragma unroll 4
   for (int i = begin; i < end; i += step) {
     float d[W];
@@ -308,11 +278,12 @@ __device__ __forceinline__ void add_to(float* to, const float (&sum)[W]) {
   store<W>(to, old);
 }
 
-// A block has 8 tokens, gridDim.x apart, and 32 W columns. A warp adds up the rows of one token, a lane W columns of them;
-// where a token is frequent, all warps share its rows.
+// A block has 8 tokens, gridDim.x apart, and 32 W columns. A warp adds up the rows of one token, a lane W columns of
+// them; where a token is frequent, all warps share its rows.
 template <class Real, int W>
 __global__ void __launch_bounds__(kEmbeddingWarps * 32)
-    embedding_backward_kernel(float* dweight, const Real* dx, const int* rows, const int* begin, const int* end, int V, int C) {
+    embedding_backward_kernel(float* dweight, const Real* dx, const int* rows, const int* begin, const int* end, int V,
+                              int C) {
   __shared__ float sums[kEmbeddingWarps][32 * W];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, c = (blockIdx.y * 32 + lane) * W;
   constexpr int kFrequent = 32;
@@ -342,7 +313,8 @@ __global__ void __launch_bounds__(kEmbeddingWarps * 32)
 
 template <class Real>
 void embedding_backward(Cuda& be, Acc<Real>* dweight, const Real* dx, const int* tokens, int N, int V, int C) {
-  int* memory = static_cast<int*>(be.workspace);  // begin (V), end (V), sorted (N), rows (N), counts (N), the sort's own
+  // In the workspace: begin (V), end (V), sorted (N), rows (N), counts (N), then the sort's own memory.
+  int* memory = static_cast<int*>(be.workspace);
   int *begin = memory, *end = begin + V, *sorted = end + V, *rows = sorted + N, *counts = rows + N;
   void* temporary = memory + (2 * size_t(V) + 3 * size_t(N) + 63) / 64 * 64;
   int bits = 1;
@@ -357,8 +329,9 @@ void embedding_backward(Cuda& be, Acc<Real>* dweight, const Real* dx, const int*
   launch(be, "find_runs", find_runs_kernel, divide_up(N, 256), 256, 0, begin, end, (const int*)sorted, N);
   const bool packs = wide(C, dx) && wide(4, dweight);
   const dim3 blocks(divide_up(V, kEmbeddingWarps), divide_up(C, 32 * (packs ? kWide<Real> : 1)));
-  launch(be, "embedding_backward", packs ? embedding_backward_kernel<Real, kWide<Real>> : embedding_backward_kernel<Real, 1>,
-         blocks, kEmbeddingWarps * 32, 0, dweight, dx, (const int*)rows, (const int*)begin, (const int*)end, V, C);
+  launch(be, "embedding_backward",
+         packs ? embedding_backward_kernel<Real, kWide<Real>> : embedding_backward_kernel<Real, 1>, blocks,
+         kEmbeddingWarps * 32, 0, dweight, dx, (const int*)rows, (const int*)begin, (const int*)end, V, C);
 }
 
 constexpr int kNormWarps = 8;
@@ -366,8 +339,8 @@ constexpr int kNormWarps = 8;
 // A warp normalises one row, and reads it up to three times: from memory once, then from the L1 cache.
 template <class Real, int W, NormKind KIND>
 __global__ void __launch_bounds__(kNormWarps * 32)
-    norm_forward_kernel(Real* out, float* mean, float* rstd, const Real* x, const Real* weight, const Real* bias, int N, int C,
-                        float eps) {
+    norm_forward_kernel(Real* out, float* mean, float* rstd, const Real* x, const Real* weight, const Real* bias, int N,
+                        int C, float eps) {
   const size_t n = blockIdx.x * size_t(kNormWarps) + threadIdx.x / 32;
   if (n >= N) return;
   const int start = threadIdx.x % 32 * W;
@@ -403,18 +376,21 @@ __global__ void __launch_bounds__(kNormWarps * 32)
 }
 
 template <class Real>
-void norm_forward(Cuda& be, NormKind kind, Real* out, Acc<Real>* mean, Acc<Real>* rstd, const Real* x, const Real* weight,
-                  const Real* bias, int N, int C, double eps) {
+void norm_forward(Cuda& be, NormKind kind, Real* out, Acc<Real>* mean, Acc<Real>* rstd, const Real* x,
+                  const Real* weight, const Real* bias, int N, int C, double eps) {
   auto kernel = [&](auto W) {
-    return kind == NormKind::rms ? norm_forward_kernel<Real, W(), NormKind::rms> : norm_forward_kernel<Real, W(), NormKind::layer>;
+    return kind == NormKind::rms ? norm_forward_kernel<Real, W(), NormKind::rms>
+                                 : norm_forward_kernel<Real, W(), NormKind::layer>;
   };
   launch(be, "norm_forward",
-         wide(C, out, x, weight, bias) ? kernel(std::integral_constant<int, kWide<Real>>()) : kernel(std::integral_constant<int, 1>()),
+         wide(C, out, x, weight, bias) ? kernel(std::integral_constant<int, kWide<Real>>())
+                                       : kernel(std::integral_constant<int, 1>()),
          divide_up(N, kNormWarps), kNormWarps * 32, 0, out, mean, rstd, x, weight, bias, N, C, float(eps));
 }
 
-// A warp works through many rows. Its sums for dweight (and dbias) lie in shared memory, (warps, C) of each, where a lane
-// only ever touches its own columns; at the end the block adds the warps up to one row of partial (blocks, 1 or 2, C).
+// A warp works through many rows. Its sums for dweight (and dbias) lie in shared memory, (warps, C) of each, where a
+// lane only ever touches its own columns; at the end the block adds the warps up to one row of partial (blocks, 1 or 2,
+// C).
 template <class Real, int W, NormKind KIND>
 __global__ void norm_backward_kernel(Real* dx, float* partial, const Real* dresidual, const Real* dout, const Real* x,
                                      const float* mean, const float* rstd, const Real* weight, int N, int C) {
@@ -469,20 +445,23 @@ __global__ void norm_backward_kernel(Real* dx, float* partial, const Real* dresi
 
 template <class Real>
 void norm_backward(Cuda& be, NormKind kind, Real* dx, Acc<Real>* dweight, Acc<Real>* dbias, const Real* dresidual,
-                   const Real* dout, const Real* x, const Acc<Real>* mean, const Acc<Real>* rstd, const Real* weight, int N,
-                   int C) {
+                   const Real* dout, const Real* x, const Acc<Real>* mean, const Acc<Real>* rstd, const Real* weight,
+                   int N, int C) {
   auto kernel = [&](auto W) {
-    return kind == NormKind::rms ? norm_backward_kernel<Real, W(), NormKind::rms> : norm_backward_kernel<Real, W(), NormKind::layer>;
+    return kind == NormKind::rms ? norm_backward_kernel<Real, W(), NormKind::rms>
+                                 : norm_backward_kernel<Real, W(), NormKind::layer>;
   };
   const int sums = kind == NormKind::rms ? 1 : 2;
   const size_t bytes = size_t(sums) * C * sizeof(float);  // per warp
   const int warps = int(std::min<size_t>(kNormWarps, be.shared_bytes / bytes));
-  if (warps == 0) throw UserError("--width " + std::to_string(C) + ": too wide for the norms on this GPU; use --device cpu");
+  if (warps == 0)
+    throw UserError("--width " + std::to_string(C) + ": too wide for the norms on this GPU; use --device cpu");
   const int blocks = int(std::min<size_t>(4 * be.multiprocessors, divide_up(N, warps)));
   float* partial = static_cast<float*>(be.workspace);
   const bool packs = wide(C, dx, dresidual, dout, x, weight);
-  launch(be, "norm_backward", packs ? kernel(std::integral_constant<int, kWide<Real>>()) : kernel(std::integral_constant<int, 1>()),
-         blocks, warps * 32, warps * bytes, dx, partial, dresidual, dout, x, mean, rstd, weight, N, C);
+  launch(be, "norm_backward",
+         packs ? kernel(std::integral_constant<int, kWide<Real>>()) : kernel(std::integral_constant<int, 1>()), blocks,
+         warps * 32, warps * bytes, dx, partial, dresidual, dout, x, mean, rstd, weight, N, C);
   add_rows(be, dweight, partial, blocks, C, sums * C);
   if (kind == NormKind::layer) add_rows(be, dbias, partial + C, blocks, C, sums * C);
 }
@@ -520,8 +499,17 @@ template <class Real, class Out>
 void multiply(Cuda& be, const Product<Out>& p, const Real* a, const Real* b) {
   using Key = std::tuple<int, int, int, bool, bool, bool, bool, int, int, int, int>;
   static std::map<std::pair<cublasLtHandle_t, Key>, ProductPlan> plans;
-  const Key key = {p.m, p.n, p.k, p.transpose_a, p.transpose_b, p.add != nullptr, p.bias != nullptr,
-                   alignment(a), alignment(b), alignment(p.out), p.add ? alignment(p.add) : 256};
+  const Key key = {p.m,
+                   p.n,
+                   p.k,
+                   p.transpose_a,
+                   p.transpose_b,
+                   p.add != nullptr,
+                   p.bias != nullptr,
+                   alignment(a),
+                   alignment(b),
+                   alignment(p.out),
+                   p.add ? alignment(p.add) : 256};
   ProductPlan& plan = plans[{be.blas, key}];
   if (!plan.description) {
     cublasLtMatmulDesc_t description;
@@ -542,7 +530,8 @@ void multiply(Cuda& be, const Product<Out>& p, const Real* a, const Real* b) {
     cublasLtMatmulPreference_t preference;
     check(cublasLtMatmulPreferenceCreate(&preference), "cublasLtMatmulPreferenceCreate");
     auto prefer = [&](cublasLtMatmulPreferenceAttributes_t name, auto value) {
-      check(cublasLtMatmulPreferenceSetAttribute(preference, name, &value, sizeof value), "cublasLtMatmulPreferenceSetAttribute");
+      check(cublasLtMatmulPreferenceSetAttribute(preference, name, &value, sizeof value),
+            "cublasLtMatmulPreferenceSetAttribute");
     };
     prefer(CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, Cuda::kWorkspaceBytes);
     prefer(CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, uint32_t(CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE));
@@ -552,7 +541,8 @@ void multiply(Cuda& be, const Product<Out>& p, const Real* a, const Real* b) {
     prefer(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES, uint32_t(alignment(p.out)));
     cublasLtMatmulHeuristicResult_t found;
     int count = 0;
-    check(cublasLtMatmulAlgoGetHeuristic(be.blas, description, plan.a, plan.b, plan.out, plan.out, preference, 1, &found, &count),
+    check(cublasLtMatmulAlgoGetHeuristic(be.blas, description, plan.a, plan.b, plan.out, plan.out, preference, 1,
+                                         &found, &count),
           "cublasLtMatmulAlgoGetHeuristic");
     cublasLtMatmulPreferenceDestroy(preference);
     if (count == 0) throw std::runtime_error("cuBLASLt has no algorithm for a matrix product of this shape");
@@ -563,9 +553,10 @@ void multiply(Cuda& be, const Product<Out>& p, const Real* a, const Real* b) {
     check(cublasLtMatmulDescSetAttribute(plan.description, CUBLASLT_MATMUL_DESC_BIAS_POINTER, &p.bias, sizeof p.bias),
           "cublasLtMatmulDescSetAttribute");
   const float one = 1, zero = 0;
-  check(cublasLtMatmul(be.blas, plan.description, &one, a, plan.a, b, plan.b, p.add ? &one : &zero, p.add ? p.add : p.out,
-                       plan.out, p.out, plan.out, &plan.algorithm, be.workspace, Cuda::kWorkspaceBytes, be.stream),
-        "cublasLtMatmul");
+  check(
+      cublasLtMatmul(be.blas, plan.description, &one, a, plan.a, b, plan.b, p.add ? &one : &zero, p.add ? p.add : p.out,
+                     plan.out, p.out, plan.out, &plan.algorithm, be.workspace, Cuda::kWorkspaceBytes, be.stream),
+      "cublasLtMatmul");
 }
 
 template <class Real>
@@ -574,12 +565,13 @@ void linear_forward(Cuda& be, Real* out, const Real* inp, const Real* weight, co
 }
 
 template <class Real>
-void linear_residual_forward(Cuda& be, Real* out, const Real* residual, const Real* inp, const Real* weight, const Real* bias,
-                             int N, int IC, int OC) {
+void linear_residual_forward(Cuda& be, Real* out, const Real* residual, const Real* inp, const Real* weight,
+                             const Real* bias, int N, int IC, int OC) {
   multiply(be, Product<Real>{out, residual, bias, OC, N, IC, true, false}, weight, inp);
 }
 
-// Column sums of a run of rows: a block has 32 columns, whose rows its 8 warps share; one row of partial (blocks, OC) each.
+// Column sums of a run of rows: a block has 32 columns, whose rows its 8 warps share; one row of partial (blocks, OC)
+// each.
 template <class Real>
 __global__ void __launch_bounds__(256) bias_backward_kernel(float* partial, const Real* dout, int N, int OC) {
   __shared__ float sums[8][33];
@@ -704,7 +696,7 @@ struct SoftmaxSum {
 };
 __device__ __forceinline__ SoftmaxSum merge(SoftmaxSum a, SoftmaxSum b) {
   const float highest = fmaxf(a.highest, b.highest);
-  if (highest == -INFINITY) return {highest, 0};
+  if (highest == -INFINITY) return {highest, a.sum + b.sum};  // nothing yet, or NaN, which stays
   return {highest, a.sum * __expf(a.highest - highest) + b.sum * __expf(b.highest - highest)};
 }
 
@@ -760,9 +752,10 @@ __global__ void __launch_bounds__(kLossThreads)
 }
 
 template <class Real>
-void cross_entropy(Cuda& be, Acc<Real>* losses, Real* logits, const int* targets, double scale, double z_loss, int N, int V) {
-  launch(be, "cross_entropy", wide(V, logits) ? cross_entropy_kernel<Real, kWide<Real>> : cross_entropy_kernel<Real, 1>, N,
-         kLossThreads, 0, losses, logits, targets, float(scale), float(z_loss), V);
+void cross_entropy(Cuda& be, Acc<Real>* losses, Real* logits, const int* targets, double scale, double z_loss, int N,
+                   int V) {
+  launch(be, "cross_entropy", wide(V, logits) ? cross_entropy_kernel<Real, kWide<Real>> : cross_entropy_kernel<Real, 1>,
+         N, kLossThreads, 0, losses, logits, targets, float(scale), float(z_loss), V);
 }
 
 #endif  // __CUDACC__

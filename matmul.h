@@ -6,8 +6,8 @@
 // registers: every number that is loaded is used several times. Panels of b are packed, so that the inner loop reads
 // them in order and from the L1 cache; a is read where it stands, or packed if its rows run across memory.
 //
-// An element of c is a sum over k in runs of at most kDepth, in order. Nothing else about how the work is divided reaches
-// the result, so it is the same for any number of threads, to the bit.
+// An element of c is a sum over k in runs of at most kDepth, in order. Nothing else about how the work is divided
+// reaches the result, so it is the same for any number of threads, to the bit.
 
 #include <algorithm>
 #include <cstddef>
@@ -31,7 +31,8 @@ constexpr int kTileColumns = 2 * kVectorBytes / int(sizeof(Real));
 
 constexpr int kDepth = 384;    // k per run: a panel of b (kDepth, kTileColumns) takes 24 KiB of a 32 KiB L1 cache
 constexpr int kRowBlock = 96;  // rows per task: their part of a (kRowBlock, kDepth) takes 144 KiB of the L2 cache
-constexpr size_t kPackedElements = size_t(1) << 21;  // of b, packed at one time
+// b is packed a slab at a time: up to kSlabDepth of k by kSlabColumns, 8 MiB in fp32, part of which the L3 cache holds.
+constexpr int kSlabDepth = 2048, kSlabColumns = 1024;
 
 // A matrix in memory: element (i, j) at data[i * row + j * column]. The transpose swaps the strides.
 template <class Real>
@@ -67,7 +68,6 @@ void multiply_tile(Real* c, size_t c_stride, const Real* start, size_t start_str
     Vector b0, b1;
     std::memcpy(&b0, b + size_t(k) * 2 * kLanes, sizeof b0);
     std::memcpy(&b1, b + size_t(k) * 2 * kLanes + kLanes, sizeof b1);
-#pragma GCC unroll 16
     for (int i = 0; i < kTileRows; ++i) {
       const Real x = a_row[i][k * a.column];
       sum[i][0] += x * b0;
@@ -75,7 +75,6 @@ void multiply_tile(Real* c, size_t c_stride, const Real* start, size_t start_str
     }
   }
   if (rows == kTileRows && columns == 2 * kLanes) {
-#pragma GCC unroll 16
     for (int i = 0; i < kTileRows; ++i)
       for (int v = 0; v < 2; ++v) {
         Vector from = {};
@@ -91,6 +90,13 @@ void multiply_tile(Real* c, size_t c_stride, const Real* start, size_t start_str
     for (int j = 0; j < columns; ++j)
       c[i * c_stride + j] = (start ? start[i * start_stride + j] : Real(0)) + tile[i][j];
 }
+
+// A packed b (K, N). The first rows and columns of it may be used alone.
+template <class Real>
+struct Packed {
+  const Real* data;
+  int K, N;
+};
 
 // Elements that b (K, N) takes when packed.
 template <class Real>
@@ -119,18 +125,20 @@ void pack_panels(Real* packed, Strided<Real> b, int K, int N, int first, int las
     }
 }
 template <class Real>
-void pack(Real* packed, Strided<Real> b, int K, int N) {
-  pack_panels(packed, b, K, N, 0, round_up(N, kTileColumns<Real>) / kTileColumns<Real>);
+Packed<Real> pack(std::vector<Real>& memory, Strided<Real> b, int K, int N) {
+  if (memory.size() < packed_elements<Real>(K, N)) memory.resize(packed_elements<Real>(K, N));
+  pack_panels(memory.data(), b, K, N, 0, round_up(N, kTileColumns<Real>) / kTileColumns<Real>);
+  return {memory.data(), K, N};
 }
 
-// c (M, N) = start + a (M, K) b, with b packed, on this thread. A long `a` that runs across memory is packed, too, in
-// panels of kTileRows rows, one k after the other.
+// c (M, N) = start + a (M, K) b, with b packed, on this thread; M, N and K may be smaller than what was packed. A long
+// `a` that runs across memory is packed, too, in panels of kTileRows rows, one k after the other.
 template <class Real>
-void multiply_packed(Real* c, size_t c_stride, const Real* start, size_t start_stride, Strided<Real> a, const Real* packed,
+void multiply_packed(Real* c, size_t c_stride, const Real* start, size_t start_stride, Strided<Real> a, Packed<Real> b,
                      int M, int N, int K) {
   constexpr int kColumns = kTileColumns<Real>;
   static thread_local std::vector<Real> packed_a;
-  const int depth = depth_of_runs(K), width = round_up(N, kColumns);
+  const int depth = depth_of_runs(b.K), width = round_up(b.N, kColumns);
   const bool pack_a = a.column != 1 && K > 64;
   if (pack_a) packed_a.resize(size_t(round_up(M, kTileRows)) * depth);
   for (int k0 = 0; k0 < std::max(K, 1); k0 += depth) {  // K = 0 is one run of nothing: c = start
@@ -153,8 +161,9 @@ void multiply_packed(Real* c, size_t c_stride, const Real* start, size_t start_s
         const Real* from = k0 ? tile : start ? start + i * start_stride + j : nullptr;
         const Strided<Real> rows = pack_a ? Strided<Real>{&packed_a[size_t(i) * run], 1, kTileRows}
                                           : Strided<Real>{a.at(i, k0), a.row, a.column};
-        multiply_tile(tile, c_stride, from, k0 ? c_stride : start_stride, rows,
-                      packed + size_t(k0) * width + size_t(j) * run, std::min(kTileRows, M - i), std::min(kColumns, N - j), run);
+        const Real* panel = b.data + size_t(k0) * width + size_t(j) * std::min(depth, b.K - k0);
+        multiply_tile(tile, c_stride, from, k0 ? c_stride : start_stride, rows, panel, std::min(kTileRows, M - i),
+                      std::min(kColumns, N - j), run);
       }
   }
 }
@@ -175,21 +184,25 @@ void matmul(Real* c, const Real* start, size_t start_stride, Strided<Real> a, St
       }
     return;
   }
-  // b is packed by all threads, a slab of columns at a time; then a task is kRowBlock rows (fewer if threads would idle).
+  // All threads pack a slab of b; then a task is kRowBlock rows of c, or fewer where threads would be idle.
   static thread_local std::vector<Real> packed;
-  const int slab = int(std::min<size_t>(N, std::max<size_t>(1, kPackedElements / std::max(K, 1) / kColumns) * kColumns));
-  const int row_block = std::min(kRowBlock, round_up(M / (2 * omp_get_max_threads()) + 1, kTileRows));
-  if (packed.size() < packed_elements<Real>(K, slab)) packed.resize(packed_elements<Real>(K, slab));
+  const size_t slab = packed_elements<Real>(std::min(K, kSlabDepth), std::min(N, kSlabColumns));
+  if (packed.size() < slab) packed.resize(slab);
   Real* panels = packed.data();  // the calling thread's, shared by all
+  const int row_block = std::min(kRowBlock, round_up(M / (2 * omp_get_max_threads()) + 1, kTileRows));
 #pragma omp parallel
-  for (int j = 0; j < N; j += slab) {
-    const int columns = std::min(slab, N - j);
+  for (int k = 0; k < std::max(K, 1); k += kSlabDepth)
+    for (int j = 0; j < N; j += kSlabColumns) {
+      const int depth = std::min(kSlabDepth, K - k), columns = std::min(kSlabColumns, N - j);
 #pragma omp for schedule(dynamic)
-    for (int panel = 0; panel < (columns + kColumns - 1) / kColumns; ++panel)
-      pack_panels(panels, Strided<Real>{b.at(0, j), b.row, b.column}, K, columns, panel, panel + 1);
+      for (int panel = 0; panel < (columns + kColumns - 1) / kColumns; ++panel)
+        pack_panels(panels, Strided<Real>{b.at(k, j), b.row, b.column}, depth, columns, panel, panel + 1);
 #pragma omp for schedule(dynamic)
-    for (int i = 0; i < M; i += row_block)
-      multiply_packed(c + size_t(i) * N + j, N, start ? start + i * start_stride + j : nullptr, start_stride,
-                      Strided<Real>{a.at(i, 0), a.row, a.column}, panels, std::min(row_block, M - i), columns, K);
-  }
+      for (int i = 0; i < M; i += row_block) {
+        Real* part = c + size_t(i) * N + j;
+        const Real* from = k ? part : start ? start + i * start_stride + j : nullptr;
+        multiply_packed(part, N, from, k ? size_t(N) : start_stride, Strided<Real>{a.at(i, k), a.row, a.column},
+                        Packed<Real>{panels, depth, columns}, std::min(row_block, M - i), columns, depth);
+      }
+    }
 }

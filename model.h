@@ -234,7 +234,7 @@ struct ActivationGradients {
 // vocabulary does not dominate memory.
 template <class Backend>
 int loss_rows(const Config& c, size_t N) {
-  const size_t elements = std::is_same_v<Backend, Cpu> ? size_t(1) << 22 : size_t(1) << 28;
+  const size_t elements = std::is_base_of_v<Cpu, Backend> ? size_t(1) << 24 : size_t(1) << 28;
   const size_t rows = std::max<size_t>(elements / c.vocab / 64 * 64, 64);
   return int(std::min(N, rows));
 }

@@ -85,7 +85,7 @@ __device__ inline double block_sum(double x) {
 
 // Two stages, so that the order of the sums does not depend on which block is ready first. A thread adds up the squares
 // of every (blocks * 256)-th pack of 4.
-__global__ inline void __launch_bounds__(256) squares_kernel(double* partial, const float* gradients, size_t n) {
+static __global__ void __launch_bounds__(256) squares_kernel(double* partial, const float* gradients, size_t n) {
   const size_t stride = size_t(gridDim.x) * 256, id = blockIdx.x * size_t(256) + threadIdx.x;
   float sum = 0;
 #pragma unroll 4
@@ -98,7 +98,7 @@ __global__ inline void __launch_bounds__(256) squares_kernel(double* partial, co
   const double total = block_sum(sum);
   if (threadIdx.x == 0) partial[blockIdx.x] = total;
 }
-__global__ inline void __launch_bounds__(256) norm_of_squares_kernel(float* norm, const double* partial) {
+static __global__ void __launch_bounds__(256) norm_of_squares_kernel(float* norm, const double* partial) {
   double sum = 0;
   for (int i = threadIdx.x; i < kNormBlocks; i += 256) sum += partial[i];
   sum = block_sum(sum);
@@ -147,15 +147,19 @@ __global__ void __launch_bounds__(256) adamw_kernel(Real* parameters, float* mas
 template <class Real>
 void adamw(Cuda& be, Real* parameters, Acc<Real>* master, const Acc<Real>* gradients, Acc<Real>* m, Acc<Real>* v,
            const Acc<Real>* norm, size_t n, const AdamW& a) {
-  const AdamWStep step = {float(a.clip), float(a.beta1), float(a.beta2), float(a.eps),
-                          float(a.lr / (1 - std::pow(a.beta1, a.step))), float(1 / std::sqrt(1 - std::pow(a.beta2, a.step))),
+  const AdamWStep step = {float(a.clip),
+                          float(a.beta1),
+                          float(a.beta2),
+                          float(a.eps),
+                          float(a.lr / (1 - std::pow(a.beta1, a.step))),
+                          float(1 / std::sqrt(1 - std::pow(a.beta2, a.step))),
                           float(1 - a.lr * a.weight_decay)};
   const bool packs = n % 4 == 0 && wide(4, master, gradients, m, v) && reinterpret_cast<uintptr_t>(parameters) % 8 == 0;
   launch(be, "adamw", packs ? adamw_kernel<Real, 4> : adamw_kernel<Real, 1>, divide_up(n, packs ? 1024 : 256), 256, 0,
          parameters, master, gradients, m, v, norm, n, step);
 }
 
-__global__ inline void convert_kernel(bf16* to, const float* from, size_t n) {
+static __global__ void convert_kernel(bf16* to, const float* from, size_t n) {
   const size_t i = blockIdx.x * size_t(blockDim.x) + threadIdx.x;
   if (i < n) to[i] = from[i];
 }

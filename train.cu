@@ -345,8 +345,9 @@ int train(Backend& be, Run& run) {
       val_log.row("%d,%zu,%.6f\n", step, size_t(step) * tokens_per_step, val_loss);
     }
     const double left = training_seconds / (step - first_step) * (s.steps - step);
-    char line[160];
-    std::snprintf(line, sizeof line, "step %d/%d  loss %.4f  val %.4f  %.0f tokens/s  %s left", step, s.steps, loss, val_loss,
+    char line[160], val_text[24] = "";
+    if (!std::isnan(val_loss)) std::snprintf(val_text, sizeof val_text, "  val %.4f", val_loss);
+    std::snprintf(line, sizeof line, "step %d/%d  loss %.4f%s  %.0f tokens/s  %s left", step, s.steps, loss, val_text,
                   (step - first_step) * tokens_per_step / training_seconds, duration_text(left).c_str());
     if (terminal)
       std::printf("\r\033[K%s%s", line, validated ? "\n" : "");
@@ -407,7 +408,7 @@ int main(int argc, char** argv) {
     Run run = prepare({argv + 1, argv + argc});
     Settings& s = run.s;
     if (s.threads) omp_set_num_threads(s.threads);
-    for (auto [flag, value, words] : {std::tuple{"--device ", s.device, std::vector<std::string>{"auto", "cpu", "cuda"}},
+    for (const auto& [flag, value, words] : {std::tuple{"--device ", s.device, std::vector<std::string>{"auto", "cpu", "cuda"}},
                                       std::tuple{"--dtype ", s.dtype, std::vector<std::string>{"auto", "fp32", "bf16"}}})
       if (std::find(words.begin(), words.end(), value) == words.end())
         throw UserError(flag + value + ": must be " + words[0] + ", " + words[1] + " or " + words[2]);

@@ -1,0 +1,231 @@
+// The operations of a training step on the GPU, alone and together.
+//
+//   ops_gpu                every operation at the shapes of a 12 x 768 model, then whole steps of four models
+//   ops_gpu ops            the operations only
+//   ops_gpu steps [NAME]   the steps only, of models with NAME in their names
+//
+// GB/s counts each tensor that an operation must read or write once, next to a plain device-to-device copy (bytes read
+// plus bytes written); TFLOP/s counts 2 per multiply-add, and for causal attention only the lower half.
+
+#include <algorithm>
+#include <cstdio>
+#include <random>
+
+#include "../model.h"
+
+static Cuda* be;
+
+// Milliseconds of work() on the GPU, the median of some runs.
+template <class Work>
+double milliseconds(Work work, int runs = 10) {
+  cudaEvent_t begin, end;
+  check(cudaEventCreate(&begin), "event");
+  check(cudaEventCreate(&end), "event");
+  std::vector<float> times;
+  for (int i = 0; i < runs + 2; ++i) {
+    check(cudaEventRecord(begin, be->stream), "event");
+    work();
+    check(cudaEventRecord(end, be->stream), "event");
+    check(cudaEventSynchronize(end), "event");
+    float ms;
+    check(cudaEventElapsedTime(&ms, begin, end), "event");
+    if (i >= 2) times.push_back(ms);
+  }
+  cudaEventDestroy(begin);
+  cudaEventDestroy(end);
+  std::sort(times.begin(), times.end());
+  return times[times.size() / 2];
+}
+
+static void row(const char* name, double ms, double bytes, double flops = 0) {
+  std::printf("%-34s %9.3f ms", name, ms);
+  if (bytes > 0) std::printf(" %8.0f GB/s", bytes / ms * 1e-6);
+  if (flops > 0) std::printf(" %8.0f TFLOP/s", flops / ms * 1e-9);
+  std::printf("\n");
+}
+
+// A tensor of random numbers; time on zeros would flatter.
+template <class T>
+struct Tensor {
+  Buffer<Cuda> memory;
+  explicit Tensor(size_t n, float deviation = 1) : memory(*be, n * sizeof(T)) {
+    std::vector<T> host(std::min<size_t>(n, 1 << 20));
+    std::mt19937 random(1);
+    std::normal_distribution<float> normal(0, deviation);
+    for (T& x : host) x = T(normal(random));
+    for (size_t i = 0; i < n; i += host.size())
+      be->upload(memory.template as<T>() + i, host.data(), std::min(host.size(), n - i) * sizeof(T));
+    be->synchronize();
+  }
+  T* operator()() const { return memory.template as<T>(); }  // its address on the GPU
+};
+
+static void operations() {
+  const int B = 64, T = 1024, NH = 12, HS = 64, C = 768, F = 2048, V = 50304, N = B * T, QKV = 3 * C, rows = 5312;
+  const size_t n = N;
+  using R = bf16;
+  {
+    Tensor<char> from(size_t(2) << 30), to(size_t(2) << 30);
+    const double ms = milliseconds(
+        [&] { check(cudaMemcpyAsync(to(), from(), size_t(2) << 30, cudaMemcpyDeviceToDevice, be->stream), "copy"); });
+    row("copy, 2 GiB", ms, 2.0 * (size_t(2) << 30));
+  }
+  Tensor<R> x(n * C), h(n * C), w(size_t(C) * C), qkv(n * QKV), up(n * 2 * F), act(n * F), wqkv(size_t(QKV) * C, 0.02f),
+      wup(size_t(2) * F * C, 0.02f), wdown(size_t(F) * C, 0.02f), head(size_t(V) * C, 0.02f), logits(size_t(rows) * V),
+      norm(C);
+  Tensor<R> dqkv(n * QKV), out(n * C), dout(n * C), dup(n * 2 * F);
+  Tensor<float> gw(size_t(V) * C), mean(n), rstd(n), lse(n * NH), delta(n * NH), losses(n), one(1);
+  std::vector<int> host(N);
+  std::mt19937 random(2);
+  for (int& t : host) t = random() % 4 ? random() % V : random() % 40;
+  Buffer<Cuda> tokens_memory(*be, n * sizeof(int));
+  int* tokens = tokens_memory.as<int>();
+  be->upload(tokens, host.data(), n * sizeof(int));
+
+  auto linear = [&](const char* name, R* y, R* in, R* weight, int M, int IC, int OC) {
+    const double flops = 2.0 * M * IC * OC;
+    char label[64];
+    std::snprintf(label, sizeof label, "%s forward", name);
+    row(label, milliseconds([&] { linear_forward(*be, y, in, weight, (R*)nullptr, M, IC, OC); }), 0, flops);
+    std::snprintf(label, sizeof label, "%s backward, input", name);
+    row(label, milliseconds([&] {
+          multiply(*be, Product<R>{in, nullptr, nullptr, IC, M, OC, false, false}, weight, y);
+        }),
+        0, flops);
+    std::snprintf(label, sizeof label, "%s backward, weight", name);
+    row(label, milliseconds([&] {
+          multiply(*be, Product<float>{gw(), gw(), nullptr, IC, OC, M, false, true}, in, y);
+        }),
+        0, flops);
+  };
+  linear("qkv", qkv(), h(), wqkv(), N, C, QKV);
+  linear("proj", out(), h(), w(), N, C, C);
+  row("proj forward + residual",
+      milliseconds([&] { linear_residual_forward(*be, out(), x(), h(), w(), (R*)nullptr, N, C, C); }), 0,
+      2.0 * N * C * C);
+  linear("up", up(), h(), wup(), N, C, 2 * F);
+  linear("down", h(), act(), wdown(), N, F, C);
+  linear("head, 5312 rows", logits(), h(), head(), rows, C, V);
+
+  for (int HSR : {64, 128, 256})  // a head size; width 768 and 65,536 tokens throughout
+    for (int percent : {100, 50, 25, 10}) {
+      const int heads = C / HSR, R_ = rotary_dim_from_fraction(percent / 100.0, HSR);
+      Tensor<float> table(size_t(T) * R_);
+      RopeTable rope = {table(), T, R_, RopePairs::half};
+      const RopeShape s = {B, T, heads, heads, HSR};
+      char label[64];
+      std::snprintf(label, sizeof label, "rope, head size %d, R = %d", HSR, R_);
+      row(label, milliseconds([&] { rope_forward(*be, qkv(), rope, s); }), double(n) * 2 * heads * R_ * 2 * 2);
+      if (HSR == 64 && percent == 100) {
+        rope.pairs = RopePairs::interleaved;
+        row("  the same, interleaved pairs", milliseconds([&] { rope_forward(*be, qkv(), rope, s); }),
+            double(n) * 2 * heads * R_ * 2 * 2);
+      }
+    }
+  {
+    Tensor<float> table(size_t(T) * 64), qk_rstd(n * 2 * NH);
+    Tensor<R> raw(n * 2 * C);
+    const RopeTable rope = {table(), T, 6, RopePairs::half};
+    const RopeShape s = {B, T, NH, NH, HS};
+    row("qk-norm + rope forward",
+        milliseconds([&] { qk_norm_rope_forward(*be, dqkv(), raw(), qk_rstd(), norm(), norm(), rope, s, 1e-5); }),
+        double(n) * 2 * C * 2 * 3);
+    row("qk-norm + rope backward", milliseconds([&] {
+          qk_norm_rope_backward(*be, dqkv(), gw(), gw(), raw(), qk_rstd(), norm(), norm(), rope, s);
+        }),
+        double(n) * 2 * C * 2 * 3);
+  }
+  const AttentionShape s = {B, T, NH, NH, HS};
+  const double half = 2.0 * B * NH * T * T / 2 * HS;  // one product of attention
+  row("attention forward", milliseconds([&] { attention_forward(*be, out(), lse(), qkv(), s); }), 0, 2 * half);
+  row("attention backward",
+      milliseconds([&] { attention_backward(*be, dqkv(), delta(), dout(), qkv(), out(), lse(), s); }), 0, 5 * half);
+  const double tensor = double(n) * C * 2;
+  row("embedding forward", milliseconds([&] { embedding_forward(*be, x(), tokens, head(), N, C); }), 2 * tensor);
+  row("embedding backward", milliseconds([&] { embedding_backward(*be, gw(), x(), tokens, N, V, C); }), tensor);
+  for (NormKind kind : {NormKind::rms, NormKind::layer}) {
+    const char* label[] = {"rms norm forward", "rms norm backward + residual", "layer norm forward",
+                           "layer norm backward + residual"};
+    const int k = kind == NormKind::rms ? 0 : 2;
+    row(label[k], milliseconds([&] { norm_forward(*be, kind, h(), mean(), rstd(), x(), norm(), norm(), N, C, 1e-5); }),
+        2 * tensor);
+    row(label[k + 1], milliseconds([&] {
+          norm_backward(*be, kind, out(), gw(), gw(), dout(), h(), x(), mean(), rstd(), norm(), N, C);
+        }),
+        4 * tensor);
+  }
+  row("swiglu forward", milliseconds([&] { swiglu_forward(*be, act(), up(), N, F); }), double(n) * F * 2 * 3);
+  row("swiglu backward", milliseconds([&] { swiglu_backward(*be, dup(), act(), up(), N, F); }), double(n) * F * 2 * 5);
+  row("gelu forward", milliseconds([&] { gelu_forward(*be, dup(), up(), N, 2 * F); }), double(n) * F * 2 * 4);
+  row("gelu backward", milliseconds([&] { gelu_backward(*be, dup(), up(), up(), N, 2 * F); }), double(n) * F * 2 * 6);
+  row("cross-entropy, 5312 rows",
+      milliseconds([&] { cross_entropy(*be, losses(), logits(), tokens, 1e-5, 0.0, rows, V); }),
+      double(rows) * V * 2 * 2);
+  {
+    const size_t count = size_t(162) << 20;
+    Tensor<float> g(count, 1e-3f), master(count), m(count), v(count, 0);
+    Tensor<R> p(count);
+    row("gradient norm, 170 M", milliseconds([&] { gradient_norm(*be, one(), g(), count); }), count * 4.0);
+    row("adamw, 170 M", milliseconds([&] {
+          adamw(*be, p(), master(), g(), m(), v(), one(), count, {1e-4, 0.9, 0.95, 1e-8, 0.1, 1.0, 1});
+        }),
+        count * 30.0);
+    row("zero gradients, 170 M", milliseconds([&] { be->zero(g(), count * 4); }), count * 4.0);
+  }
+}
+
+struct Row {
+  const char* name;
+  int layers, width, heads, kv_heads, head_size, mlp_hidden, vocab, T, B;
+  BlockKind block;
+};
+
+static void whole_steps(const Row& r) {
+  for (int percent : {0, 10, 100}) {
+    Config c;
+    c.layers = r.layers, c.width = r.width, c.heads = r.heads, c.kv_heads = r.kv_heads, c.head_size = r.head_size,
+    c.mlp_hidden = r.mlp_hidden, c.vocab = r.vocab;
+    c.context = r.T, c.block = r.block, c.rotary_dim = rotary_dim_from_fraction(percent / 100.0, r.head_size);
+    resolve(c);
+    const int N = r.B * r.T;
+    Model<Cuda, bf16> model(*be, c, r.B, r.T, true);
+    model.initialise_weights(1);
+    std::vector<int> tokens(N + 1);
+    std::mt19937 random(3);
+    for (int& t : tokens) t = random() % c.vocab;
+    int step = 0;
+    auto zero = [&] { model.zero_gradients(); };
+    auto forward = [&] { model.forward(tokens.data(), r.B, r.T); };
+    auto backward = [&] { model.backward(tokens.data() + 1, r.B, r.T, 1.0 / N, 0); };
+    auto update = [&] { model.update({1e-4, 0.9, 0.95, 1e-8, 0.1, 1.0, ++step}); };
+    const int runs = r.layers * r.width > 20000 ? 3 : 10;
+    const double ms = milliseconds([&] { zero(), forward(), backward(), update(); }, runs);
+    const double f = milliseconds(forward, runs), b = milliseconds(backward, runs), u = milliseconds(update, runs);
+    // 6 per parameter that multiplies and token, and attention: 4 T C forward per token halved by the mask, thrice.
+    const double multiplying = double(model.table.parameters) - double(c.vocab) * c.width;
+    const double flops = N * (6.0 * multiplying + 6.0 * c.layers * c.heads * c.head_size * r.T);
+    std::printf(
+        "%-22s %3d %% RoPE %9.2f ms %10.0f tokens/s %6.0f TFLOP/s   forward %8.2f backward %8.2f update %7.2f\n",
+        r.name, percent, ms, N / ms * 1e3, flops / ms * 1e-9, f, b, u);
+    std::fflush(stdout);
+  }
+}
+
+int main(int argc, char** argv) {
+  try {
+    Cuda cuda;
+    be = &cuda;
+    const std::string only = argc > 1 ? argv[1] : "";
+    if (only != "steps") operations();
+    if (only == "ops") return 0;
+    const BlockKind sequential = BlockKind::sequential, parallel = BlockKind::parallel;
+    for (const Row& r : {Row{"12 x 768", 12, 768, 12, 12, 64, 2048, 50304, 1024, 64, sequential},
+                         Row{"6 x 384", 6, 384, 6, 6, 64, 1024, 256, 256, 64, sequential},
+                         Row{"12 x 256, parallel", 12, 256, 2, 2, 128, 704, 4096, 2048, 32, parallel},
+                         Row{"llama-1b", 16, 2048, 32, 8, 64, 8192, 50304, 2048, 8, sequential}})
+      if (argc < 3 || std::string(r.name).find(argv[2]) != std::string::npos) whole_steps(r);
+  } catch (const std::exception& e) {
+    std::fprintf(stderr, "error: %s\n", e.what());
+    return 2;
+  }
+}

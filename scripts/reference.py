@@ -1,0 +1,159 @@
+"""The model of model.h once more in PyTorch, as the tests' second opinion and as the benchmarks' opponent.
+
+Parameter names and shapes are those of the checkpoints (embedding.weight, layers.0.qkv.weight, ...). Whatever PyTorch has
+a library function for is that function; only RoPE is written out, as x cos + rotate_half(x) sin. Runs on any device and
+in any dtype, under torch.compile and under autocast.
+"""
+
+import dataclasses
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+
+@dataclasses.dataclass
+class Config:
+    """The keys of a run's config.json."""
+
+    layers: int
+    width: int
+    heads: int
+    kv_heads: int
+    head_size: int
+    mlp_hidden: int
+    context: int
+    vocab: int
+    rotary_dim: int
+    rope_base: float = 10000.0
+    rope_pairs: str = "half"  # or "interleaved"
+    qk_norm: bool = False
+    block: str = "sequential"  # or "parallel"
+    norm: str = "rms"  # or "layer"
+    mlp: str = "swiglu"  # or "gelu"
+    bias: bool = False
+    tied: bool = False
+
+
+EPS = 1e-5  # of every norm
+
+
+def make_norm(config, size):
+    return nn.RMSNorm(size, eps=EPS) if config.norm == "rms" else nn.LayerNorm(size, eps=EPS)
+
+
+def rope_table(config, positions):
+    """cos and sin, (positions, R) each, one column per rotated channel; computed in fp64, kept in fp32 as in rope.cuh."""
+    R = config.rotary_dim
+    frequency = config.rope_base ** (-torch.arange(0, R, 2, dtype=torch.float64) / max(R, 1))
+    angle = torch.arange(positions, dtype=torch.float64)[:, None] * frequency
+    angle = torch.cat((angle, angle), -1) if config.rope_pairs == "half" else angle.repeat_interleave(2, -1)
+    return angle.cos().float(), angle.sin().float()
+
+
+def rotate_half(x, pairs):
+    """(a, b) -> (-b, a) for every pair of channels."""
+    if pairs == "half":
+        a, b = x.chunk(2, -1)
+        return torch.cat((-b, a), -1)
+    return torch.stack((-x[..., 1::2], x[..., 0::2]), -1).flatten(-2)
+
+
+def rope(x, cos, sin, pairs):
+    """x (B, heads, T, HS); cos, sin (T, R). Channels R and up pass through."""
+    R = cos.shape[-1]
+    if R == 0:
+        return x
+    turned = x[..., :R] * cos + rotate_half(x[..., :R], pairs) * sin
+    return torch.cat((turned.to(x.dtype), x[..., R:]), -1)
+
+
+class Block(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.config = c = config
+        qkv_width = (c.heads + 2 * c.kv_heads) * c.head_size
+        self.norm1 = make_norm(c, c.width)
+        self.qkv = nn.Linear(c.width, qkv_width, bias=c.bias)
+        if c.qk_norm:
+            self.q_norm = nn.RMSNorm(c.head_size, eps=EPS)
+            self.k_norm = nn.RMSNorm(c.head_size, eps=EPS)
+        self.proj = nn.Linear(c.heads * c.head_size, c.width, bias=c.bias)
+        self.norm2 = make_norm(c, c.width)
+        self.up = nn.Linear(c.width, c.mlp_hidden * (2 if c.mlp == "swiglu" else 1), bias=c.bias)
+        self.down = nn.Linear(c.mlp_hidden, c.width, bias=c.bias)
+
+    def attention(self, x, cos, sin):
+        c = self.config
+        B, T, _ = x.shape
+        qkv = self.qkv(x).view(B, T, c.heads + 2 * c.kv_heads, c.head_size).transpose(1, 2)
+        q, k, v = qkv.split((c.heads, c.kv_heads, c.kv_heads), 1)
+        if c.qk_norm:
+            q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
+        q, k = rope(q, cos, sin, c.rope_pairs), rope(k, cos, sin, c.rope_pairs)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=c.heads != c.kv_heads)
+        return self.proj(y.transpose(1, 2).reshape(B, T, c.heads * c.head_size))
+
+    def feed_forward(self, x):
+        up = self.up(x)
+        if self.config.mlp == "swiglu":
+            gate, up = up.chunk(2, -1)
+            return self.down(F.silu(gate) * up)
+        return self.down(F.gelu(up))
+
+    def forward(self, x, cos, sin):
+        x2 = x + self.attention(self.norm1(x), cos, sin)
+        return x2 + self.feed_forward(self.norm2(x if self.config.block == "parallel" else x2))
+
+
+class GPT(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.config = c = config
+        self.embedding = nn.Embedding(c.vocab, c.width)
+        self.layers = nn.ModuleList(Block(c) for _ in range(c.layers))
+        self.final_norm = make_norm(c, c.width)
+        self.head = nn.Linear(c.width, c.vocab, bias=False)
+        if c.tied:
+            self.head.weight = self.embedding.weight
+        cos, sin = rope_table(c, c.context)
+        self.register_buffer("cos", cos, persistent=False)
+        self.register_buffer("sin", sin, persistent=False)
+        for name, p in self.named_parameters():
+            if p.dim() > 1:
+                nn.init.normal_(p, 0.0, 0.02)
+            elif name.endswith("bias"):
+                nn.init.zeros_(p)
+
+    def forward(self, tokens):
+        """tokens (B, T) -> logits (B, T, V)"""
+        T = tokens.shape[1]
+        x = self.embedding(tokens)
+        for layer in self.layers:
+            x = layer(x, self.cos[:T], self.sin[:T])
+        return self.head(self.final_norm(x))
+
+    def loss(self, tokens, targets, z_loss=0.0):
+        """Mean over all B*T positions of the cross-entropy in nats + z_loss (log Z)^2; positions with target -1 count 0."""
+        logits = self(tokens).flatten(0, 1)
+        if logits.dtype in (torch.bfloat16, torch.float16):
+            logits = logits.float()
+        targets = targets.flatten()
+        total = F.cross_entropy(logits, targets, ignore_index=-1, reduction="sum")
+        if z_loss:
+            total = total + z_loss * (logits.logsumexp(-1).square() * (targets >= 0)).sum()
+        return total / targets.numel()
+
+
+def make_optimizer(model, lr, betas, eps, weight_decay, **options):
+    """AdamW with weight decay on matrices only. `options` go to torch.optim.AdamW (fused, foreach, capturable)."""
+    parameters = list(model.parameters())
+    groups = [
+        {"params": [p for p in parameters if p.dim() > 1], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, **options)
+
+
+def parameter_count(model):
+    return sum(p.numel() for p in model.parameters())

@@ -1,0 +1,289 @@
+// attention.cuh: causal attention and QK-Norm against plain formulas and finite differences.
+
+#include "attention.cuh"
+
+#include "helpers.h"
+#include "layers.cuh"
+
+namespace {
+
+size_t qkv_size(AttentionShape s) { return size_t(s.B) * s.T * (s.NH + 2 * s.NKV) * s.HS; }
+size_t out_size(AttentionShape s) { return size_t(s.B) * s.T * s.NH * s.HS; }
+size_t rows(AttentionShape s) { return size_t(s.B) * s.NH * s.T; }
+
+template <class Real>
+struct Result {
+  std::vector<Real> out, lse;
+};
+
+template <class Real>
+Result<Real> attend(const std::vector<Real>& qkv, AttentionShape s) {
+  Cpu be;
+  Result<Real> r{garbage<Real>(out_size(s)), garbage<Real>(rows(s))};
+  attention_forward(be, r.out.data(), r.lse.data(), qkv.data(), s);
+  return r;
+}
+
+template <class Real>
+std::vector<Real> attend_backward(const std::vector<Real>& qkv, const std::vector<Real>& dout, AttentionShape s) {
+  Cpu be;
+  const Result<Real> r = attend(qkv, s);
+  std::vector<Real> dqkv = garbage<Real>(qkv.size()), delta = garbage<Real>(rows(s));
+  attention_backward(be, dqkv.data(), delta.data(), dout.data(), qkv.data(), r.out.data(), r.lse.data(), s);
+  return dqkv;
+}
+
+// The definition, one score after the other.
+Result<double> attend_slowly(const std::vector<double>& qkv, AttentionShape s) {
+  Result<double> r{std::vector<double>(out_size(s)), std::vector<double>(rows(s))};
+  const int heads = s.NH + 2 * s.NKV;
+  for (int b = 0; b < s.B; ++b)
+    for (int h = 0; h < s.NH; ++h)
+      for (int t = 0; t < s.T; ++t) {
+        auto head = [&](int position, int which) { return &qkv[((size_t(b) * s.T + position) * heads + which) * s.HS]; };
+        const int kv = h / (s.NH / s.NKV);
+        std::vector<double> score(t + 1);
+        double highest = -INFINITY, sum = 0;
+        for (int j = 0; j <= t; ++j) {
+          for (int c = 0; c < s.HS; ++c) score[j] += head(t, h)[c] * head(j, s.NH + kv)[c];
+          score[j] /= std::sqrt(s.HS);
+          highest = std::max(highest, score[j]);
+        }
+        for (int j = 0; j <= t; ++j) sum += std::exp(score[j] - highest);
+        for (int j = 0; j <= t; ++j)
+          for (int c = 0; c < s.HS; ++c)
+            r.out[((size_t(b) * s.T + t) * s.NH + h) * s.HS + c] +=
+                std::exp(score[j] - highest) / sum * head(j, s.NH + s.NKV + kv)[c];
+        r.lse[(size_t(b) * s.NH + h) * s.T + t] = highest + std::log(sum);
+      }
+  return r;
+}
+
+// One and several runs of kQueryBlock queries, with and without a remainder; one, some and all heads for a key head.
+const std::vector<AttentionShape> kShapes = {{1, 1, 1, 1, 1}, {2, 11, 3, 3, 5},  {2, 13, 6, 2, 8},
+                                             {1, 64, 4, 1, 3}, {1, 65, 2, 1, 3}, {2, 150, 2, 2, 16}};
+
+}  // namespace
+
+TEST_CASE_TEMPLATE("attention: forward equals the definition", Real, float, double) {
+  for (const AttentionShape& s : kShapes) {
+    const std::vector<Real> qkv = random_values<Real>(qkv_size(s), 10);
+    const Result<Real> r = attend(qkv, s);
+    const Result<double> expected = attend_slowly({qkv.begin(), qkv.end()}, s);
+    // A score is a dot product of HS terms of size about 1, up to 4 in sum after scaling: HS + 1 roundings at worst,
+    // and exp_ adds 2 ulp. Outputs are averages of numbers up to 4.
+    const double tolerance = (s.HS + 8) * 4 * 4 * kRounding<Real>;
+    CHECK(distance(r.out, expected.out) <= tolerance);
+    CHECK(distance(r.lse, expected.lse) <= tolerance);
+  }
+}
+
+TEST_CASE("attention: backward is the derivative of forward") {
+  for (const AttentionShape& s : kShapes) {
+    if (s.T > 100) continue;  // 6 s and nothing new
+    std::vector<double> qkv = random_values<double>(qkv_size(s), 11);
+    const std::vector<double> dout = random_values<double>(out_size(s), 12);
+    const std::vector<double> dqkv = attend_backward(qkv, dout, s);
+    CHECK(slope_distance(qkv, dqkv, [&] { return dot(attend(qkv, s).out, dout); }) < kSlope);
+  }
+}
+
+TEST_CASE("attention: backward in fp32 is that in fp64") {
+  for (const AttentionShape& s : kShapes) {
+    const std::vector<float> qkv = random_values<float>(qkv_size(s), 13), dout = random_values<float>(out_size(s), 14);
+    const std::vector<double> expected =
+        attend_backward<double>({qkv.begin(), qkv.end()}, {dout.begin(), dout.end()}, s);
+    if (s.T == 1) continue;  // the gradients of q and k are 0 then
+    // In turn: scores (HS terms), exp_, dP (HS terms), D, and a sum over at most T terms, whose roundings partly cancel.
+    CHECK(relative_distance(attend_backward(qkv, dout, s), expected) <= (2 * s.HS + 2 * std::sqrt(s.T) + 8) * kRounding<float>);
+  }
+}
+
+TEST_CASE("attention: nothing depends on the future") {
+  const AttentionShape s{2, 70, 4, 2, 6};
+  const std::vector<float> qkv = random_values<float>(qkv_size(s), 15);
+  const Result<float> r = attend(qkv, s);
+  for (int cut : {1, 33, 64, 69}) {  // positions from `cut` on become something else altogether
+    std::vector<float> other = qkv;
+    const size_t position = (s.NH + 2 * s.NKV) * s.HS;
+    for (int b = 0; b < s.B; ++b)
+      for (size_t i = (size_t(b) * s.T + cut) * position; i < (size_t(b) + 1) * s.T * position; ++i) other[i] = 1e4f;
+    const Result<float> o = attend(other, s);
+    double worst = 0;
+    for (int b = 0; b < s.B; ++b)
+      for (size_t i = 0; i < size_t(cut) * s.NH * s.HS; ++i)
+        worst = std::max(worst, std::fabs(double(r.out[size_t(b) * s.T * s.NH * s.HS + i]) - o.out[size_t(b) * s.T * s.NH * s.HS + i]));
+    CHECK(worst == 0);
+  }
+}
+
+TEST_CASE_TEMPLATE("attention: scores of any size give finite probabilities", Real, float, double) {
+  const AttentionShape s{1, 67, 2, 1, 8};
+  std::vector<Real> qkv = random_values<Real>(qkv_size(s), 16, 300);  // scores up to about 1e6
+  const Result<Real> r = attend(qkv, s);
+  const Result<double> expected = attend_slowly({qkv.begin(), qkv.end()}, s);
+  // Scores of 1e6 are off by 1e6 * HS roundings: where two are as near as that, fp32 cannot tell which one wins, so only
+  // size is checked there, and values in fp64.
+  CHECK(largest(r.out) <= 1.001 * largest(qkv));
+  if (sizeof(Real) == 8) CHECK(distance(r.out, expected.out) <= 1e6 * 16 * kRounding<Real> * largest(qkv));
+  qkv[5] = std::numeric_limits<Real>::quiet_NaN();  // channel 5 of the first query: its own output only
+  const Result<Real> bad = attend(qkv, s);
+  CHECK(std::isnan(bad.out[0]));
+  CHECK(std::isnan(bad.lse[0]));
+  CHECK_FALSE(std::isnan(bad.out[size_t(s.NH) * s.HS]));
+}
+
+TEST_CASE("attention: first computes the later positions only, from all keys and values") {
+  for (const AttentionShape& s : kShapes) {
+    const std::vector<double> qkv = random_values<double>(qkv_size(s), 17);
+    const Result<double> all = attend(qkv, s);
+    for (int first : {1, s.T / 2, s.T - 1}) {
+      if (first < 1) continue;
+      AttentionShape later = s;
+      later.first = first;
+      const Result<double> part = attend(qkv, later);
+      double worst = 0;
+      bool untouched = true;
+      for (int b = 0; b < s.B; ++b)
+        for (int t = 0; t < s.T; ++t)
+          for (int c = 0; c < s.NH * s.HS; ++c) {
+            const size_t i = (size_t(b) * s.T + t) * s.NH * s.HS + c;
+            if (t < first)
+              untouched = untouched && std::isnan(part.out[i]);
+            else
+              worst = std::max(worst, std::fabs(part.out[i] - all.out[i]));
+          }
+      CHECK(untouched);
+      CHECK(worst <= (s.HS + 8) * 16 * kRounding<double>);
+    }
+  }
+}
+
+TEST_CASE("attention: the number of threads changes nothing") {
+  for (const AttentionShape& s : kShapes) {
+    const std::vector<float> qkv = random_values<float>(qkv_size(s), 18), dout = random_values<float>(out_size(s), 19);
+    CHECK(same_for_any_threads([&] { return attend(qkv, s).out; }));
+    CHECK(same_for_any_threads([&] { return attend_backward(qkv, dout, s); }));
+  }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// QK-Norm
+
+namespace {
+
+struct QkNorm {
+  RopeShape s;
+  std::vector<float> cos_sin;
+  RopeTable table;
+  static constexpr double eps = 1e-5;
+
+  QkNorm(RopeShape shape, int R, RopePairs pairs) : s(shape), cos_sin(size_t(shape.T) * R) {
+    rope_fill_table(cos_sin.data(), s.T, R, 10000);
+    table = {cos_sin.data(), s.T, R, pairs};
+  }
+  size_t heads() const { return size_t(s.B) * s.T * (s.NH + s.NKV); }
+
+  template <class Real>
+  struct Forward {
+    std::vector<Real> qkv, raw, rstd;
+  };
+  template <class Real>
+  Forward<Real> forward(std::vector<Real> qkv, const std::vector<Real>& wq, const std::vector<Real>& wk) const {
+    Cpu be;
+    Forward<Real> f{std::move(qkv), garbage<Real>(heads() * s.HS), garbage<Real>(heads())};
+    qk_norm_rope_forward(be, f.qkv.data(), f.raw.data(), f.rstd.data(), wq.data(), wk.data(), table, s, eps);
+    return f;
+  }
+};
+
+std::vector<QkNorm> qk_norm_cases() {
+  std::vector<QkNorm> all;
+  for (int R : {0, 2, 4, 8})
+    for (RopePairs pairs : {RopePairs::half, RopePairs::interleaved}) {
+#ifdef ROTARY_DIM
+      if (R != ROTARY_DIM) continue;
+#endif
+      all.emplace_back(RopeShape{2, 11, 3, 3, 8}, R, pairs);
+      all.emplace_back(RopeShape{1, 9, 4, 2, 9}, R, pairs);
+    }
+  return all;
+}
+
+}  // namespace
+
+TEST_CASE_TEMPLATE("attention: QK-Norm is RMSNorm of every query and key head, then RoPE; values stay", Real, float, double) {
+  for (const QkNorm& q : qk_norm_cases()) {
+    const RopeShape s = q.s;
+    const std::vector<Real> qkv = random_values<Real>(qkv_size(s), 20), wq = random_values<Real>(s.HS, 21),
+                            wk = random_values<Real>(s.HS, 22);
+    const auto f = q.forward(qkv, wq, wk);
+    Cpu be;
+    std::vector<Real> expected = qkv;
+    Real unused_mean, rstd;
+    for (int n = 0; n < s.B * s.T; ++n)
+      for (int h = 0; h < s.NH + s.NKV; ++h) {
+        const size_t at = (size_t(n) * (s.NH + 2 * s.NKV) + h) * s.HS;
+        norm_forward(be, NormKind::rms, &expected[at], &unused_mean, &rstd, &qkv[at], h < s.NH ? wq.data() : wk.data(),
+                     (const Real*)nullptr, 1, s.HS, q.eps);
+      }
+    rope_forward(be, expected.data(), q.table, s);
+    // Both compute the same few steps; the sum of squares may be taken in another order.
+    CHECK(distance(f.qkv, expected) <= (s.HS + 6) * kRounding<Real> * largest(expected));
+    double values_changed = 0;
+    for (int n = 0; n < s.B * s.T; ++n)
+      for (int c = 0; c < s.NKV * s.HS; ++c) {
+        const size_t at = (size_t(n) * (s.NH + 2 * s.NKV) + s.NH + s.NKV) * s.HS + c;
+        values_changed += f.qkv[at] != qkv[at];
+      }
+    CHECK(values_changed == 0);
+  }
+}
+
+TEST_CASE("attention: QK-Norm's backward is the derivative of its forward, and weights' gradients accumulate") {
+  for (const QkNorm& q : qk_norm_cases()) {
+    const RopeShape s = q.s;
+    std::vector<double> qkv = random_values<double>(qkv_size(s), 23), wq = random_values<double>(s.HS, 24),
+                        wk = random_values<double>(s.HS, 25);
+    const std::vector<double> dout = random_values<double>(qkv.size(), 26);
+    const auto f = q.forward(qkv, wq, wk);
+    Cpu be;
+    std::vector<double> dqkv = dout, dwq(s.HS, 100.0), dwk(s.HS, -100.0);
+    qk_norm_rope_backward(be, dqkv.data(), dwq.data(), dwk.data(), f.raw.data(), f.rstd.data(), wq.data(), wk.data(), q.table, s);
+    for (int c = 0; c < s.HS; ++c) dwq[c] -= 100, dwk[c] += 100;
+    auto loss = [&] { return dot(q.forward(qkv, wq, wk).qkv, dout); };
+    CHECK(slope_distance(qkv, dqkv, loss) < kSlope);
+    CHECK(slope_distance(wq, dwq, loss) < kSlope);
+    CHECK(slope_distance(wk, dwk, loss) < kSlope);
+  }
+}
+
+TEST_CASE("attention: QK-Norm with first works on the later positions only") {
+  for (QkNorm q : qk_norm_cases()) {
+    const std::vector<double> qkv = random_values<double>(qkv_size(q.s), 27), wq = random_values<double>(q.s.HS, 28), wk = wq;
+    const auto all = q.forward(qkv, wq, wk);
+    q.s.first = 5;
+    const auto part = q.forward(qkv, wq, wk);
+    const size_t position = (q.s.NH + 2 * q.s.NKV) * q.s.HS;
+    std::vector<double> expected = all.qkv;
+    for (int b = 0; b < q.s.B; ++b)
+      std::copy_n(&qkv[size_t(b) * q.s.T * position], 5 * position, &expected[size_t(b) * q.s.T * position]);
+    CHECK(same_bits(part.qkv, expected));
+  }
+}
+
+TEST_CASE("attention: the number of threads changes nothing in QK-Norm") {
+  for (const QkNorm& q : qk_norm_cases()) {
+    const RopeShape s = q.s;
+    const std::vector<float> qkv = random_values<float>(qkv_size(s), 29), wq = random_values<float>(s.HS, 30), wk = wq;
+    CHECK(same_for_any_threads([&] {
+      Cpu be;
+      const auto f = q.forward(qkv, wq, wk);
+      std::vector<float> d = f.qkv, dw(2 * s.HS);
+      qk_norm_rope_backward(be, d.data(), dw.data(), dw.data() + s.HS, f.raw.data(), f.rstd.data(), wq.data(), wk.data(), q.table, s);
+      d.insert(d.end(), dw.begin(), dw.end());
+      d.insert(d.end(), f.qkv.begin(), f.qkv.end());
+      return d;
+    }));
+  }
+}

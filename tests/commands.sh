@@ -1,0 +1,155 @@
+#!/bin/sh
+# The programs as a user meets them: a run from beginning to end, resume, interruption, and one line and exit code 2 for
+# every mistake. Needs build/train, build/data, build/eval; writes to a temporary directory only.
+set -u
+programs=$(cd "${BUILD:-build}" && pwd)
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+cd "$work" || exit 1
+passed=0
+failed=0
+
+pass() { passed=$((passed + 1)); }
+fail() {
+  failed=$((failed + 1))
+  echo "FAILED: $1"
+  [ -f err ] && sed 's/^/    /' err | head -5
+}
+check() { # check NAME COMMAND...: the command succeeds
+  name=$1
+  shift
+  if "$@" >out 2>err; then pass; else fail "$name"; fi
+}
+refuse() { # refuse PATTERN COMMAND...: exit code 2 and one line on stderr that matches; no new run
+  pattern=$1
+  shift
+  before=$(ls runs 2>/dev/null)
+  "$@" >out 2>err
+  code=$?
+  if [ $code -eq 2 ] && [ "$(wc -l <err)" -eq 1 ] && grep -qE "$pattern" err && [ "$(ls runs 2>/dev/null)" = "$before" ]; then
+    pass
+  else
+    fail "exit $code, wanted 2 and one line with '$pattern': $*"
+  fi
+}
+same() { if cmp -s "$2" "$3"; then pass; else fail "$1: $2 and $3 differ"; fi; }
+
+train="$programs/train --data data/train_*.bin --layers 2 --width 32 --heads 2 --context 32 --batch 2 --val-tokens 256"
+
+# ---- A small run, from nothing to a sample -----------------------------------------------------------------------
+check "stories" "$programs/data" stories --out data --bytes 60000 --seed 3
+check "info" "$programs/data" info "data/val_*.bin"
+check "training" $train --run straight --steps 20 --checkpoint-every 10
+for file in config.json log.csv val.csv summary.json checkpoint/model.safetensors checkpoint/optimizer.safetensors checkpoint/state.json; do
+  check "$file is there" test -s "runs/straight/$file"
+done
+check "20 rows of log" test "$(wc -l <runs/straight/log.csv)" -eq 21
+check "sampling" "$programs/eval" sample --run straight --tokens 20
+check "loss" "$programs/eval" loss --run straight
+
+# ---- The same to the bit: threads, interruption, kill ------------------------------------------------------------------
+check "one thread" $train --run one --steps 20 --threads 1
+check "three threads" $train --run three --steps 20 --threads 3
+same "threads do not change the weights" runs/one/checkpoint/model.safetensors runs/three/checkpoint/model.safetensors
+same "nor do checkpoints on the way" runs/one/checkpoint/model.safetensors runs/straight/checkpoint/model.safetensors
+
+# Ends a run by a signal once its log has a few rows, and goes on with it to the end.
+interrupt() { # interrupt NAME SIGNAL STEPS
+  $train --run "$1" --steps "$3" --checkpoint-every 1 >out 2>err &
+  pid=$!
+  tries=0
+  while [ "$(cat "runs/$1/log.csv" 2>/dev/null | wc -l)" -lt 6 ] && [ $tries -lt 400 ]; do
+    sleep 0.02
+    tries=$((tries + 1))
+  done
+  kill "-$2" $pid 2>/dev/null
+  wait $pid 2>/dev/null
+}
+check "400 steps straight" $train --run long --steps 400
+for signal in INT TERM KILL; do
+  interrupt "stop$signal" $signal 400
+  check "SIG$signal came before the end" test "$(wc -l <runs/stop$signal/log.csv)" -lt 400
+  check "resume after SIG$signal" "$programs/train" --run "stop$signal" --resume
+  same "resumed after SIG$signal" "runs/stop$signal/checkpoint/model.safetensors" runs/long/checkpoint/model.safetensors
+  same "optimizer after SIG$signal" "runs/stop$signal/checkpoint/optimizer.safetensors" runs/long/checkpoint/optimizer.safetensors
+  check "400 rows of log" test "$(wc -l <runs/stop$signal/log.csv)" -eq 401
+done
+
+# A machine that stops between the two renames of a save leaves checkpoint.old.
+cp -r runs/straight runs/between && mv runs/between/checkpoint runs/between/checkpoint.old
+check "resume from checkpoint.old" "$programs/train" --run between --resume --steps 21
+
+# ---- Mistakes ----------------------------------------------------------------------------------------------------------
+refuse "rotary-dim 3.*even" $train --rotary-dim 3
+refuse "rotary-dim 18.*head size 16" $train --rotary-dim 18
+refuse "rotary-dim -2" $train --rotary-dim -2
+refuse "rotary-fraction 1.5" $train --rotary-fraction 1.5
+refuse "rotary-fraction -0.1" $train --rotary-fraction -0.1
+refuse "rotary-fraction nan" $train --rotary-fraction nan
+refuse "disagree.*16 channels" $train --rotary-fraction 0.5 --rotary-dim 4
+refuse "heads 3.*width 32" $train --heads 3
+refuse "kv-heads 3.*heads 4" $train --heads 4 --kv-heads 3
+refuse "layers 0" $train --layers 0
+refuse "width -8" $train --width -8
+refuse "batch 0" $train --batch 0
+refuse "steps -1" $train --steps -1
+refuse "lr nan" $train --lr nan
+refuse "lr 0" $train --lr 0
+refuse "lr.*abc" $train --lr abc
+refuse "beta1 1" $train --beta1 1
+refuse "did you mean --layers" $train --layrs 3
+refuse "did you mean nano" $train --preset nanno
+refuse "block sideways" $train --block sideways
+refuse "device tpu" $train --device tpu
+refuse "bf16" $train --device cpu --dtype bf16
+refuse "context longer than the shard" $train --context 100000
+refuse "no shard matches" $train --data "nowhere/train_*.bin"
+refuse "not below the vocabulary of 100" $train --vocab 100
+
+shard() { # shard NAME: a copy of the data under another name, to be damaged
+  rm -rf "$1" && cp -r data "$1"
+}
+shard cut && head -c 5000 data/train_000.bin >cut/train_000.bin
+refuse "cut/train_000.bin.*truncated" $train --data "cut/train_*.bin"
+head -c 100 data/train_000.bin >cut/train_000.bin
+refuse "cut/train_000.bin" $train --data "cut/train_*.bin"
+: >cut/train_000.bin
+refuse "cut/train_000.bin.*empty" $train --data "cut/train_*.bin"
+shard magic && printf 'x' | dd of=magic/train_000.bin conv=notrunc 2>/dev/null
+refuse "magic" $train --data "magic/train_*.bin"
+shard version && printf '\007' | dd of=version/train_000.bin bs=1 seek=4 conv=notrunc 2>/dev/null
+refuse "version" $train --data "version/train_*.bin"
+
+refuse "runs/straight exists" $train --run straight
+refuse "no checkpoint" "$programs/train" --run nothing --resume
+refuse "width is 64 but was 32" "$programs/train" --run straight --resume --width 64
+refuse "lr is" "$programs/train" --run straight --resume --lr 0.5
+cp -r runs/straight runs/broken
+head -c 2000 runs/straight/checkpoint/model.safetensors >runs/broken/checkpoint/model.safetensors
+refuse "broken/checkpoint/model.safetensors.*truncated" "$programs/train" --run broken --resume --steps 30
+cp runs/long/checkpoint/state.json runs/broken/checkpoint/
+sed -i 's/"width": 32/"width": 48/; s/"head_size": 16/"head_size": 24/' runs/broken/checkpoint/state.json
+cp runs/straight/checkpoint/model.safetensors runs/broken/checkpoint/
+refuse "shape" "$programs/train" --run broken --resume --steps 500
+echo "{" >runs/broken/checkpoint/state.json
+refuse "not valid JSON" "$programs/train" --run broken --resume
+
+# A loss that is not finite stops the run and leaves the last good checkpoint.
+$train --run diverge --steps 50 --lr 1e18 --warmup 0 --clip 0 --schedule constant --checkpoint-every 1 >out 2>message
+check "divergence: exit code 2" test $? -eq 2
+check "divergence: one line that says how to resume" grep -qE "^error: step [0-9]+: .*(--resume|smaller --lr)" message
+
+# A disk that is full while saving (here: a limit on the size of files): the old checkpoint stays.
+cp -r runs/straight runs/full
+cp -r runs/full/checkpoint before
+(trap '' XFSZ; ulimit -f 60; exec "$programs/train" --run full --resume --steps 22 --checkpoint-every 1) >out 2>message
+check "disk full: exit code 2" test $? -eq 2
+check "disk full: one line" grep -qE "^error: .*cannot write: File too large" message
+check "disk full: old checkpoint unchanged" diff -r before runs/full/checkpoint
+
+mkdir other && cd other && : >runs
+refuse "runs/nano.*cannot create" $programs/train --data "../data/train_*.bin" --steps 1
+cd ..
+
+echo "commands: $passed passed, $failed failed"
+[ "$failed" -eq 0 ]

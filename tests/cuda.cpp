@@ -1,0 +1,637 @@
+// CUDA against the CPU: every operation, forward and backward, in fp32 and bf16, at sizes that fit no tile.
+//
+// For bf16 the CPU works in fp32 on the same inputs, rounded to bf16. Outputs are poisoned with NaN first, so an
+// element that a kernel leaves out is found. Compiled with nvcc -x cu; without a GPU the tests say that they were
+// skipped. CUDA_TESTS=small leaves the large sizes out, for compute-sanitizer.
+
+#include <doctest/doctest.h>
+
+#include "../backend.h"
+
+#ifdef __CUDACC__
+
+#include <array>
+#include <random>
+
+#include "../model.h"
+
+namespace {
+
+// The GPU, or nullptr where there is none. One for all tests: a Cuda owns a stream and a workspace.
+Cuda* gpu() {
+  static Cuda* be = []() -> Cuda* {
+    try {
+      return new Cuda();
+    } catch (const UserError&) {
+      MESSAGE("no CUDA GPU here: the CUDA tests are skipped");
+      return nullptr;
+    }
+  }();
+  return be;
+}
+bool small() { return std::getenv("CUDA_TESTS") && std::string(std::getenv("CUDA_TESTS")) == "small"; }
+std::vector<int> lengths() { return small() ? std::vector<int>{1, 17, 65} : std::vector<int>{1, 17, 65, 1000}; }
+
+using Values = std::vector<float>;
+Cpu cpu;
+
+// Half a unit in the last place, relative: what one rounding to Real may cost. bf16 has 8 significant bits, fp32 24.
+template <class Real>
+constexpr double kRound = std::is_same_v<Real, bf16> ? 0x1p-8 : 0x1p-24;
+
+template <class Real>
+float round_to(float x) {
+  return float(Real(x));
+}
+
+// n normal numbers that Real can hold.
+template <class Real>
+Values numbers(size_t n, int seed, float deviation = 1, float mean = 0) {
+  std::mt19937 random(seed);
+  std::normal_distribution<float> normal(mean, deviation);
+  Values x(n);
+  for (float& value : x) value = round_to<Real>(normal(random));
+  return x;
+}
+Values absolute(Values x) {
+  for (float& value : x) value = std::fabs(value);
+  return x;
+}
+
+// A tensor on the GPU. Made from a size, it is full of NaN.
+template <class T>
+struct Tensor {
+  Buffer<Cuda> memory;
+  size_t n;
+  explicit Tensor(size_t count) : memory(*gpu(), count * sizeof(T)), n(count) {
+    check(cudaMemsetAsync(memory.data, 0xff, n * sizeof(T), gpu()->stream), "cudaMemsetAsync");
+  }
+  template <class U>
+  explicit Tensor(const std::vector<U>& host) : Tensor(host.size()) {
+    std::vector<T> values(host.begin(), host.end());
+    gpu()->upload(memory.data, values.data(), n * sizeof(T));
+    gpu()->synchronize();
+  }
+  T* operator()() const { return memory.template as<T>(); }  // its address on the GPU
+  std::vector<T> bits() const {
+    std::vector<T> values(n);
+    gpu()->download(values.data(), memory.data, n * sizeof(T));
+    return values;
+  }
+  Values host() const {
+    std::vector<T> values = bits();
+    return Values(values.begin(), values.end());
+  }
+};
+
+template <class T>
+bool same_bits(const std::vector<T>& a, const std::vector<T>& b) {
+  return a.size() == b.size() && std::memcmp(a.data(), b.data(), a.size() * sizeof(T)) == 0;
+}
+
+// Each |got - want| <= relative |want| + absolute sum; sum is one number or, per element, the sum of the absolute
+// values of the terms that make up the element.
+void close(const char* what, const Values& got, const Values& want, double relative, double absolute,
+           const Values& sums = {1}) {
+  REQUIRE(got.size() == want.size());
+  double worst = 0;
+  size_t at = 0;
+  for (size_t i = 0; i < got.size(); ++i) {
+    const double bound = relative * std::fabs(want[i]) + absolute * sums[sums.size() == 1 ? 0 : i] + 1e-37;
+    const double excess = std::isfinite(got[i]) ? std::fabs(double(got[i]) - want[i]) / bound : INFINITY;
+    if (excess > worst) worst = excess, at = i;
+  }
+  INFO(std::string(what) << ": element " << at << " of " << got.size() << " is " << got[at] << ", should be "
+                         << want[at]);
+  CHECK(worst <= 1);
+}
+
+// ||got - want|| / ||want||; infinite when anything is not finite.
+double distance(const Values& got, const Values& want) {
+  double error = 0, size = 0;
+  for (size_t i = 0; i < got.size(); ++i) {
+    if (!std::isfinite(got[i])) return INFINITY;
+    error += std::pow(double(got[i]) - want[i], 2);
+    size += std::pow(double(want[i]), 2);
+  }
+  return std::sqrt(error / (size > 0 ? size : 1));
+}
+
+#define NEEDS_GPU \
+  if (!gpu()) return
+#define BOTH_TYPES float, bf16
+
+struct Table {
+  Values host;
+  Tensor<float> device;
+  RopeTable on_cpu, on_gpu;
+  Table(int positions, int R, RopePairs pairs) : host(size_t(positions) * R + 1), device(fill(host, positions, R)) {
+    on_cpu = {host.data(), positions, R, pairs};
+    on_gpu = {device(), positions, R, pairs};
+  }
+  static Values& fill(Values& host, int positions, int R) {
+    rope_fill_table(host.data(), positions, R, 10000);
+    return host;
+  }
+};
+
+// Calls test(shape, R, pairs) for the shapes of the packed buffer that RoPE and QK-Norm are tested at.
+template <class Test>
+void for_head_shapes(Test test) {
+  for (int T : lengths())
+    for (int NKV : {1, 4})
+      for (int HS : {10, 64})
+        for (int R : {0, 2, HS / 4 / 2 * 2, HS})
+          for (RopePairs pairs : {RopePairs::half, RopePairs::interleaved})
+            for (int first : {0, T / 2}) {
+              CAPTURE(T);
+              CAPTURE(NKV);
+              CAPTURE(HS);
+              CAPTURE(R);
+              CAPTURE(int(pairs));
+              CAPTURE(first);
+              test(RopeShape{2, T, 4, NKV, HS, first}, R, pairs);
+            }
+}
+
+}  // namespace
+
+TEST_CASE_TEMPLATE("cuda: rope", Real, BOTH_TYPES) {
+  NEEDS_GPU;
+  for_head_shapes([](RopeShape s, int R, RopePairs pairs) {
+    const Table table(s.T, R, pairs);
+    const Values qkv = numbers<Real>(size_t(s.B) * s.T * (s.NH + 2 * s.NKV) * s.HS, 1);
+    for (bool forward : {true, false}) {
+      Values want = qkv;
+      Tensor<Real> got(qkv);
+      if (forward) rope_forward(cpu, want.data(), table.on_cpu, s), rope_forward(*gpu(), got(), table.on_gpu, s);
+      if (!forward) rope_backward(cpu, want.data(), table.on_cpu, s), rope_backward(*gpu(), got(), table.on_gpu, s);
+      const Values result = got.host();
+      // Two products and a sum of numbers under 6: three roundings of up to 12; then one to Real.
+      close("rope", result, want, kRound<Real>, 3 * 12 * 0x1p-24);
+      bool untouched = true;  // outside the first R channels of queries and keys of positions from `first` on
+      for (size_t i = 0; i < qkv.size(); ++i) {
+        const size_t c = i % s.HS, h = i / s.HS % (s.NH + 2 * s.NKV), t = i / s.HS / (s.NH + 2 * s.NKV) % s.T;
+        const bool inside = int(c) < R && int(h) < s.NH + s.NKV && int(t) >= s.first;
+        untouched = untouched && (inside || result[i] == qkv[i]);
+      }
+      CHECK(untouched);
+    }
+  });
+}
+
+TEST_CASE_TEMPLATE("cuda: qk-norm and rope", Real, BOTH_TYPES) {
+  NEEDS_GPU;
+  for_head_shapes([](RopeShape s, int R, RopePairs pairs) {
+    const Table table(s.T, R, pairs);
+    const int heads = s.NH + s.NKV;
+    const size_t N = size_t(s.B) * s.T;
+    const Values qkv = numbers<Real>(N * (heads + s.NKV) * s.HS, 2), qw = numbers<Real>(s.HS, 3, 0.3f, 1),
+                 kw = numbers<Real>(s.HS, 4, 0.3f, 1), dqkv = numbers<Real>(qkv.size(), 5);
+    Values want = qkv, raw(N * heads * s.HS), rstd(N * heads);
+    qk_norm_rope_forward(cpu, want.data(), raw.data(), rstd.data(), qw.data(), kw.data(), table.on_cpu, s, 1e-5);
+    Tensor<Real> got(qkv), got_raw(raw.size()), q_weight(qw), k_weight(kw);
+    Tensor<float> got_rstd(rstd.size());
+    qk_norm_rope_forward(*gpu(), got(), got_raw(), got_rstd(), q_weight(), k_weight(), table.on_gpu, s, 1e-5);
+    // The sum of HS squares has only positive terms: a relative error of HS half units at most, half of it after the
+    // root. Then four roundings, of numbers that the rotation may cancel: hence the absolute part.
+    close("qk_norm_rope_forward", got.host(), want, kRound<Real>, (s.HS + 8) * 0x1p-24 * 20);
+    if (s.first > 0) return;
+    close("qk_raw", got_raw.host(), raw, 0, 0);
+    close("qk_rstd", got_rstd.host(), rstd, (s.HS + 4) * 0x1p-24, 0);
+
+    Values d = dqkv, dqw(s.HS, 0.5f), dkw(s.HS, 0.5f);
+    Tensor<Real> got_d(dqkv);
+    Tensor<float> got_dqw(dqw), got_dkw(dkw);
+    qk_norm_rope_backward(cpu, d.data(), dqw.data(), dkw.data(), raw.data(), rstd.data(), qw.data(), kw.data(),
+                          table.on_cpu, s);
+    qk_norm_rope_backward(*gpu(), got_d(), got_dqw(), got_dkw(), got_raw(), got_rstd(), q_weight(), k_weight(),
+                          table.on_gpu, s);
+    // Terms of up to rstd * 10 * 3; rstd is large only for tiny heads, of which these have none (HS >= 10).
+    close("qk_norm_rope_backward", got_d.host(), d, kRound<Real>, (s.HS + 16) * 0x1p-24 * 60);
+    // N * heads products of size about 1: each sum within (number of terms) half units of the sum of sizes.
+    const double terms = double(N) * s.NH;
+    close("dq_weight", got_dqw.host(), dqw, 0, terms * 0x1p-24, {float(terms * 4)});
+    close("dk_weight", got_dkw.host(), dkw, 0, terms * 0x1p-24, {float(terms * 4)});
+  });
+}
+
+namespace {
+
+template <class Real>
+void test_attention(AttentionShape s, bool flash) {
+  CAPTURE(s.T);
+  CAPTURE(s.NH);
+  CAPTURE(s.NKV);
+  CAPTURE(s.HS);
+  CAPTURE(s.first);
+  CAPTURE(flash);
+  const size_t N = size_t(s.B) * s.T, stride = size_t(s.NH + 2 * s.NKV) * s.HS;
+  const Values qkv = numbers<Real>(N * stride, 6);
+  Values out(N * s.NH * s.HS), lse(N * s.NH), sums = out, lse_again = lse, with_absolute_values = qkv;
+  attention_forward(cpu, out.data(), lse.data(), qkv.data(), s);
+  for (size_t i = 0; i < qkv.size(); ++i)
+    if (i % stride >= size_t(s.NH + s.NKV) * s.HS) with_absolute_values[i] = std::fabs(qkv[i]);
+  attention_forward(cpu, sums.data(), lse_again.data(), with_absolute_values.data(), s);  // sum of p |v|
+
+  Tensor<Real> device_qkv(qkv), got(out.size());
+  Tensor<float> got_lse(lse.size());
+  if (flash)
+    attention_forward(*gpu(), got(), got_lse(), device_qkv(), s);
+  else
+    simple_attention_forward(*gpu(), got(), got_lse(), device_qkv(), s);
+  Values result = got.host(), result_lse = got_lse.host();
+  for (size_t n = 0; n < N; ++n)
+    if (int(n % s.T) < s.first)  // rows that were not asked for
+      for (int h = 0; h < s.NH; ++h) {
+        for (int c = 0; c < s.HS; ++c) result[(n * s.NH + h) * s.HS + c] = out[(n * s.NH + h) * s.HS + c];
+        const size_t row = (n / s.T * s.NH + h) * s.T + n % s.T;
+        result_lse[row] = lse[row];
+      }
+  // A score is a sum of HS products: off by at most HS half units of sum |q k| / sqrt(HS) <= 2 sqrt(HS) or so here, and
+  // exp turns that into a relative error of p. The flash kernels then round p to bf16. Both weigh on sum p |v|.
+  const double p_error = 4 * s.HS * 0x1p-24 * 2 * std::sqrt(s.HS) + 1e-5 + (flash ? 0x1p-8 : 0);
+  close("attention_forward", result, out, kRound<Real>, p_error, sums);
+  close("lse", result_lse, lse, 0, 4 * s.HS * 0x1p-24 * 2 * std::sqrt(s.HS) + 1e-5);
+  if (s.first > 0) return;
+
+  // Backward on the same saved tensors.
+  const Values dout = numbers<Real>(out.size(), 7);
+  const Values saved_out = got.host(), saved_lse = got_lse.host();
+  Values dqkv(qkv.size()), delta(lse.size());
+  attention_backward(cpu, dqkv.data(), delta.data(), dout.data(), qkv.data(), saved_out.data(), saved_lse.data(), s);
+  Tensor<Real> device_dout(dout), got_dqkv(qkv.size());
+  Tensor<float> got_delta(lse.size());
+  if (flash)
+    attention_backward(*gpu(), got_dqkv(), got_delta(), device_dout(), device_qkv(), got(), got_lse(), s);
+  else
+    simple_attention_backward(*gpu(), got_dqkv(), got_delta(), device_dout(), device_qkv(), got(), got_lse(), s);
+  // Every element is a sum of terms each with its own relative error, at most p_error plus a rounding; taken over the
+  // tensor such errors are relative to its norm. At T = 1 dS is 0 but for rounding (p = 1, dP = D), so dq and dk are
+  // measured against dv as well: the norm is that of all of dqkv.
+  CHECK(distance(got_dqkv.host(), dqkv) <= p_error + 2 * kRound<Real>);
+}
+
+}  // namespace
+
+TEST_CASE_TEMPLATE("cuda: attention, simple kernels", Real, BOTH_TYPES) {
+  NEEDS_GPU;
+  for (int T : lengths())
+    for (int NKV : {1, 4})
+      for (int HS : {10, 64, 96, 256})
+        for (int first : {0, T - 1, T / 3}) test_attention<Real>({2, T, 4, NKV, HS, first}, false);
+}
+
+TEST_CASE("cuda: attention, flash kernels") {
+  NEEDS_GPU;
+  if (gpu()->capability < 80) return;
+  for (int T : lengths())
+    for (int NKV : {1, 4})
+      for (int HS : {32, 64, 128, 256}) test_attention<bf16>({2, T, 4, NKV, HS}, true);
+}
+
+TEST_CASE_TEMPLATE("cuda: embedding", Real, BOTH_TYPES) {
+  NEEDS_GPU;
+  using Sizes = std::array<int, 3>;
+  for (Sizes sizes :
+       {Sizes{1, 1, 1}, {17, 5, 8}, {1000, 3, 24}, {1000, 70000, 24}, {2000, 257, 65}, {2000, 300, 520}}) {
+    const int N = sizes[0], V = sizes[1], C = sizes[2];
+    CAPTURE(N);
+    CAPTURE(V);
+    CAPTURE(C);
+    std::mt19937 random(8);
+    std::vector<int> tokens(N);
+    for (int& token : tokens) token = random() % 3 ? random() % V : V / 2;  // one token in three is the same
+    const Values weight = numbers<Real>(size_t(V) * C, 9), dx = numbers<Real>(size_t(N) * C, 10),
+                 old(size_t(V) * C, 0.25f);
+    Values x(size_t(N) * C), dweight = old, sums(old.size());
+    embedding_forward(cpu, x.data(), tokens.data(), weight.data(), N, C);
+    embedding_backward(cpu, dweight.data(), dx.data(), tokens.data(), N, V, C);
+    embedding_backward(cpu, sums.data(), absolute(dx).data(), tokens.data(), N, V, C);
+    Tensor<int> device_tokens(tokens);
+    Tensor<Real> device_weight(weight), device_dx(dx), got_x(x.size());
+    Tensor<float> got(old);
+    embedding_forward(*gpu(), got_x(), device_tokens(), device_weight(), N, C);
+    embedding_backward(*gpu(), got(), device_dx(), device_tokens(), N, V, C);
+    close("embedding_forward", got_x.host(), x, 0, 0);
+    close("embedding_backward", got.host(), dweight, 0x1p-23, N * 0x1p-24, sums);  // up to N terms
+    Tensor<float> again(old);
+    embedding_backward(*gpu(), again(), device_dx(), device_tokens(), N, V, C);
+    CHECK(same_bits(again.bits(), got.bits()));
+  }
+}
+
+TEST_CASE_TEMPLATE("cuda: norms", Real, BOTH_TYPES) {
+  NEEDS_GPU;
+  for (NormKind kind : {NormKind::rms, NormKind::layer})
+    for (int N : lengths())
+      for (int C : {1, 24, 65, 384, 768, 2048, 5000}) {
+        CAPTURE(int(kind));
+        CAPTURE(N);
+        CAPTURE(C);
+        const bool layer = kind == NormKind::layer;
+        const Values x = numbers<Real>(size_t(N) * C, 11, 1, 0.5f), weight = numbers<Real>(C, 12, 0.3f, 1),
+                     bias = numbers<Real>(C, 13), dout = numbers<Real>(x.size(), 14),
+                     residual = numbers<Real>(x.size(), 15);
+        Values out(x.size()), mean(N), rstd(N), dx(x.size()), dweight(C, 0.5f), dbias(C, 0.5f);
+        norm_forward(cpu, kind, out.data(), mean.data(), rstd.data(), x.data(), weight.data(), bias.data(), N, C, 1e-5);
+        Tensor<Real> device_x(x), device_weight(weight), device_bias(bias), got(x.size()), device_dout(dout),
+            got_dx(residual);
+        Tensor<float> got_mean(N), got_rstd(N), got_dweight(dweight), got_dbias(dbias);
+        norm_forward(*gpu(), kind, got(), got_mean(), got_rstd(), device_x(), device_weight(), device_bias(), N, C,
+                     1e-5);
+        // Sums of C terms: C half units, of the sum of their sizes. The largest |x| is under 6; a width of 1 makes rstd
+        // of a LayerNorm 1 / sqrt(eps), which multiplies the error of x - mean.
+        const double r = *std::max_element(rstd.begin(), rstd.end()), sum_error = (C + 8) * 0x1p-24;
+        if (layer) close("mean", got_mean.host(), mean, 0, sum_error * 6);
+        close("rstd", got_rstd.host(), rstd, sum_error * (1 + r * r), 0);
+        close("norm_forward", got.host(), out, kRound<Real>, sum_error * 12 * (1 + r));
+
+        // In place on the residual's gradient, from the statistics of the GPU's own forward pass.
+        if (layer) mean = got_mean.host();
+        rstd = got_rstd.host();
+        dx = residual;
+        norm_backward(cpu, kind, dx.data(), dweight.data(), dbias.data(), dx.data(), dout.data(), x.data(), mean.data(),
+                      rstd.data(), weight.data(), N, C);
+        norm_backward(*gpu(), kind, got_dx(), got_dweight(), got_dbias(), got_dx(), device_dout(), device_x(),
+                      got_mean(), got_rstd(), device_weight(), N, C);
+        close("dx", got_dx.host(), dx, kRound<Real>, sum_error * 60 * r * (1 + r));
+        close("dweight", got_dweight.host(), dweight, 0, (N + 8) * 0x1p-24, {float(N * (1 + r) * 4)});
+        if (layer) close("dbias", got_dbias.host(), dbias, 0, (N + 8) * 0x1p-24, {float(N * 4)});
+
+        Tensor<Real> fresh(x.size());
+        norm_backward(*gpu(), kind, fresh(), got_dweight(), got_dbias(), (const Real*)nullptr, device_dout(),
+                      device_x(), got_mean(), got_rstd(), device_weight(), N, C);
+        norm_backward(cpu, kind, dx.data(), dweight.data(), dbias.data(), (const float*)nullptr, dout.data(), x.data(),
+                      mean.data(), rstd.data(), weight.data(), N, C);
+        close("dx, no residual", fresh.host(), dx, kRound<Real>, sum_error * 60 * r * (1 + r));
+      }
+}
+
+TEST_CASE_TEMPLATE("cuda: linear", Real, BOTH_TYPES) {
+  NEEDS_GPU;
+  for (int N : lengths())
+    for (std::pair<int, int> widths : {std::pair(8, 16), {64, 192}, {65, 33}, {384, 257}, {1, 1}})
+      for (bool with_bias : {false, true}) {
+        const int IC = widths.first, OC = widths.second;
+        CAPTURE(N);
+        CAPTURE(IC);
+        CAPTURE(OC);
+        CAPTURE(with_bias);
+        const Values inp = numbers<Real>(size_t(N) * IC, 16), weight = numbers<Real>(size_t(OC) * IC, 17),
+                     bias = numbers<Real>(OC, 18), residual = numbers<Real>(size_t(N) * OC, 19),
+                     dout = numbers<Real>(residual.size(), 20), old(weight.size(), 0.5f);
+        const Values inp_a = absolute(inp), weight_a = absolute(weight), bias_a = absolute(bias),
+                     residual_a = absolute(residual), dout_a = absolute(dout);
+        Tensor<Real> device_inp(inp), device_weight(weight), device_bias(bias), device_residual(residual),
+            device_dout(dout);
+        Tensor<Real> got(residual.size()), got_joined(residual.size()), got_dinp(inp.size());
+        Tensor<float> got_dweight(old), got_dbias(Values(OC, 0.5f));
+        const float* b = with_bias ? bias.data() : nullptr;
+        Real* device_b = with_bias ? device_bias() : nullptr;
+        // A sum of K products in fp32, in any order, is off by at most K half units of the sum of their absolute
+        // values, which the same operation on absolute values gives. Twice that: the CPU's sum is in fp32 too.
+        Values want(residual.size()), sums = want;
+        linear_forward(cpu, want.data(), inp.data(), weight.data(), b, N, IC, OC);
+        linear_forward(cpu, sums.data(), inp_a.data(), weight_a.data(), with_bias ? bias_a.data() : nullptr, N, IC, OC);
+        linear_forward(*gpu(), got(), device_inp(), device_weight(), device_b, N, IC, OC);
+        // At widths that are no multiple of 8, cuBLASLt rounds the product once more, before it adds the bias;
+        // |product| is at most |out| + |bias| + |residual|, the latter two under 5 each.
+        const bool twice = with_bias && (IC % 8 || OC % 8);
+        const double rounding = (twice ? 2 : 1) * kRound<Real>;
+        for (float& sum : sums) sum = 2 * (IC + 2) * 0x1p-24f * sum + (twice ? 10 * float(kRound<Real>) : 0);
+        close("linear_forward", got.host(), want, rounding, 1, sums);
+        linear_residual_forward(cpu, want.data(), residual.data(), inp.data(), weight.data(), b, N, IC, OC);
+        linear_residual_forward(cpu, sums.data(), residual_a.data(), inp_a.data(), weight_a.data(),
+                                with_bias ? bias_a.data() : nullptr, N, IC, OC);
+        linear_residual_forward(*gpu(), got_joined(), device_residual(), device_inp(), device_weight(), device_b, N, IC,
+                                OC);
+        for (float& sum : sums) sum = 2 * (IC + 2) * 0x1p-24f * sum + (twice ? 10 * float(kRound<Real>) : 0);
+        close("linear_residual_forward", got_joined.host(), want, rounding, 1, sums);
+
+        Values dinp(inp.size()), dweight = old, dbias(OC, 0.5f), sum_inp = dinp, sum_weight = old, sum_bias = dbias;
+        linear_backward(cpu, dinp.data(), dweight.data(), with_bias ? dbias.data() : nullptr, dout.data(), inp.data(),
+                        weight.data(), N, IC, OC);
+        linear_backward(cpu, sum_inp.data(), sum_weight.data(), with_bias ? sum_bias.data() : nullptr, dout_a.data(),
+                        inp_a.data(), weight_a.data(), N, IC, OC);
+        linear_backward(*gpu(), got_dinp(), got_dweight(), with_bias ? got_dbias() : nullptr, device_dout(),
+                        device_inp(), device_weight(), N, IC, OC);
+        close("dinp", got_dinp.host(), dinp, kRound<Real>, 2 * (OC + 1) * 0x1p-24, sum_inp);
+        close("dweight", got_dweight.host(), dweight, 0, 2 * (N + 1) * 0x1p-24, sum_weight);
+        if (with_bias) close("dbias", got_dbias.host(), dbias, 0, 2 * (N + 1) * 0x1p-24, sum_bias);
+      }
+}
+
+TEST_CASE_TEMPLATE("cuda: swiglu and gelu", Real, BOTH_TYPES) {
+  NEEDS_GPU;
+  for (int N : lengths())
+    for (int F : {1, 24, 65, 704}) {
+      CAPTURE(N);
+      CAPTURE(F);
+      const size_t n = size_t(N) * F;
+      const Values x = numbers<Real>(2 * n, 21, 3), dout = numbers<Real>(n, 22);
+      const Values half(x.begin(), x.begin() + n);
+      Values out(n), dx(2 * n), gelu(n), dgelu(n);
+      swiglu_forward(cpu, out.data(), x.data(), N, F);
+      swiglu_backward(cpu, dx.data(), dout.data(), x.data(), N, F);
+      gelu_forward(cpu, gelu.data(), half.data(), N, F);
+      gelu_backward(cpu, dgelu.data(), dout.data(), half.data(), N, F);
+      Tensor<Real> device_x(x), device_half(half), device_dout(dout), got(n), got_dx(2 * n), got_gelu(n), got_dgelu(n);
+      swiglu_forward(*gpu(), got(), device_x(), N, F);
+      swiglu_backward(*gpu(), got_dx(), device_dout(), device_x(), N, F);
+      gelu_forward(*gpu(), got_gelu(), device_half(), N, F);
+      gelu_backward(*gpu(), got_dgelu(), device_dout(), device_half(), N, F);
+      // e^x by the GPU's fast instruction: 2 units plus |x| half units, |x| < 20 here; products of up to 15 * 15 * 5.
+      // erf cancels near -1 on the CPU: an absolute error of a few half units of |x|.
+      close("swiglu_forward", got.host(), out, kRound<Real> + 64 * 0x1p-24, 0x1p-24);
+      close("swiglu_backward", got_dx.host(), dx, kRound<Real> + 64 * 0x1p-24, 64 * 0x1p-24);
+      close("gelu_forward", got_gelu.host(), gelu, kRound<Real> + 16 * 0x1p-24, 64 * 0x1p-24);
+      close("gelu_backward", got_dgelu.host(), dgelu, kRound<Real> + 64 * 0x1p-24, 256 * 0x1p-24);
+    }
+}
+
+TEST_CASE_TEMPLATE("cuda: cross-entropy", Real, BOTH_TYPES) {
+  NEEDS_GPU;
+  for (int N : {1, 17, 65})
+    for (int V : {1, 7, 257, 4096, small() ? 1001 : 50304, small() ? 1001 : 50257})
+      for (double z_loss : {0.0, 1e-2}) {
+        CAPTURE(N);
+        CAPTURE(V);
+        CAPTURE(z_loss);
+        const Values logits = numbers<Real>(size_t(N) * V, 23, 3);
+        std::mt19937 random(24);
+        std::vector<int> targets(N);
+        for (int& target : targets) target = random() % V;
+        if (N > 3) targets[3] = -1;
+        Values want = logits, losses(N);
+        const double scale = 1.0 / N;
+        cross_entropy(cpu, losses.data(), want.data(), targets.data(), scale, z_loss, N, V);
+        Tensor<Real> got(logits);
+        Tensor<float> got_losses(N);
+        Tensor<int> device_targets(targets);
+        cross_entropy(*gpu(), got_losses(), got(), device_targets(), scale, z_loss, N, V);
+        // Exponentials of differences under 30: relative error 32 half units at most; sums of positive terms: at most V
+        // half units on the CPU, of which its 16 or so lanes leave V / 16.
+        const double error = (64 + V / 8) * 0x1p-24;
+        close("losses", got_losses.host(), losses, 8 * 0x1p-24, error + 32 * 0x1p-24);
+        close("dlogits", got.host(), want, kRound<Real> + error, scale * 2 * error);
+      }
+}
+
+TEST_CASE("cuda: gradient norm") {
+  NEEDS_GPU;
+  for (size_t n : {size_t(1), size_t(3), size_t(1000), size_t(2000003)}) {
+    const Values gradients = numbers<float>(n, 25, 0.1f);
+    float want;
+    gradient_norm(cpu, &want, gradients.data(), n);
+    Tensor<float> device_gradients(gradients), got(1);
+    gradient_norm(*gpu(), got(), device_gradients(), n);
+    // A thread adds at most n / (1024 * 256) + 1 packs of 4 squares in fp32, the rest is in double.
+    close("norm", got.host(), {want}, (4 * (n / 262144 + 1) + 4) * 0x1p-24, 0);
+  }
+}
+
+TEST_CASE_TEMPLATE("cuda: adamw", Real, BOTH_TYPES) {
+  NEEDS_GPU;
+  for (size_t n : {size_t(1), size_t(67), size_t(4096)})
+    for (float norm : {0.5f, 7.0f, std::numeric_limits<float>::infinity()}) {
+      CAPTURE(n);
+      CAPTURE(norm);
+      const AdamW a = {1e-2, 0.9, 0.95, 1e-8, 0.1, 1.0, 3};
+      const Values gradients = numbers<float>(n, 26);
+      Values master = numbers<float>(n, 27), m = numbers<float>(n, 28, 0.1f), v = absolute(numbers<float>(n, 29, 0.1f));
+      Values parameters(n, 9);
+      Tensor<float> got_master(master), got_m(m), got_v(v), device_gradients(gradients), device_norm(Values{norm});
+      Tensor<Real> got(parameters);
+      adamw(cpu, parameters.data(), master.data(), gradients.data(), m.data(), v.data(), &norm, n, a);
+      adamw(*gpu(), got(), got_master(), device_gradients(), got_m(), got_v(), device_norm(), n, a);
+      close("m", got_m.host(), m, 0, 8 * 0x1p-24);
+      close("v", got_v.host(), v, 8 * 0x1p-24, 8 * 0x1p-24);
+      close("master", got_master.host(), master, 8 * 0x1p-24, 1e-2 * 64 * 0x1p-24);  // a step is at most some lr long
+      close("parameters", got.host(), parameters, kRound<Real> + 8 * 0x1p-24, 1e-2 * 64 * 0x1p-24);
+    }
+}
+
+namespace {
+
+Config small_config() {
+  Config c;
+  c.layers = 2, c.width = 128, c.heads = 4, c.kv_heads = 2, c.head_size = 32, c.mlp_hidden = 192, c.vocab = 259,
+  c.context = 65;
+  c.rotary_dim = 8;
+  resolve(c);
+  return c;
+}
+
+struct Run {
+  Values losses, gradients, master;  // mean loss of each step; gradients of the first step; weights after the last
+};
+
+// Trains for some steps on fixed random tokens.
+template <class Backend, class Real>
+Run train(Backend& be, const Config& c, int steps) {
+  const int B = 3, T = 65;
+  Model<Backend, Real> model(be, c, B, T, true);
+  // Weights that bf16 can hold, so that all start from the same.
+  Values weights(model.table.total);
+  for (size_t i = 0; i < model.table.rows.size(); ++i)
+    initialise(&weights[model.table.rows[i].offset], model.table.rows[i], 1, i);
+  for (float& w : weights) w = round_to<bf16>(w * 2);
+  model.set_weights(weights.data());
+  std::mt19937 random(30);
+  std::vector<int> tokens(B * T + 1);
+  for (int& token : tokens) token = random() % c.vocab;
+  Run run;
+  run.gradients.resize(model.table.total);
+  run.master.resize(model.table.total);
+  for (int step = 1; step <= steps; ++step) {
+    model.zero_gradients();
+    model.forward(tokens.data(), B, T);
+    model.backward(tokens.data() + 1, B, T, 1.0 / (B * T), 1e-4);
+    if (step == 1) be.download(run.gradients.data(), model.gradients_flat, run.gradients.size() * sizeof(float));
+    Values losses(B * T);
+    be.download(losses.data(), model.acts.losses, losses.size() * sizeof(float));
+    double sum = 0;
+    for (float loss : losses) sum += loss;
+    run.losses.push_back(float(sum / losses.size()));
+    model.update({1e-3, 0.9, 0.95, 1e-8, 0.1, 1.0, step});
+  }
+  be.download(run.master.data(), model.master, run.master.size() * sizeof(float));
+  return run;
+}
+
+void compare_models(const Config& c) {
+  const int steps = 10;
+  const ParameterTable table = parameter_table(c);
+  const Run want = train<Cpu, float>(cpu, c, steps);
+  const Run fp32 = train<Cuda, float>(*gpu(), c, steps), half = train<Cuda, bf16>(*gpu(), c, steps);
+  for (const ParameterRow& row : table.rows) {
+    CAPTURE(row.name);
+    auto part = [&](const Values& all) {
+      return Values(all.begin() + row.offset, all.begin() + row.offset + row.count);
+    };
+    // fp32: errors of sums of some hundred terms, a few 1e-6, through two blocks. bf16: each of some 20 tensors on the
+    // way adds a relative error of up to 2^-8, independent of each other: sqrt(20) 2^-8 = 0.017; where gradients of
+    // either sign nearly cancel (norm weights, biases) it is relative to more than the result, hence 3 times that.
+    CHECK(distance(part(fp32.gradients), part(want.gradients)) < 5e-5);
+    CHECK(distance(part(half.gradients), part(want.gradients)) < 0.05);
+  }
+  for (int step = 0; step < steps; ++step) {
+    CAPTURE(step);
+    CHECK(std::fabs(fp32.losses[step] - want.losses[step]) < 1e-4 * want.losses[step]);
+    // bf16: a loss is off by its last layers' roundings, and gradients that are off by 5 % cost 5 % of the progress.
+    CHECK(std::fabs(half.losses[step] - want.losses[step]) <
+          0x1p-7 * want.losses[step] + 0.05 * (want.losses[0] - want.losses[step]));
+  }
+  CHECK(want.losses.back() < want.losses.front());
+  const Run again32 = train<Cuda, float>(*gpu(), c, steps), again16 = train<Cuda, bf16>(*gpu(), c, steps);
+  CHECK(same_bits(again32.master, fp32.master));
+  CHECK(same_bits(again16.master, half.master));
+  CHECK(same_bits(again16.losses, half.losses));
+}
+
+}  // namespace
+
+TEST_CASE("cuda: the whole model") {
+  NEEDS_GPU;
+  SUBCASE("partial rope") { compare_models(small_config()); }
+  SUBCASE("no rope, tied") {
+    Config c = small_config();
+    c.rotary_dim = 0, c.tied = true;
+    compare_models(c);
+  }
+  SUBCASE("full rope, interleaved, qk-norm, parallel block") {
+    Config c = small_config();
+    c.rotary_dim = 32, c.rope_pairs = RopePairs::interleaved, c.qk_norm = true, c.block = BlockKind::parallel;
+    compare_models(c);
+  }
+  SUBCASE("layer norm, gelu, bias, head size 20") {
+    Config c = small_config();
+    c.head_size = 20, c.norm = NormKind::layer, c.mlp = MlpKind::gelu, c.bias = true;
+    compare_models(c);
+  }
+}
+
+TEST_CASE_TEMPLATE("cuda: logits with a key/value cache", Real, BOTH_TYPES) {
+  NEEDS_GPU;
+  const Config c = small_config();
+  const int T = 20;
+  Model<Cuda, Real> whole(*gpu(), c, 1, T, false), stepwise(*gpu(), c, 1, T, false);
+  whole.initialise_weights(3);
+  stepwise.initialise_weights(3);
+  std::vector<int> tokens(T);
+  for (int t = 0; t < T; ++t) tokens[t] = 7 * t % c.vocab;
+  Values want(c.vocab), got(c.vocab);
+  whole.forward(tokens.data(), 1, T);
+  whole.logits(want.data(), T, 1);
+  stepwise.forward(tokens.data(), 1, T / 2);
+  for (int t = T / 2; t < T; ++t) stepwise.forward(tokens.data(), 1, t + 1, t);
+  stepwise.logits(got.data(), T, 1);
+  CHECK(distance(got, want) < 8 * kRound<Real> * std::sqrt(20.0));  // the same sums in other tiles; see compare_models
+}
+
+#else
+
+TEST_CASE("cuda: skipped") { MESSAGE("this program was built without nvcc: the CUDA tests are skipped"); }
+
+#endif

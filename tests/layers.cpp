@@ -1,0 +1,458 @@
+// layers.cuh and exp_: every layer against its formula and against finite differences.
+
+#include "layers.cuh"
+
+#include <functional>
+
+#include "helpers.h"
+
+namespace {
+
+template <class Real>
+const Real* none() {
+  return nullptr;
+}
+
+// Adds a known start to parameter gradients and takes it off again: they must accumulate, not be assigned.
+constexpr double kStart = 8;
+std::vector<double> started(size_t n) { return std::vector<double>(n, kStart); }
+std::vector<double> without_start(std::vector<double> d) {
+  for (double& x : d) x -= kStart;
+  return d;
+}
+
+float exp_float(float x) { return exp_(x); }
+
+}  // namespace
+
+// ---------------------------------------------------------------------------------------------------------------------
+
+TEST_CASE("layers: exp_ is within 2 ulp of exp from -87 to 88, alone and in a vectorised loop") {
+  std::vector<float> x, y;
+  for (double v = -87; v <= 88; v += 1.0 / 8192) x.push_back(float(v));
+  for (int e = -40; e < 0; ++e)  // near 0, where most softmax arguments are
+    for (float sign : {-1.0f, 1.0f}) x.push_back(sign * std::ldexp(1.3f, e));
+  y.resize(x.size());
+  for (size_t i = 0; i < x.size(); ++i) y[i] = exp_(x[i]);
+  double worst = 0, disagreement = 0;
+  for (size_t i = 0; i < x.size(); ++i) {
+    const double exact = std::exp(double(x[i]));
+    const double ulp = std::ldexp(1.0, std::ilogb(exact) - 23);
+    worst = std::max(worst, std::fabs(y[i] - exact) / ulp);
+    disagreement = std::max(disagreement, std::fabs(double(exp_float(x[i])) - y[i]) / ulp);
+  }
+  MESSAGE("largest error of exp_: ", worst, " ulp");
+  CHECK(worst <= 2);
+  CHECK(disagreement <= 1);
+  CHECK(exp_(0.0f) == 1.0f);
+}
+
+TEST_CASE("layers: exp_ saturates outside its range and keeps NaN") {
+  const float inf = std::numeric_limits<float>::infinity(), nan = std::numeric_limits<float>::quiet_NaN();
+  CHECK(exp_(-inf) == about(1.6458115e-38, 1e-6));  // e^-87: nothing next to a 1, but not 0
+  CHECK(exp_(-1000.0f) == exp_(-87.0f));
+  CHECK(exp_(1000.0f) == exp_(88.0f));
+  CHECK(exp_(inf) == exp_(88.0f));
+  CHECK(std::isnan(exp_(nan)));
+  std::vector<float> x(67, 1.0f), y(67);  // vector instructions order minimum and maximum differently for NaN
+  for (size_t i = 0; i < x.size(); i += 3) x[i] = nan;
+  for (size_t i = 0; i < x.size(); ++i) y[i] = exp_(x[i]);
+  for (size_t i = 0; i < x.size(); ++i) CHECK(std::isnan(y[i]) == (i % 3 == 0));
+  CHECK(exp_(double(-800)) == 0.0);  // in double it is the library's
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+
+TEST_CASE_TEMPLATE("layers: embedding picks rows, and its backward adds to them", Real, float, double) {
+  Cpu be;
+  for (int C : {1, 5, 64, 129}) {
+    const int N = 37, V = 7;
+    const std::vector<int> tokens = random_tokens(N, V - 1, 40);  // the last row is never picked
+    const std::vector<Real> weight = random_values<Real>(V * C, 41), dx = random_values<Real>(N * C, 42);
+    std::vector<Real> x = garbage<Real>(N * C), dweight(V * C, Real(kStart));
+    embedding_forward(be, x.data(), tokens.data(), weight.data(), N, C);
+    embedding_backward(be, dweight.data(), dx.data(), tokens.data(), N, V, C);
+    std::vector<Real> expected_x(N * C), expected(V * C, Real(kStart));
+    for (int n = 0; n < N; ++n)
+      for (int c = 0; c < C; ++c) {
+        expected_x[n * C + c] = weight[tokens[n] * C + c];
+        expected[tokens[n] * C + c] += dx[n * C + c];  // in the order of the tokens
+      }
+    CHECK(same_bits(x, expected_x));
+    CHECK(same_bits(dweight, expected));
+  }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+
+TEST_CASE_TEMPLATE("layers: norms equal their formula", Real, float, double) {
+  Cpu be;
+  for (NormKind kind : {NormKind::rms, NormKind::layer})
+    for (int C : {1, 7, 33, 768}) {
+      const int N = 5;
+      const double eps = 1e-5;
+      std::vector<Real> x = random_values<Real>(N * C, 43);
+      for (Real& v : x) v = v * Real(3) + Real(2);  // a mean that is not 0
+      const std::vector<Real> weight = random_values<Real>(C, 44), bias = random_values<Real>(C, 45);
+      std::vector<Real> out = garbage<Real>(N * C), mean = garbage<Real>(N), rstd = garbage<Real>(N);
+      norm_forward(be, kind, out.data(), mean.data(), rstd.data(), x.data(), weight.data(), bias.data(), N, C, eps);
+      std::vector<double> expected(N * C);
+      for (int n = 0; n < N; ++n) {
+        double m = 0, v = 0;
+        if (kind == NormKind::layer)
+          for (int c = 0; c < C; ++c) m += double(x[n * C + c]) / C;
+        for (int c = 0; c < C; ++c) v += (x[n * C + c] - m) * (x[n * C + c] - m) / C;
+        for (int c = 0; c < C; ++c) {
+          expected[n * C + c] = (x[n * C + c] - m) / std::sqrt(v + eps) * weight[c];
+          if (kind == NormKind::layer) expected[n * C + c] += bias[c];
+        }
+      }
+      // C = 1 under LayerNorm: x - mean is 0 up to a rounding of x, which 1/sqrt(eps) multiplies by 316.
+      const double amplify = C == 1 && kind == NormKind::layer ? 320 : 1;
+      CHECK(distance(out, expected) <= (2 * std::sqrt(C) + 8) * kRounding<Real> * amplify * std::max(largest(expected), largest(x)));
+    }
+}
+
+TEST_CASE("layers: norms' backward is the derivative of their forward, beside and without a residual stream") {
+  Cpu be;
+  const int N = 19, C = 7;  // more rows than chunks
+  for (NormKind kind : {NormKind::rms, NormKind::layer}) {
+    std::vector<double> x = random_values<double>(N * C, 46), weight = random_values<double>(C, 47), bias = random_values<double>(C, 48);
+    const std::vector<double> dout = random_values<double>(N * C, 49), dresidual = random_values<double>(N * C, 50);
+    std::vector<double> out(N * C), mean(N), rstd(N);
+    auto forward = [&] {
+      norm_forward(be, kind, out.data(), mean.data(), rstd.data(), x.data(), weight.data(), bias.data(), N, C, 1e-5);
+    };
+    auto loss = [&] {
+      forward();
+      return dot(out, dout);
+    };
+    auto loss_beside = [&] { return loss() + dot(x, dresidual); };
+    forward();
+    std::vector<double> dx = garbage<double>(N * C), dweight = started(C), dbias = started(C);
+    norm_backward(be, kind, dx.data(), dweight.data(), dbias.data(), none<double>(), dout.data(), x.data(), mean.data(),
+                  rstd.data(), weight.data(), N, C);
+    CHECK(slope_distance(x, dx, loss) < kSlope);
+    CHECK(slope_distance(weight, without_start(dweight), loss) < kSlope);
+    if (kind == NormKind::layer)
+      CHECK(slope_distance(bias, without_start(dbias), loss) < kSlope);
+    else
+      CHECK(dbias == started(C));  // RMSNorm has no bias
+
+    forward();
+    std::vector<double> dx_beside = garbage<double>(N * C), in_place = dresidual;
+    norm_backward(be, kind, dx_beside.data(), dweight.data(), dbias.data(), dresidual.data(), dout.data(), x.data(), mean.data(),
+                  rstd.data(), weight.data(), N, C);
+    CHECK(slope_distance(x, dx_beside, loss_beside) < kSlope);
+    forward();
+    norm_backward(be, kind, in_place.data(), dweight.data(), dbias.data(), in_place.data(), dout.data(), x.data(), mean.data(),
+                  rstd.data(), weight.data(), N, C);
+    CHECK(same_bits(dx_beside, in_place));
+  }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+
+namespace {
+
+struct LinearCase {
+  int N, IC, OC;
+};
+// Smaller and larger than a tile (512), and single rows and columns.
+const std::vector<LinearCase> kLinear = {{1, 1, 1}, {7, 5, 3}, {1, 64, 33}, {33, 17, 513}, {515, 9, 21}, {520, 530, 5}};
+
+template <class Real>
+std::vector<double> multiply_slowly(const std::vector<Real>& x, const std::vector<Real>& w, LinearCase c) {
+  std::vector<double> y(size_t(c.N) * c.OC);
+  for (int n = 0; n < c.N; ++n)
+    for (int o = 0; o < c.OC; ++o)
+      for (int i = 0; i < c.IC; ++i) y[size_t(n) * c.OC + o] += double(x[size_t(n) * c.IC + i]) * double(w[size_t(o) * c.IC + i]);
+  return y;
+}
+
+}  // namespace
+
+TEST_CASE_TEMPLATE("layers: linear, with bias and residual, equals its formula", Real, float, double) {
+  Cpu be;
+  for (const LinearCase& c : kLinear)
+    for (bool with_bias : {false, true}) {
+      const std::vector<Real> x = random_values<Real>(c.N * c.IC, 51), w = random_values<Real>(c.OC * c.IC, 52),
+                              bias = random_values<Real>(c.OC, 53), residual = random_values<Real>(c.N * c.OC, 54);
+      std::vector<double> expected = multiply_slowly(x, w, c);
+      if (with_bias)
+        for (int n = 0; n < c.N; ++n)
+          for (int o = 0; o < c.OC; ++o) expected[size_t(n) * c.OC + o] += bias[o];
+      const Real* b = with_bias ? bias.data() : nullptr;
+      std::vector<Real> out = garbage<Real>(c.N * c.OC);
+      linear_forward(be, out.data(), x.data(), w.data(), b, c.N, c.IC, c.OC);
+      // A dot product of IC terms of size about 1: partial sums of size sqrt(IC), IC roundings that partly cancel; the
+      // worst of many elements lies several deviations out.
+      const double tolerance = (8 * c.IC + 16) * kRounding<Real>;
+      CHECK(distance(out, expected) <= tolerance);
+      out = garbage<Real>(c.N * c.OC);
+      linear_residual_forward(be, out.data(), residual.data(), x.data(), w.data(), b, c.N, c.IC, c.OC);
+      for (size_t i = 0; i < expected.size(); ++i) expected[i] += residual[i];
+      CHECK(distance(out, expected) <= tolerance);
+    }
+}
+
+TEST_CASE_TEMPLATE("layers: linear's backward equals its formula at sizes beyond a tile", Real, float, double) {
+  Cpu be;
+  for (const LinearCase& c : kLinear) {
+    const std::vector<Real> x = random_values<Real>(c.N * c.IC, 55), w = random_values<Real>(c.OC * c.IC, 56),
+                            dout = random_values<Real>(c.N * c.OC, 57);
+    std::vector<Real> dx = garbage<Real>(c.N * c.IC), dw(c.OC * c.IC, Real(kStart)), dbias(c.OC, Real(kStart));
+    linear_backward(be, dx.data(), dw.data(), dbias.data(), dout.data(), x.data(), w.data(), c.N, c.IC, c.OC);
+    std::vector<double> expected_x(dx.size()), expected_w(dw.size(), kStart), expected_bias(c.OC, kStart);
+    for (int n = 0; n < c.N; ++n)
+      for (int o = 0; o < c.OC; ++o) {
+        const double d = dout[size_t(n) * c.OC + o];
+        expected_bias[o] += d;
+        for (int i = 0; i < c.IC; ++i) {
+          expected_x[size_t(n) * c.IC + i] += d * w[size_t(o) * c.IC + i];
+          expected_w[size_t(o) * c.IC + i] += d * x[size_t(n) * c.IC + i];
+        }
+      }
+    CHECK(distance(dx, expected_x) <= (8 * c.OC + 16) * kRounding<Real>);
+    CHECK(distance(dw, expected_w) <= (8 * c.N + 16 * kStart) * kRounding<Real>);
+    CHECK(distance(dbias, expected_bias) <= (8 * c.N + 16 * kStart) * kRounding<Real>);
+  }
+}
+
+TEST_CASE("layers: linear's backward is the derivative of its forward, of every input") {
+  Cpu be;
+  const int N = 7, IC = 5, OC = 3;
+  std::vector<double> x = random_values<double>(N * IC, 58), w = random_values<double>(OC * IC, 59), bias = random_values<double>(OC, 60),
+                      residual = random_values<double>(N * OC, 61), out(N * OC);
+  const std::vector<double> dout = random_values<double>(N * OC, 62);
+  std::vector<double> dx = garbage<double>(N * IC), dw = started(OC * IC), dbias = started(OC);
+  linear_backward(be, dx.data(), dw.data(), dbias.data(), dout.data(), x.data(), w.data(), N, IC, OC);
+  auto plain = [&] {
+    linear_forward(be, out.data(), x.data(), w.data(), bias.data(), N, IC, OC);
+    return dot(out, dout);
+  };
+  auto with_residual = [&] {
+    linear_residual_forward(be, out.data(), residual.data(), x.data(), w.data(), bias.data(), N, IC, OC);
+    return dot(out, dout);
+  };
+  for (const std::function<double()>& loss : {std::function<double()>(plain), std::function<double()>(with_residual)}) {
+    CHECK(slope_distance(x, dx, loss) < kSlope);
+    CHECK(slope_distance(w, without_start(dw), loss) < kSlope);
+    CHECK(slope_distance(bias, without_start(dbias), loss) < kSlope);
+  }
+  CHECK(slope_distance(residual, dout, with_residual) < kSlope);  // the residual's gradient is that of the output
+  // Without a bias the other two gradients are the same.
+  std::vector<double> dx2 = garbage<double>(N * IC), dw2 = started(OC * IC);
+  linear_backward(be, dx2.data(), dw2.data(), (double*)nullptr, dout.data(), x.data(), w.data(), N, IC, OC);
+  CHECK(same_bits(dx, dx2));
+  CHECK(same_bits(dw, dw2));
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+
+TEST_CASE_TEMPLATE("layers: SwiGLU and GELU equal their formulas, and stay finite for any input", Real, float, double) {
+  Cpu be;
+  const int N = 5, F = 37;
+  std::vector<Real> gate_up = random_values<Real>(N * 2 * F, 63, 3);
+  const Real extremes[] = {-1e30f, -1000, -100, -90, -20, 0, 20, 90, 1000, 1e30f};
+  std::copy(std::begin(extremes), std::end(extremes), gate_up.begin());
+  std::vector<Real> out = garbage<Real>(N * F);
+  swiglu_forward(be, out.data(), gate_up.data(), N, F);
+  double worst = 0;
+  for (int n = 0; n < N; ++n)
+    for (int f = 0; f < F; ++f) {
+      const double gate = gate_up[n * 2 * F + f], up = gate_up[n * 2 * F + F + f];
+      const double expected = gate / (1 + std::exp(-gate)) * up;
+      // In fp32 exp_ stops at e^88, so that silu(z) does not fall below z e^-88: nothing, but not 0.
+      const double floor = sizeof(Real) == 4 ? std::fabs(gate * up) * std::exp(-88.0) * 1.01 : 1e-300;
+      worst = std::max(worst, (std::fabs(out[n * F + f] - expected) - floor) / std::max(1e-30, std::fabs(expected)));
+    }
+  CHECK(worst <= 8 * kRounding<Real>);  // exp_ 2 ulp = 4 roundings, and four operations
+
+  std::vector<Real> g = garbage<Real>(2 * N * F);
+  gelu_forward(be, g.data(), gate_up.data(), N, 2 * F);
+  worst = 0;
+  for (size_t i = 0; i < g.size(); ++i) {
+    const double z = gate_up[i], expected = 0.5 * z * std::erfc(-z / std::sqrt(2));
+    // 1 + erf(x) loses digits where it is small: its error is that of a number near 1, times |z| / 2.
+    worst = std::max(worst, std::fabs(g[i] - expected) / std::max(1.0, std::fabs(z)));
+  }
+  CHECK(worst <= 4 * kRounding<Real>);
+
+  const std::vector<Real> dout = random_values<Real>(N * 2 * F, 64);
+  std::vector<Real> d = garbage<Real>(N * 2 * F);
+  swiglu_backward(be, d.data(), dout.data(), gate_up.data(), N, F);
+  CHECK(std::isfinite(largest(d)));
+  CHECK(distance(d, d) == 0);  // no NaN
+  d = garbage<Real>(N * 2 * F);
+  gelu_backward(be, d.data(), dout.data(), gate_up.data(), N, 2 * F);
+  CHECK(distance(d, d) == 0);
+}
+
+TEST_CASE("layers: SwiGLU's and GELU's backward are the derivatives of their forwards") {
+  Cpu be;
+  const int N = 3, F = 7;
+  std::vector<double> x = random_values<double>(N * 2 * F, 65), out(N * F), out2(N * 2 * F);
+  const std::vector<double> dout = random_values<double>(N * F, 66), dout2 = random_values<double>(N * 2 * F, 67);
+  std::vector<double> dx = garbage<double>(N * 2 * F);
+  swiglu_backward(be, dx.data(), dout.data(), x.data(), N, F);
+  CHECK(slope_distance(x, dx, [&] {
+          swiglu_forward(be, out.data(), x.data(), N, F);
+          return dot(out, dout);
+        }) < kSlope);
+  dx = garbage<double>(N * 2 * F);
+  gelu_backward(be, dx.data(), dout2.data(), x.data(), N, 2 * F);
+  CHECK(slope_distance(x, dx, [&] {
+          gelu_forward(be, out2.data(), x.data(), N, 2 * F);
+          return dot(out2, dout2);
+        }) < kSlope);
+}
+
+TEST_CASE("layers: fp32 activations' gradients are those in fp64") {
+  Cpu be;
+  const int N = 11, F = 53;
+  const std::vector<float> x = random_values<float>(N * 2 * F, 68, 2), dout = random_values<float>(N * 2 * F, 69);
+  const std::vector<double> x64(x.begin(), x.end()), dout64(dout.begin(), dout.end());
+  std::vector<float> d(x.size());
+  std::vector<double> d64(x.size());
+  swiglu_backward(be, d.data(), dout.data(), x.data(), N, F);
+  swiglu_backward(be, d64.data(), dout64.data(), x64.data(), N, F);
+  CHECK(relative_distance(d, d64) <= 12 * kRounding<float>);  // exp_ within 4 roundings, and about 8 operations
+  gelu_backward(be, d.data(), dout.data(), x.data(), N, 2 * F);
+  gelu_backward(be, d64.data(), dout64.data(), x64.data(), N, 2 * F);
+  CHECK(relative_distance(d, d64) <= 12 * kRounding<float>);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+
+TEST_CASE_TEMPLATE("layers: cross-entropy equals its formula, skips negative targets and leaves z-loss out of the losses", Real, float, double) {
+  Cpu be;
+  for (int V : {1, 2, 29, 1000}) {
+    const int N = 9;
+    const std::vector<Real> logits = random_values<Real>(N * V, 70, 4);
+    std::vector<int> targets = random_tokens(N, V, 71);
+    targets[3] = -1;
+    std::vector<double> expected(N);
+    double largest_loss = 1;
+    for (int n = 0; n < N; ++n) {
+      double z = 0;
+      for (int v = 0; v < V; ++v) z += std::exp(double(logits[n * V + v]));
+      expected[n] = targets[n] < 0 ? 0 : std::log(z) - logits[n * V + targets[n]];
+      largest_loss = std::max(largest_loss, expected[n]);
+    }
+    for (double z_loss : {0.0, 0.1}) {
+      std::vector<Real> d = logits, losses = garbage<Real>(N);
+      cross_entropy(be, losses.data(), d.data(), targets.data(), 0.5, z_loss, N, V);
+      // log Z and the logit, up to about 20, are subtracted: a rounding of 20 each, and the sum's roundings.
+      CHECK(distance(losses, expected) <= (32 * 2 + 2 * std::sqrt(V)) * kRounding<Real>);
+      bool skipped = true;
+      double sum = 0;
+      for (int v = 0; v < V; ++v) skipped = skipped && d[3 * V + v] == 0, sum += d[v];
+      CHECK(skipped);
+      if (z_loss == 0) CHECK(std::fabs(sum) <= (V + 8) * kRounding<Real>);  // probabilities sum to 1
+    }
+  }
+}
+
+TEST_CASE("layers: cross-entropy's gradient is the derivative of scale * (loss + z-loss)") {
+  Cpu be;
+  const int N = 5, V = 13;
+  std::vector<double> logits = random_values<double>(N * V, 72);
+  std::vector<int> targets = random_tokens(N, V, 73);
+  targets[2] = -1;
+  for (double scale : {1.0, 0.125, 0.0})
+    for (double z_loss : {0.0, 0.3}) {
+      auto loss = [&] {
+        double total = 0;
+        for (int n = 0; n < N; ++n) {
+          if (targets[n] < 0) continue;
+          double z = 0;
+          for (int v = 0; v < V; ++v) z += std::exp(logits[n * V + v]);
+          total += std::log(z) - logits[n * V + targets[n]] + z_loss * std::log(z) * std::log(z);
+        }
+        return scale * total;
+      };
+      std::vector<double> d = logits, losses(N);
+      cross_entropy(be, losses.data(), d.data(), targets.data(), scale, z_loss, N, V);
+      CHECK(slope_distance(logits, d, loss) < kSlope);
+    }
+}
+
+TEST_CASE_TEMPLATE("layers: cross-entropy of huge logits is finite, of NaN and infinity is not", Real, float, double) {
+  Cpu be;
+  const int V = 37;
+  auto run = [&](Real odd, int target) {
+    std::vector<Real> logits(V, Real(0)), losses(1);
+    logits[5] = odd;
+    cross_entropy(be, losses.data(), logits.data(), &target, 1.0, 0.0, 1, V);
+    return std::make_pair(double(losses[0]), double(logits[5]));
+  };
+  CHECK(run(10000, 5).first == 0);
+  CHECK(run(10000, 6).first == 10000);
+  CHECK(run(-10000, 5).first == about(10000 + std::log(36.0), 1e-6));
+  CHECK(run(10000, 6).second == about(1, 1e-6));
+  CHECK(std::isnan(run(std::numeric_limits<Real>::quiet_NaN(), 6).first));
+  CHECK_FALSE(std::isfinite(run(std::numeric_limits<Real>::infinity(), 6).first));
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+
+TEST_CASE("layers: the number of threads changes nothing") {
+  Cpu be;
+  const int N = 533, C = 67, OC = 519, V = 31;
+  const std::vector<float> x = random_values<float>(N * C, 80), w = random_values<float>(OC * C, 81), bias = random_values<float>(OC, 82),
+                           dout = random_values<float>(N * OC, 83), dx = random_values<float>(N * C, 84), weight = random_values<float>(C, 85);
+  const std::vector<int> tokens = random_tokens(N, V, 86);
+  auto same = [](const char* name, auto work) {
+    CAPTURE(name);
+    CHECK(same_for_any_threads(work));
+  };
+  same("linear", [&] {
+    std::vector<float> y(N * OC);
+    linear_forward(be, y.data(), x.data(), w.data(), bias.data(), N, C, OC);
+    return y;
+  });
+  same("linear_residual", [&] {
+    std::vector<float> y(N * OC);
+    linear_residual_forward(be, y.data(), dout.data(), x.data(), w.data(), bias.data(), N, C, OC);
+    return y;
+  });
+  same("linear_backward", [&] {
+    std::vector<float> d(N * C + OC * C + OC);
+    linear_backward(be, d.data(), d.data() + N * C, d.data() + N * C + OC * C, dout.data(), x.data(), w.data(), N, C, OC);
+    return d;
+  });
+  for (NormKind kind : {NormKind::rms, NormKind::layer})
+    same("norm", [&] {
+      std::vector<float> y(2 * N * C + 2 * N + 2 * C);
+      float *mean = &y[N * C], *rstd = mean + N, *dw = rstd + N, *db = dw + C, *d = db + C;
+      norm_forward(be, kind, y.data(), mean, rstd, x.data(), weight.data(), weight.data(), N, C, 1e-5);
+      norm_backward(be, kind, d, dw, db, none<float>(), dx.data(), x.data(), mean, rstd, weight.data(), N, C);
+      return y;
+    });
+  same("embedding", [&] {
+    std::vector<float> y(N * C + V * C);
+    embedding_forward(be, y.data(), tokens.data(), w.data(), N, C);
+    embedding_backward(be, &y[N * C], dx.data(), tokens.data(), N, V, C);
+    return y;
+  });
+  same("activations", [&] {
+    const int F = OC - 1;  // dout serves as (N, 2 * (F / 2)) and as (N, F)
+    std::vector<float> y(3 * N * OC);
+    swiglu_forward(be, y.data(), dout.data(), N, F / 2);
+    swiglu_backward(be, y.data() + N * OC, dout.data(), dout.data(), N, F / 2);
+    gelu_forward(be, y.data() + 2 * N * OC, dout.data(), N, F);
+    return y;
+  });
+  same("gelu_backward", [&] {
+    std::vector<float> y(N * OC);
+    gelu_backward(be, y.data(), dout.data(), dout.data(), N, OC);
+    return y;
+  });
+  same("cross_entropy", [&] {
+    std::vector<float> y(dout);
+    y.resize(N * OC + N);
+    cross_entropy(be, &y[N * OC], y.data(), tokens.data(), 0.1, 0.01, N, OC);
+    return y;
+  });
+}

@@ -1,0 +1,3 @@
+// The tests' main(); every other file of this folder adds test cases. Run from the top folder: build/tests --help
+#define DOCTEST_CONFIG_IMPLEMENT_WITH_MAIN
+#include <doctest/doctest.h>

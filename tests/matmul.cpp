@@ -1,0 +1,105 @@
+// matmul.h against sums in double, over odd sizes, in all three ways that a linear layer uses it.
+
+#include "matmul.h"
+
+#include <cmath>
+#include <random>
+
+#include <doctest/doctest.h>
+
+namespace {
+
+template <class Real>
+std::vector<Real> numbers(size_t count, unsigned seed) {
+  std::mt19937 random(seed);
+  std::vector<Real> values(count);
+  for (Real& v : values) v = Real(random() % 2001) / 1000 - 1;
+  return values;
+}
+
+// The largest error of c = start + a b, in units of the bound below.
+template <class Real>
+double worst(const std::vector<Real>& c, const std::vector<Real>& start, size_t start_stride, Strided<Real> a, Strided<Real> b,
+             int M, int N, int K) {
+  double worst = 0;
+  for (int i = 0; i < M; ++i)
+    for (int j = 0; j < N; ++j) {
+      double sum = start.empty() ? 0 : start[i * start_stride + j], size = std::abs(sum);
+      for (int k = 0; k < K; ++k) {
+        sum += double(*a.at(i, k)) * *b.at(k, j);
+        size += std::abs(double(*a.at(i, k)) * *b.at(k, j));
+      }
+      // A sum of n rounded terms, in any order, is off by at most n eps/2 times the sum of their sizes (Higham, section
+      // 4.2); double sums of double numbers are compared with each other, hence the factor 2.
+      const double bound = std::numeric_limits<Real>::epsilon() * (K + 2) * size + 1e-300;
+      worst = std::max(worst, std::abs(c[size_t(i) * N + j] - sum) / bound);
+    }
+  return worst;
+}
+
+template <class Real>
+void check_shape(int M, int N, int K) {
+  CAPTURE(M);
+  CAPTURE(N);
+  CAPTURE(K);
+  const std::vector<Real> a = numbers<Real>(size_t(M) * K, 1), b = numbers<Real>(size_t(K) * N, 2),
+                          start = numbers<Real>(size_t(M) * N, 3), none;
+  std::vector<Real> c(size_t(M) * N, Real(NAN));
+  const Strided<Real> ways_a[] = {row_major(a.data(), K), transposed(a.data(), M)};
+  const Strided<Real> ways_b[] = {row_major(b.data(), N), transposed(b.data(), K)};
+  for (Strided<Real> x : ways_a)
+    for (Strided<Real> y : ways_b) {
+      matmul<Real>(c.data(), nullptr, 0, x, y, M, N, K);
+      CHECK(worst(c, none, 0, x, y, M, N, K) <= 1);
+      matmul<Real>(c.data(), start.data(), N, x, y, M, N, K);
+      CHECK(worst(c, start, N, x, y, M, N, K) <= 1);
+      matmul<Real>(c.data(), start.data(), 0, x, y, M, N, K);  // a bias
+      CHECK(worst(c, start, 0, x, y, M, N, K) <= 1);
+      c = start;
+      matmul<Real>(c.data(), c.data(), N, x, y, M, N, K);  // accumulate
+      CHECK(worst(c, start, N, x, y, M, N, K) <= 1);
+    }
+}
+
+}  // namespace
+
+TEST_CASE("matmul equals sums in double, at every edge of tiles, panels and runs") {
+  const int tile_rows = kTileRows, tile_columns = kTileColumns<float>;
+  for (int M : {1, 3, tile_rows + 1, kRowBlock + 5})
+    for (int N : {1, tile_columns, 2 * tile_columns + 3})
+      for (int K : {1, 65, kDepth + 1}) {
+        check_shape<float>(M, N, K);
+        check_shape<double>(M, N, K);
+      }
+  check_shape<float>(3, 5, kSlabDepth + 3);  // more than one slab of b
+  check_shape<float>(3, kSlabColumns + 2, 70);
+}
+
+TEST_CASE("matmul with nothing to do: no rows, no columns, no terms") {
+  std::vector<float> a(8), b(8), c = {1, 2, 3, 4};
+  matmul<float>(c.data(), nullptr, 0, row_major(a.data(), 2), row_major(b.data(), 2), 0, 2, 2);
+  matmul<float>(c.data(), nullptr, 0, row_major(a.data(), 2), row_major(b.data(), 2), 2, 0, 2);
+  matmul<float>(c.data(), c.data(), 2, row_major(a.data(), 0), row_major(b.data(), 2), 2, 2, 0);
+  CHECK(c == std::vector<float>{1, 2, 3, 4});
+  matmul<float>(c.data(), nullptr, 0, transposed(a.data(), 3), transposed(b.data(), 0), 3, 1, 0);
+  CHECK(c == std::vector<float>{0, 0, 0, 4});
+}
+
+TEST_CASE("matmul gives the same bits for any number of threads") {
+  const int M = 131, N = 75, K = kSlabDepth + 900, threads = omp_get_max_threads();
+  const std::vector<float> a = numbers<float>(size_t(M) * K, 1), b = numbers<float>(size_t(K) * N, 2);
+  std::vector<float> one(size_t(M) * N), many(size_t(M) * N);
+  for (bool transpose_a : {false, true})
+    for (bool transpose_b : {false, true}) {
+      const Strided<float> x = transpose_a ? transposed(a.data(), M) : row_major(a.data(), K);
+      const Strided<float> y = transpose_b ? transposed(b.data(), K) : row_major(b.data(), N);
+      omp_set_num_threads(1);
+      matmul<float>(one.data(), nullptr, 0, x, y, M, N, K);
+      for (int n : {2, 3, 7}) {
+        omp_set_num_threads(n);
+        matmul<float>(many.data(), nullptr, 0, x, y, M, N, K);
+        CHECK(one == many);
+      }
+    }
+  omp_set_num_threads(threads);
+}
