@@ -7,6 +7,8 @@
 # make test SAN=1       under AddressSanitizer and UndefinedBehaviorSanitizer
 # make ARCH=90          builds the CUDA part for compute capability 9.0; without ARCH, for the GPU of this machine
 
+MAKEFLAGS += --jobs=$(shell nproc 2>/dev/null || echo 2)
+
 ARGS ?=
 CXX ?= g++
 NVCC ?= nvcc
@@ -47,8 +49,8 @@ data/stories/meta.json: | $(BUILD)/data
 
 TESTS := $(patsubst tests/%.cpp,$(BUILD)/tests-%.o,$(wildcard tests/*.cpp))
 test: $(BUILD)/tests $(BUILD)/train $(BUILD)/data $(BUILD)/eval
-	@BUILD=$(BUILD) $(BUILD)/tests $(ARGS)
-	@BUILD=$(BUILD) sh tests/commands.sh
+	@OMP_WAIT_POLICY=passive $(BUILD)/tests $(ARGS)
+	@OMP_WAIT_POLICY=passive BUILD=$(BUILD) sh tests/commands.sh
 
 bench: $(BUILD)/bench
 	@$(BUILD)/bench $(ARGS)

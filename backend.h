@@ -53,7 +53,9 @@ struct Cpu {
   void upload(void* to, const void* from_host, size_t bytes) {
     if (bytes) std::memcpy(to, from_host, bytes);  // an empty vector's pointer may be null, which memcpy forbids
   }
-  void download(void* to_host, const void* from, size_t bytes) { std::memcpy(to_host, from, bytes); }
+  void download(void* to_host, const void* from, size_t bytes) {
+    if (bytes) std::memcpy(to_host, from, bytes);
+  }
   void synchronize() {}
 };
 
@@ -271,3 +273,38 @@ struct Buffer {
     return static_cast<T*>(data);
   }
 };
+
+// ---------------------------------------------------------------------------------------------------------------------
+
+inline void check_device_and_dtype(const std::string& device, const std::string& dtype) {
+  if (device != "auto" && device != "cpu" && device != "cuda")
+    throw UserError("--device " + device + ": must be auto, cpu or cuda");
+  if (dtype != "auto" && dtype != "fp32" && dtype != "bf16")
+    throw UserError("--dtype " + dtype + ": must be auto, fp32 or bf16");
+}
+
+// Calls work(backend, real) for what --device auto|cpu|cuda and --dtype auto|fp32|bf16 say: auto is the GPU where there
+// is one, and bf16 where it can. `real` is a value of the model's number type. UserError for what this machine or build
+// cannot do.
+template <class Work>
+void with_backend(const std::string& device, const std::string& dtype, Work work) {
+  check_device_and_dtype(device, dtype);
+#ifdef __CUDACC__
+  int gpus = 0;
+  if (device == "cuda" || (device == "auto" && cudaGetDeviceCount(&gpus) == cudaSuccess && gpus > 0)) {
+    Cuda be;
+    const bool has_bf16 = be.capability >= 80;
+    if (dtype == "bf16" && !has_bf16)
+      throw UserError("--dtype bf16: this GPU has no bf16 (compute capability below 8.0); use --dtype fp32");
+    if (dtype == "bf16" || (dtype == "auto" && has_bf16)) return work(be, bf16());
+    return work(be, float());
+  }
+#else
+  if (device == "cuda")
+    throw UserError("--device cuda: this program was built without nvcc; use --device cpu, or install the CUDA Toolkit "
+                    "and make again");
+#endif
+  if (dtype == "bf16") throw UserError("--dtype bf16: the CPU works in fp32; use --dtype fp32 or --device cuda");
+  Cpu be;
+  work(be, float());
+}

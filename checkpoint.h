@@ -211,6 +211,15 @@ inline std::vector<NamedTensor> named(const ParameterTable& table, const float* 
   return tensors;
 }
 
+// An array of the backend as the host can read it: itself on the CPU, otherwise copied to `copy`.
+template <class Backend>
+const float* on_host(Backend& be, const float* data, size_t n, std::vector<float>& copy) {
+  if constexpr (std::is_same_v<Backend, Cpu>) return data;
+  copy.resize(n);
+  be.download(copy.data(), data, n * sizeof(float));
+  return copy.data();
+}
+
 // Writes run_directory/checkpoint: weights, optimizer state and `state`. When anything fails, the old one stays.
 template <class Backend, class Real>
 void save_checkpoint(Model<Backend, Real>& model, const std::string& run_directory, const nlohmann::ordered_json& state) {
@@ -221,13 +230,10 @@ void save_checkpoint(Model<Backend, Real>& model, const std::string& run_directo
   try {
     fs::create_directories(next);
     const size_t n = model.table.total;
-    std::vector<float> host(n), host_v(n);
-    model.be.download(host.data(), model.master, n * sizeof(float));
-    write_safetensors(next + "/model.safetensors", named(model.table, host.data(), ""));
-    model.be.download(host.data(), model.m, n * sizeof(float));
-    model.be.download(host_v.data(), model.v, n * sizeof(float));
-    std::vector<NamedTensor> moments = named(model.table, host.data(), "m.");
-    for (NamedTensor& t : named(model.table, host_v.data(), "v.")) moments.push_back(t);
+    std::vector<float> host, host_v;  // on a GPU, copies
+    write_safetensors(next + "/model.safetensors", named(model.table, on_host(model.be, model.master, n, host), ""));
+    std::vector<NamedTensor> moments = named(model.table, on_host(model.be, model.m, n, host), "m.");
+    for (NamedTensor& t : named(model.table, on_host(model.be, model.v, n, host_v), "v.")) moments.push_back(t);
     write_safetensors(next + "/optimizer.safetensors", moments);
     write_text_file(next + "/state.json", state.dump(2) + "\n");
     sync_directory(next);
@@ -247,26 +253,24 @@ void save_checkpoint(Model<Backend, Real>& model, const std::string& run_directo
   fs::remove_all(old, ignored);
 }
 
-// Reads tensors of the table, under prefix + name, into the flat host array.
-inline void read_tensors(const SafeTensors& file, const ParameterTable& table, const std::string& prefix, float* flat) {
-  for (const ParameterRow& row : table.rows)
-    std::memcpy(flat + row.offset, file.get(prefix + row.name, row.shape), row.count * sizeof(float));
+// Reads the tensors of the table, under prefix + name, into a flat array of the backend.
+template <class Backend>
+void read_tensors(Backend& be, float* flat, const SafeTensors& file, const ParameterTable& table, const std::string& prefix) {
+  for (const ParameterRow& row : table.rows) {
+    be.upload(flat + row.offset, file.get(prefix + row.name, row.shape), row.count * sizeof(float));
+    be.synchronize();
+  }
 }
 
 template <class Backend, class Real>
 void load_weights(Model<Backend, Real>& model, const std::string& checkpoint) {
-  std::vector<float> host(model.table.total);
-  read_tensors(SafeTensors(checkpoint + "/model.safetensors"), model.table, "", host.data());
-  model.set_weights(host.data());
+  read_tensors(model.be, model.master, SafeTensors(checkpoint + "/model.safetensors"), model.table, "");
+  model.master_changed();
 }
 
 template <class Backend, class Real>
 void load_optimizer(Model<Backend, Real>& model, const std::string& checkpoint) {
   const SafeTensors file(checkpoint + "/optimizer.safetensors");
-  for (const bool second : {false, true}) {
-    std::vector<float> host(model.table.total);
-    read_tensors(file, model.table, second ? "v." : "m.", host.data());
-    model.be.upload(second ? model.v : model.m, host.data(), host.size() * sizeof(float));
-    model.be.synchronize();
-  }
+  read_tensors(model.be, model.m, file, model.table, "m.");
+  read_tensors(model.be, model.v, file, model.table, "v.");
 }

@@ -104,39 +104,15 @@ void set_threads(int threads) {
   if (threads) omp_set_num_threads(threads);
 }
 
-void check_place(const std::string& device, const std::string& dtype) {
-  if (device != "auto" && device != "cpu" && device != "cuda")
-    throw UserError("--device " + device + ": must be auto, cpu or cuda");
-  if (dtype != "auto" && dtype != "fp32" && dtype != "bf16")
-    throw UserError("--dtype " + dtype + ": must be auto, fp32 or bf16");
-}
-
 // Makes the model for batches of B x T tokens, loads its weights and calls work(model).
 template <class Work>
 void with_model(const Place& place, const Source& source, int B, int T, Work work) {
-  check_place(place.device, place.dtype);
   set_threads(place.threads);
-  auto run = [&](auto& backend, auto real) {
+  with_backend(place.device, place.dtype, [&](auto& backend, auto real) {
     Model<std::decay_t<decltype(backend)>, decltype(real)> model(backend, source.settings.model, B, T, false);
     load_weights(model, source.checkpoint);
     work(model);
-  };
-#ifdef __CUDACC__
-  int gpus = 0;
-  if (place.device == "cuda" || (place.device == "auto" && cudaGetDeviceCount(&gpus) == cudaSuccess && gpus > 0)) {
-    Cuda backend;
-    const bool has_bf16 = backend.capability >= 80;
-    if (place.dtype == "bf16" && !has_bf16)
-      throw UserError("--dtype bf16: this GPU has no bf16 (compute capability below 8.0); use --dtype fp32");
-    if (place.dtype == "bf16" || (place.dtype == "auto" && has_bf16)) return run(backend, bf16());
-    return run(backend, float());
-  }
-#else
-  if (place.device == "cuda") throw UserError("--device cuda: this program was built without nvcc; use --device cpu");
-#endif
-  if (place.dtype == "bf16") throw UserError("--dtype bf16: the CPU works in fp32; use --dtype fp32 or --device cuda");
-  Cpu backend;
-  run(backend, float());
+  });
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -443,14 +419,12 @@ void command_memory(const std::vector<std::string>& args) {
   parse(unused);  // for --preset and --run
   if (run.empty()) apply_flags(s, preset_flags(preset));
   else s = open_source(run).settings;
-  const double fraction = s.rotary_fraction;
   parse(s);
-  if (std::isnan(s.rotary_fraction) && s.model.rotary_dim < 0) s.rotary_fraction = fraction;
   Config& c = s.model;
   if (c.vocab == 0) c.vocab = 264;  // the byte tokenizer's 257, rounded up as train does
   resolve(c, s.rotary_fraction);
   expect_positive("batch", s.batch);
-  check_place(device, dtype);
+  check_device_and_dtype(device, dtype);
   if (device == "auto") device = dtype == "bf16" ? "cuda" : "cpu";
   if (dtype == "auto") dtype = device == "cuda" ? "bf16" : "fp32";
   if (device == "cpu" && dtype == "bf16")

@@ -23,6 +23,7 @@ struct Settings {
   int warmup = -1;                // -1: 5 % of the steps
   Schedule schedule = Schedule::cosine;
   double weight_decay = 0.1, beta1 = 0.9, beta2 = 0.95, eps = 1e-8, clip = 1.0, z_loss = 0;
+  double init_std = 0.02;  // as in arXiv 2603.11611
   uint64_t seed = 1;
 
   std::string preset = "nano", data = "data/stories/train_*.bin", val, run, device = "auto", dtype = "auto";
@@ -42,8 +43,8 @@ struct Flag {
 inline const std::map<std::string, std::vector<std::string>>& presets() {
   static const std::map<std::string, std::vector<std::string>> table = {
       // For a CPU: minutes, and about an hour.
-      {"nano", {"--layers=4", "--width=128", "--heads=4", "--mlp-hidden=384", "--context=256", "--rotary-fraction=0.1",
-                "--batch=16", "--steps=500", "--lr=3e-3"}},
+      {"nano", {"--layers=4", "--width=128", "--heads=4", "--mlp-hidden=256", "--context=256", "--rotary-fraction=0.1",
+                "--batch=4", "--steps=2000", "--lr=3e-3", "--init-std=0.05"}},
       {"small", {"--layers=6", "--width=384", "--heads=6", "--mlp-hidden=1024", "--context=256", "--rotary-fraction=0.1",
                  "--batch=16", "--steps=2000", "--lr=1e-3"}},
       // GPT-2's size, with the block of today: for one GPU.
@@ -206,6 +207,7 @@ inline void add_optimizer_flags(Flags& f, Settings& s) {
   f.add("eps", s.eps, "AdamW: added to the denominator");
   f.add("clip", s.clip, "largest global gradient norm; 0: no clipping");
   f.add("z-loss", s.z_loss, "weight of (log Z)^2 in the loss");
+  f.add("init-std", s.init_std, "standard deviation of the initial matrices");
   f.add("seed", s.seed, "of the initial weights and of the order of the data");
 }
 

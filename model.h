@@ -96,7 +96,7 @@ struct Parameters {
   std::vector<BlockParameters<T>> blocks;
 };
 
-enum class Init { normal, ones, zeros };  // normal: N(0, 0.02), as in arXiv 2603.11611, without depth scaling
+enum class Init { normal, ones, zeros };  // normal: N(0, std) for every matrix, without depth scaling
 
 // Visits every parameter tensor: visit(name, shape, init, pointer). This list is the only one: allocation,
 // initialisation, AdamW, checkpoints, gradient tests and the memory report are made from it.
@@ -194,12 +194,12 @@ inline double uniform(uint64_t seed, uint64_t stream, uint64_t index) {
 
 // Initial values of one tensor, written to the host array values (count).
 template <class T>
-void initialise(T* values, const ParameterRow& row, uint64_t seed, uint64_t stream) {
+void initialise(T* values, const ParameterRow& row, uint64_t seed, uint64_t stream, double std) {
 #pragma omp parallel for
   for (size_t i = 0; i < row.count; ++i) {
     if (row.init == Init::normal) {  // Box-Muller
       const double u = 1 - uniform(seed, 2 * stream, i), v = uniform(seed, 2 * stream + 1, i);
-      values[i] = T(0.02 * std::sqrt(-2 * std::log(u)) * std::cos(2 * M_PI * v));
+      values[i] = T(std * std::sqrt(-2 * std::log(u)) * std::cos(2 * M_PI * v));
     } else {
       values[i] = T(row.init == Init::ones ? 1 : 0);
     }
@@ -381,17 +381,27 @@ struct Model {
   }
 
   // Initial weights from the seed: tensor i of the table draws from stream i.
-  void initialise_weights(uint64_t seed) {
-    std::vector<Acc<Real>> host(table.total);
-    for (size_t i = 0; i < table.rows.size(); ++i) initialise(&host[table.rows[i].offset], table.rows[i], seed, i);
-    set_weights(host.data());
+  void initialise_weights(uint64_t seed, double std = 0.02) {
+    for (size_t i = 0; i < table.rows.size(); ++i) {
+      const ParameterRow& row = table.rows[i];
+      std::vector<Acc<Real>> host(row.count);
+      initialise(host.data(), row, seed, i, std);
+      be.upload(master + row.offset, host.data(), row.count * sizeof(Acc<Real>));
+      be.synchronize();
+    }
+    master_changed();
   }
 
-  // Sets the master weights from a host array (table.total), and the model's copy with them.
+  // Sets the master weights, and the model's copy with them, from a host array (table.total).
   void set_weights(const Acc<Real>* host) {
     be.upload(master, host, table.total * sizeof(Acc<Real>));
-    if constexpr (!std::is_same_v<Real, Acc<Real>>) convert(be, weights_flat, master, table.total);
     be.synchronize();
+    master_changed();
+  }
+
+  // Makes the model's own copy anew after the master weights were written.
+  void master_changed() {
+    if constexpr (!std::is_same_v<Real, Acc<Real>>) convert(be, weights_flat, master, table.total);
   }
 
   // Runs tokens, host (batch, length), through all blocks and the final norm. With first > 0 (and batch 1) only

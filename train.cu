@@ -13,6 +13,7 @@
 
 #include "checkpoint.h"
 #include "data.h"
+#include "eval.h"
 #include "flags.h"
 #include "generate.h"
 
@@ -23,16 +24,6 @@ static void on_interrupt(int) { interrupted = 1; }
 
 static double now() {
   return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
-}
-
-static std::string bytes_text(size_t bytes) {
-  const char* units[] = {"B", "KiB", "MiB", "GiB", "TiB"};
-  double value = double(bytes);
-  int unit = 0;
-  while (value >= 1024 && unit < 4) value /= 1024, ++unit;
-  char text[32];
-  std::snprintf(text, sizeof text, unit ? "%.1f %s" : "%.0f %s", value, units[unit]);
-  return text;
 }
 
 static std::string duration_text(double seconds) {
@@ -88,6 +79,7 @@ static std::vector<std::pair<double, double>> read_csv(const std::string& path, 
 }
 
 // The loss over the steps as a picture of text: a column per stretch of steps, its mean as a dot; the floor as a line.
+// The axis is logarithmic: most of a run happens near its end.
 static void print_curve(const std::vector<std::pair<double, double>>& points, double floor) {
   const int width = 64, height = 12;
   if (points.size() < 2) return;
@@ -100,14 +92,15 @@ static void print_curve(const std::vector<std::pair<double, double>>& points, do
   double high = -INFINITY, low = std::isnan(floor) ? INFINITY : floor;
   for (int x = 0; x < width; ++x)
     if (count[x]) high = std::max(high, sum[x] / count[x]), low = std::min(low, sum[x] / count[x]);
-  const double range = high > low ? high - low : 1;
-  auto line_of = [&](double value) { return int(std::lround((high - value) / range * (height - 1))); };
+  if (!(low > 0 && high > low)) return;
+  const double range = std::log(high / low);
+  auto line_of = [&](double value) { return int(std::lround(std::log(high / value) / range * (height - 1))); };
   std::printf("\n  training loss, nats per token\n");
   for (int y = 0; y < height; ++y) {
     std::string line(width, !std::isnan(floor) && line_of(floor) == y ? '.' : ' ');
     for (int x = 0; x < width; ++x)
       if (count[x] && line_of(sum[x] / count[x]) == y) line[x] = '*';
-    std::printf("  %6.2f |%s%s\n", high - range * y / (height - 1), line.c_str(),
+    std::printf("  %6.2f |%s%s\n", high * std::exp(-range * y / (height - 1)), line.c_str(),
                 !std::isnan(floor) && line_of(floor) == y ? " floor" : "");
   }
   std::printf("         +%s\n          step %-10.0f%*s%.0f\n\n", std::string(width, '-').c_str(), points.front().first,
@@ -162,6 +155,7 @@ static Run prepare(const std::vector<std::string>& args) {
   if (s.warmup != -1) expect_positive("warmup", s.warmup, true);
   expect_positive("weight-decay", s.weight_decay, true);
   expect_positive("eps", s.eps);
+  expect_positive("init-std", s.init_std);
   expect_positive("clip", s.clip, true);
   expect_positive("z-loss", s.z_loss, true);
   expect_positive("val-every", s.val_every, true);
@@ -245,7 +239,7 @@ int train(Backend& be, Run& run) {
   Model<Backend, Real> model(be, c, B, T, true);
   int step = 0;
   if (run.checkpoint.empty()) {
-    model.initialise_weights(s.seed);
+    model.initialise_weights(s.seed, s.init_std);
   } else {
     load_weights(model, run.checkpoint);
     load_optimizer(model, run.checkpoint);
@@ -260,11 +254,11 @@ int train(Backend& be, Run& run) {
 
   print_settings(s);
   std::printf("RoPE turns %d of %d channels of each query and key head (%.1f %%); table %s.\n", c.rotary_dim, c.head_size,
-              100.0 * c.rotary_dim / c.head_size, bytes_text(memory.rope_table).c_str());
+              100.0 * c.rotary_dim / c.head_size, human_bytes(memory.rope_table).c_str());
   std::printf("%.2f M parameters on %s, %s. Memory: parameters %s, gradients %s, optimiser %s, activations %s; %s in all.\n",
-              model.table.parameters * 1e-6, Backend::name, dtype_name<Real>(), bytes_text(memory.parameters).c_str(),
-              bytes_text(memory.gradients).c_str(), bytes_text(memory.optimizer).c_str(), bytes_text(memory.activations).c_str(),
-              bytes_text(memory.total()).c_str());
+              model.table.parameters * 1e-6, Backend::name, dtype_name<Real>(), human_bytes(memory.parameters).c_str(),
+              human_bytes(memory.gradients).c_str(), human_bytes(memory.optimizer).c_str(), human_bytes(memory.activations).c_str(),
+              human_bytes(memory.total()).c_str());
   std::printf("Data: %.2f M training tokens, %zu a step, so %.2f epochs in %d steps.\n", run.train->tokens() * 1e-6,
               tokens_per_step, double(tokens_per_step) * s.steps / run.train->tokens(), s.steps);
   if (step) std::printf("Resumed at step %d.\n", step);
@@ -408,25 +402,11 @@ int main(int argc, char** argv) {
     Run run = prepare({argv + 1, argv + argc});
     Settings& s = run.s;
     if (s.threads) omp_set_num_threads(s.threads);
-    for (const auto& [flag, value, words] : {std::tuple{"--device ", s.device, std::vector<std::string>{"auto", "cpu", "cuda"}},
-                                      std::tuple{"--dtype ", s.dtype, std::vector<std::string>{"auto", "fp32", "bf16"}}})
-      if (std::find(words.begin(), words.end(), value) == words.end())
-        throw UserError(flag + value + ": must be " + words[0] + ", " + words[1] + " or " + words[2]);
-#ifdef __CUDACC__
-    int gpus = 0;
-    if (s.device == "cuda" || (s.device == "auto" && cudaGetDeviceCount(&gpus) == cudaSuccess && gpus > 0)) {
-      Cuda be;
-      const bool has_bf16 = be.capability >= 80;
-      if (s.dtype == "bf16" && !has_bf16)
-        throw UserError("--dtype bf16: this GPU has no bf16 (compute capability below 8.0); use --dtype fp32");
-      return s.dtype == "bf16" || (s.dtype == "auto" && has_bf16) ? train<Cuda, bf16>(be, run) : train<Cuda, float>(be, run);
-    }
-#else
-    if (s.device == "cuda") throw UserError("--device cuda: this program was built without nvcc; use --device cpu, or install the CUDA Toolkit and make again");
-#endif
-    if (s.dtype == "bf16") throw UserError("--dtype bf16: the CPU works in fp32; use --dtype fp32 or --device cuda");
-    Cpu be;
-    return train<Cpu, float>(be, run);
+    int status = 0;
+    with_backend(s.device, s.dtype, [&](auto& be, auto real) {
+      status = train<std::decay_t<decltype(be)>, decltype(real)>(be, run);
+    });
+    return status;
   } catch (const UserError& e) {
     std::fprintf(stderr, "error: %s\n", e.what());
     return 2;

@@ -1,11 +1,12 @@
 // bench: how fast the trainer is on this machine's CPU.
 //
-//   bench                                     tables: tokens per second, time per operation, RoPE's share by fraction
+//   bench [--quick]                           tables: tokens per second, time per operation, RoPE's share by fraction
 //   bench --shape small --batch 8 --context 256 [--threads N] [--seconds S] [--json] [--any flag of train's model]
-//                                             one training step's tokens per second; --json: as one line, with the config
+//                                             one training step's tokens per second; --json: as one line, with the
+//                                             config
 //
-// A training step is zero_gradients, forward, backward, update on random tokens. A figure is the median step of those that
-// fit into --seconds (at least three), after one to warm up.
+// A training step is zero_gradients, forward, backward, update on random tokens. A figure is the median step of those
+// that fit into --seconds (at least three), after one to warm up.
 
 #include <algorithm>
 #include <chrono>
@@ -110,7 +111,8 @@ Settings settings_of(const Shape& shape, std::vector<std::string> more = {}) {
 
 // Seconds of a training step: the median of those that fit into `budget` seconds.
 template <class Backend>
-double step_seconds(Backend& be, Settings& s, double budget, const std::function<void()>& after_warm_up, int* steps_done) {
+double step_seconds(Backend& be, Settings& s, double budget, const std::function<void()>& after_warm_up,
+                    int* steps_done) {
   const int B = s.batch, T = s.model.context, N = B * T;
   Model<Backend, float> model(be, s.model, B, T, true);
   model.initialise_weights(1);
@@ -157,9 +159,10 @@ double peak_flops() {
 #endif
 }
 
-void print_tables(double budget) {
-  const std::vector<Shape> shapes = {{"nano", 16, 256},   {"nano", 4, 1024},    {"small", 16, 256},
+void print_tables(double budget, bool quick) {
+  std::vector<Shape> shapes = {{"nano", 16, 256},   {"nano", 4, 1024},    {"small", 16, 256},
                                      {"small", 4, 1024},  {"gpt-124m", 4, 128}, {"gpt-124m", 1, 1024}};
+  if (quick) shapes.resize(4);
   std::printf("threads: %d\n\nA training step, fp32\n", omp_get_max_threads());
   std::printf("%-10s %6s %8s %12s %14s %12s\n", "shape", "batch", "context", "parameters", "tokens/s", "ms/step");
   for (const Shape& shape : shapes) {
@@ -171,7 +174,8 @@ void print_tables(double budget) {
   }
 
   const double peak = peak_flops();
-  for (const Shape& shape : {shapes[0], shapes[2], shapes[4]}) {
+  for (size_t i = 0; i < shapes.size(); i += 2) {
+    const Shape& shape = shapes[i];
     Settings s = settings_of(shape);
     TimedCpu be;
     double total = 0, start = 0;
@@ -191,14 +195,15 @@ void print_tables(double budget) {
     for (const auto& [seconds, name] : operations)
       std::printf("  %-26s %10.3f ms/step %6.1f %%\n", name.c_str(), 1e3 * seconds / steps, 100 * seconds / total);
     std::printf("  linear layers: %.1f GFLOP/s", be.matmul_flops / products / 1e9);
-    if (peak > 0) std::printf(", %.0f %% of a large Eigen product's %.1f", 100 * be.matmul_flops / products / peak, peak / 1e9);
+    if (peak > 0)
+      std::printf(", %.0f %% of a large Eigen product's %.1f", 100 * be.matmul_flops / products / peak, peak / 1e9);
     std::printf("; everything but linear layers and attention: %.1f %% of the step\n",
                 100 * (total - products - be.seconds["attention_forward"] - be.seconds["attention_backward"]) / total);
   }
 
 #ifndef ROTARY_DIM
-  std::printf("\nRoPE's share of a step by rotary fraction\n%-10s %10s %6s %14s %14s %9s %14s\n", "shape", "fraction", "R",
-              "tokens/s", "RoPE ms/step", "share", "table, bytes");
+  std::printf("\nRoPE's share of a step by rotary fraction\n%-10s %10s %6s %14s %14s %9s %14s\n", "shape", "fraction",
+              "R", "tokens/s", "RoPE ms/step", "share", "table, bytes");
   for (const Shape& shape : {shapes[0], shapes[2]})
     for (const char* flag : {"--rotary-dim=0", "--rotary-dim=2", "--rotary-fraction=0.1", "--rotary-fraction=0.25",
                              "--rotary-fraction=0.5", "--rotary-fraction=1"}) {
@@ -208,8 +213,9 @@ void print_tables(double budget) {
       const double seconds = step_seconds(be, s, budget, [&] { be.seconds.clear(); }, &steps);
       const double rope = (be.seconds["rope_forward"] + be.seconds["rope_backward"]) / steps;
       std::printf("%-10s %9.1f%% %6d %14.0f %14.3f %8.2f%% %14zu\n", shape.preset.c_str(),
-                  100.0 * s.model.rotary_dim / s.model.head_size, s.model.rotary_dim, shape.batch * shape.context / seconds,
-                  1e3 * rope, 100 * rope / seconds, rope_table_bytes(s.model.context, s.model.rotary_dim));
+                  100.0 * s.model.rotary_dim / s.model.head_size, s.model.rotary_dim,
+                  shape.batch * shape.context / seconds, 1e3 * rope, 100 * rope / seconds,
+                  rope_table_bytes(s.model.context, s.model.rotary_dim));
       std::fflush(stdout);
     }
 #endif
@@ -219,7 +225,7 @@ int run(int argc, char** argv) {
   std::string shape;
   int batch = 8, context = 256, threads = 0;
   double seconds = 3;
-  bool json = false;
+  bool json = false, quick = false;
   CLI::App app("Measures the trainer on the CPU. Without --shape: all tables.", "bench");
   app.add_option("--shape", shape, "a preset of train: nano, small, gpt-124m, ...");
   app.add_option("--batch", batch, "windows in a step")->capture_default_str();
@@ -227,6 +233,7 @@ int run(int argc, char** argv) {
   app.add_option("--threads", threads, "CPU threads; 0: all cores")->capture_default_str();
   app.add_option("--seconds", seconds, "time per figure")->capture_default_str();
   app.add_flag("--json", json, "one line of JSON");
+  app.add_flag("--quick", quick, "the tables without gpt-124m, which takes minutes");
   app.allow_extras();
   try {
     app.parse(argc, argv);
@@ -241,19 +248,21 @@ int run(int argc, char** argv) {
   if (threads > 0) omp_set_num_threads(threads);
   if (shape.empty()) {
     if (app.remaining_size()) throw UserError(app.remaining().front() + ": works with --shape only; see --help");
-    print_tables(seconds);
+    print_tables(seconds, quick);
     return 0;
   }
   Settings s = settings_of({shape, batch, context}, app.remaining());
   const double step = seconds == 0 ? NAN : step_seconds(s, seconds);  // --seconds 0 --json: the configuration only
   const double rate = batch * context / step;
   if (json) {
-    nlohmann::ordered_json line = {{"shape", shape}, {"batch", batch}, {"context", context}, {"threads", omp_get_max_threads()}};
+    nlohmann::ordered_json line = {
+        {"shape", shape}, {"batch", batch}, {"context", context}, {"threads", omp_get_max_threads()}};
     line["tokens_per_second"] = rate;
     line["config"] = settings_json(s, {"Model"});
     std::printf("%s\n", line.dump().c_str());
   } else {
-    std::printf("%s, batch %d, context %d: %.0f tokens/s, %.1f ms/step\n", shape.c_str(), batch, context, rate, 1e3 * step);
+    std::printf("%s, batch %d, context %d: %.0f tokens/s, %.1f ms/step\n", shape.c_str(), batch, context, rate,
+                1e3 * step);
   }
   return 0;
 }

@@ -5,9 +5,9 @@
     python bench/torch_cpu.py --program "" --no-compile            PyTorch alone, eager alone
 
 A step is zero_grad, forward, loss, backward, clipping, AdamW on random tokens. The contestants take turns, round after
-round, so that a machine that slows down slows all of them; a figure is the median of the rounds' medians. PyTorch runs the model
-of scripts/reference.py (scaled_dot_product_attention, rms_norm, fused AdamW) as it is and under torch.compile, which
-needs a C++ compiler; the time to compile is not counted.
+round, so that a machine that slows down slows all of them; a figure is the median of the rounds' medians. PyTorch runs
+the model of scripts/reference.py (scaled_dot_product_attention, rms_norm, fused AdamW) as it is and under
+torch.compile, which needs a C++ compiler; the time to compile is not counted.
 """
 
 import argparse
@@ -104,8 +104,9 @@ def main():
             for name, trainer in trainers.items():
                 rates[name].append(trainer.rate(options.seconds))
         row = {name: statistics.median(values) if values else float("nan") for name, values in rates.items()}
-        print(f"{preset:<10} {batch:>5} {context:>7} {parameters:>11,} {row['ours']:>9.0f} {row['eager']:>9.0f}"
-              f" {row['compiled']:>9.0f} {row['ours'] / row['eager']:>10.2f} {row['ours'] / row['compiled']:>13.2f}", flush=True)
+        ours, eager, compiled = row["ours"], row["eager"], row["compiled"]
+        print(f"{preset:<10} {batch:>5} {context:>7} {parameters:>11,} {ours:>9.0f} {eager:>9.0f} {compiled:>9.0f}"
+              f" {ours / eager:>10.2f} {ours / compiled:>13.2f}", flush=True)
         rows.append(dict(shape=preset, batch=batch, context=context, **row))
         torch._dynamo.reset()
     if options.json:

@@ -1,4 +1,4 @@
-"""Writes tests/fixtures/*.safetensors: losses, gradients and training runs of scripts/reference.py, which the C++ must equal.
+"""Writes tests/fixtures/*.safetensors: losses, gradients and runs of scripts/reference.py, for the C++ to equal.
 
     python scripts/fixtures.py            needs torch and numpy; takes seconds; the same bytes each time
 
@@ -8,7 +8,8 @@ A file holds its configuration (`config` in the metadata, JSON) and the tensors
     tokens, targets (B, T)       int32; a target of -1 is not counted
     losses (B, T)                nats, without z-loss
 and, if it has a training run of S steps:
-    run.tokens (S, B, T+1), run.losses (S), run.norms (S) before clipping, run.rates (S), run.weight.NAME after the last step
+    run.tokens (S, B, T+1), run.losses (S), run.norms (S) before clipping, run.rates (S),
+    run.weight.NAME after the last step
 """
 
 import dataclasses
@@ -33,8 +34,8 @@ CONFIGS = {
     "nope": dict(width=18, heads=3, kv_heads=3, head_size=6, mlp_hidden=14, rotary_dim=0),
     "parallel_qknorm": dict(width=20, heads=2, kv_heads=1, head_size=10, mlp_hidden=13, rotary_dim=2, block="parallel",
                             qk_norm=True),
-    "pythia": dict(width=24, heads=3, kv_heads=3, head_size=8, mlp_hidden=30, rotary_dim=2, block="parallel", norm="layer",
-                   mlp="gelu", bias=True),
+    "pythia": dict(width=24, heads=3, kv_heads=3, head_size=8, mlp_hidden=30, rotary_dim=2, block="parallel",
+                   norm="layer", mlp="gelu", bias=True),
     # every channel rotated, neighbours paired, one matrix for embedding and head, QK-Norm with a full rotation
     "interleaved_tied": dict(width=20, heads=4, kv_heads=2, head_size=6, mlp_hidden=13, rotary_dim=6, rope_base=500.0,
                              rope_pairs="interleaved", tied=True, qk_norm=True),
@@ -63,7 +64,8 @@ def save(path, tensors, metadata):
     header, data, at = {"__metadata__": metadata}, [], 0
     # 8-byte types first, so that every tensor is aligned
     for name, tensor in sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize):
-        header[name] = {"dtype": names[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [at, at + tensor.nbytes]}
+        offsets = [at, at + tensor.nbytes]
+        header[name] = {"dtype": names[tensor.dtype], "shape": list(tensor.shape), "data_offsets": offsets}
         data.append(tensor.tobytes())
         at += tensor.nbytes
     text = json.dumps(header, separators=(",", ":")).encode()
@@ -128,7 +130,7 @@ def make(name, options, seed):
         for key, p in model.named_parameters():
             tensors["run.weight." + key] = fp32(p)
         metadata["run"] = json.dumps(run)
-        print(f"{name}: losses {run_losses[0]:.4f} ... {run_losses[-1]:.4f}, norms {min(norms):.2f} .. {max(norms):.2f}")
+        print(f"{name}: losses {run_losses[0]:.4f} ... {run_losses[-1]:.4f}, norms {min(norms):.2f}-{max(norms):.2f}")
     path = FOLDER / f"{name}.safetensors"
     save(path, tensors, metadata)
     return path.stat().st_size

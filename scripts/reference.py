@@ -1,8 +1,8 @@
 """The model of model.h once more in PyTorch, as the tests' second opinion and as the benchmarks' opponent.
 
-Parameter names and shapes are those of the checkpoints (embedding.weight, layers.0.qkv.weight, ...). Whatever PyTorch has
-a library function for is that function; only RoPE is written out, as x cos + rotate_half(x) sin. Runs on any device and
-in any dtype, under torch.compile and under autocast.
+Parameter names and shapes are those of the checkpoints (embedding.weight, layers.0.qkv.weight, ...). Whatever PyTorch
+has a library function for is that function; only RoPE is written out, as x cos + rotate_half(x) sin. Runs on any device
+and in any dtype, under torch.compile and under autocast.
 """
 
 import dataclasses
@@ -43,7 +43,7 @@ def make_norm(config, size):
 
 
 def rope_table(config, positions):
-    """cos and sin, (positions, R) each, one column per rotated channel; computed in fp64, kept in fp32 as in rope.cuh."""
+    """cos and sin, (positions, R) each, a column per rotated channel; computed in fp64, kept in fp32 as in rope.cuh."""
     R = config.rotary_dim
     frequency = config.rope_base ** (-torch.arange(0, R, 2, dtype=torch.float64) / max(R, 1))
     angle = torch.arange(positions, dtype=torch.float64)[:, None] * frequency
@@ -134,7 +134,7 @@ class GPT(nn.Module):
         return self.head(self.final_norm(x))
 
     def loss(self, tokens, targets, z_loss=0.0):
-        """Mean over all B*T positions of the cross-entropy in nats + z_loss (log Z)^2; positions with target -1 count 0."""
+        """Mean over all B*T positions of the cross-entropy in nats + z_loss (log Z)^2; where the target is -1, 0."""
         logits = self(tokens).flatten(0, 1)
         if logits.dtype in (torch.bfloat16, torch.float16):
             logits = logits.float()

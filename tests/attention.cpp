@@ -40,7 +40,9 @@ Result<double> attend_slowly(const std::vector<double>& qkv, AttentionShape s) {
   for (int b = 0; b < s.B; ++b)
     for (int h = 0; h < s.NH; ++h)
       for (int t = 0; t < s.T; ++t) {
-        auto head = [&](int position, int which) { return &qkv[((size_t(b) * s.T + position) * heads + which) * s.HS]; };
+        auto head = [&](int position, int which) {
+          return &qkv[((size_t(b) * s.T + position) * heads + which) * s.HS];
+        };
         const int kv = h / (s.NH / s.NKV);
         std::vector<double> score(t + 1);
         double highest = -INFINITY, sum = 0;
@@ -94,8 +96,10 @@ TEST_CASE("attention: backward in fp32 is that in fp64") {
     const std::vector<double> expected =
         attend_backward<double>({qkv.begin(), qkv.end()}, {dout.begin(), dout.end()}, s);
     if (s.T == 1) continue;  // the gradients of q and k are 0 then
-    // In turn: scores (HS terms), exp_, dP (HS terms), D, and a sum over at most T terms, whose roundings partly cancel.
-    CHECK(relative_distance(attend_backward(qkv, dout, s), expected) <= (2 * s.HS + 2 * std::sqrt(s.T) + 8) * kRounding<float>);
+    // In turn: scores (HS terms), exp_, dP (HS terms), D, and a sum over at most T terms, whose roundings partly
+    // cancel.
+    CHECK(relative_distance(attend_backward(qkv, dout, s), expected) <=
+          (2 * s.HS + 2 * std::sqrt(s.T) + 8) * kRounding<float>);
   }
 }
 
@@ -112,7 +116,8 @@ TEST_CASE("attention: nothing depends on the future") {
     double worst = 0;
     for (int b = 0; b < s.B; ++b)
       for (size_t i = 0; i < size_t(cut) * s.NH * s.HS; ++i)
-        worst = std::max(worst, std::fabs(double(r.out[size_t(b) * s.T * s.NH * s.HS + i]) - o.out[size_t(b) * s.T * s.NH * s.HS + i]));
+        worst = std::max(worst, std::fabs(double(r.out[size_t(b) * s.T * s.NH * s.HS + i]) -
+                                          o.out[size_t(b) * s.T * s.NH * s.HS + i]));
     CHECK(worst == 0);
   }
 }
@@ -122,8 +127,8 @@ TEST_CASE_TEMPLATE("attention: scores of any size give finite probabilities", Re
   std::vector<Real> qkv = random_values<Real>(qkv_size(s), 16, 300);  // scores up to about 1e6
   const Result<Real> r = attend(qkv, s);
   const Result<double> expected = attend_slowly({qkv.begin(), qkv.end()}, s);
-  // Scores of 1e6 are off by 1e6 * HS roundings: where two are as near as that, fp32 cannot tell which one wins, so only
-  // size is checked there, and values in fp64.
+  // Scores of 1e6 are off by 1e6 * HS roundings: where two are as near as that, fp32 cannot tell which one wins, so
+  // only size is checked there, and values in fp64.
   CHECK(largest(r.out) <= 1.001 * largest(qkv));
   if (sizeof(Real) == 8) CHECK(distance(r.out, expected.out) <= 1e6 * 16 * kRounding<Real> * largest(qkv));
   qkv[5] = std::numeric_limits<Real>::quiet_NaN();  // channel 5 of the first query: its own output only
@@ -212,7 +217,8 @@ std::vector<QkNorm> qk_norm_cases() {
 
 }  // namespace
 
-TEST_CASE_TEMPLATE("attention: QK-Norm is RMSNorm of every query and key head, then RoPE; values stay", Real, float, double) {
+TEST_CASE_TEMPLATE("attention: QK-Norm is RMSNorm of every query and key head, then RoPE; values stay", Real, float,
+                   double) {
   for (const QkNorm& q : qk_norm_cases()) {
     const RopeShape s = q.s;
     const std::vector<Real> qkv = random_values<Real>(qkv_size(s), 20), wq = random_values<Real>(s.HS, 21),
@@ -249,7 +255,8 @@ TEST_CASE("attention: QK-Norm's backward is the derivative of its forward, and w
     const auto f = q.forward(qkv, wq, wk);
     Cpu be;
     std::vector<double> dqkv = dout, dwq(s.HS, 100.0), dwk(s.HS, -100.0);
-    qk_norm_rope_backward(be, dqkv.data(), dwq.data(), dwk.data(), f.raw.data(), f.rstd.data(), wq.data(), wk.data(), q.table, s);
+    qk_norm_rope_backward(be, dqkv.data(), dwq.data(), dwk.data(), f.raw.data(), f.rstd.data(), wq.data(), wk.data(),
+                          q.table, s);
     for (int c = 0; c < s.HS; ++c) dwq[c] -= 100, dwk[c] += 100;
     auto loss = [&] { return dot(q.forward(qkv, wq, wk).qkv, dout); };
     CHECK(slope_distance(qkv, dqkv, loss) < kSlope);
@@ -260,7 +267,8 @@ TEST_CASE("attention: QK-Norm's backward is the derivative of its forward, and w
 
 TEST_CASE("attention: QK-Norm with first works on the later positions only") {
   for (QkNorm q : qk_norm_cases()) {
-    const std::vector<double> qkv = random_values<double>(qkv_size(q.s), 27), wq = random_values<double>(q.s.HS, 28), wk = wq;
+    const std::vector<double> qkv = random_values<double>(qkv_size(q.s), 27), wq = random_values<double>(q.s.HS, 28),
+                              wk = wq;
     const auto all = q.forward(qkv, wq, wk);
     q.s.first = 5;
     const auto part = q.forward(qkv, wq, wk);
@@ -280,7 +288,8 @@ TEST_CASE("attention: the number of threads changes nothing in QK-Norm") {
       Cpu be;
       const auto f = q.forward(qkv, wq, wk);
       std::vector<float> d = f.qkv, dw(2 * s.HS);
-      qk_norm_rope_backward(be, d.data(), dw.data(), dw.data() + s.HS, f.raw.data(), f.rstd.data(), wq.data(), wk.data(), q.table, s);
+      qk_norm_rope_backward(be, d.data(), dw.data(), dw.data() + s.HS, f.raw.data(), f.rstd.data(), wq.data(),
+                            wk.data(), q.table, s);
       d.insert(d.end(), dw.begin(), dw.end());
       d.insert(d.end(), f.qkv.begin(), f.qkv.end());
       return d;

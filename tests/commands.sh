@@ -46,6 +46,14 @@ done
 check "20 rows of log" test "$(wc -l <runs/straight/log.csv)" -eq 21
 check "sampling" "$programs/eval" sample --run straight --tokens 20
 check "loss" "$programs/eval" loss --run straight
+check "trace" "$programs/eval" trace --run straight --prompt "Ann ran, Bob sat."
+check "memory" "$programs/eval" memory --preset llama-1b
+check "logits" "$programs/eval" logits --run straight --tokens 1,2,3 --out logits.npy
+check "logits: (3, 264) fp32 behind the header" test "$(wc -c <logits.npy)" -gt $((3 * 264 * 4))
+mkdir text && printf 'one\n<|endoftext|>\ntwo three\n' >text/input.txt
+check "encode" "$programs/data" encode --input text/input.txt --out text/shards --val-fraction 0
+"$programs/data" decode text/shards/train_000.bin >text/decoded 2>err
+same "decode gives the text back" text/decoded text/input.txt
 
 # ---- The same to the bit: threads, interruption, kill ------------------------------------------------------------------
 check "one thread" $train --run one --steps 20 --threads 1
@@ -133,6 +141,12 @@ cp runs/straight/checkpoint/model.safetensors runs/broken/checkpoint/
 refuse "shape" "$programs/train" --run broken --resume --steps 500
 echo "{" >runs/broken/checkpoint/state.json
 refuse "not valid JSON" "$programs/train" --run broken --resume
+
+refuse "did you mean loss" "$programs/eval" lss
+refuse "did you mean straight" "$programs/eval" loss --run straigt
+refuse "fractions 0,3" "$programs/eval" memory --fractions 0,3
+refuse "broken" "$programs/eval" loss --run broken
+refuse "token|layer" "$programs/eval" trace --run straight --prompt "Ann" --layer 7
 
 # A loss that is not finite stops the run and leaves the last good checkpoint.
 $train --run diverge --steps 50 --lr 1e18 --warmup 0 --clip 0 --schedule constant --checkpoint-every 1 >out 2>message

@@ -87,8 +87,9 @@ double dot(const std::vector<A>& a, const std::vector<B>& b) {
 }
 
 // Largest difference between `gradient` and the slope of `loss` along each element of `input`, relative to the
-// largest slope. The slope is the five-point difference with h = 1e-3: its truncation error h^4/30 f''''' is about 3e-14 f''''',
-// its rounding error about 2^-53 |loss| / h = 1e-13 |loss|. kSlope leaves three orders of magnitude for |loss| and f'''''.
+// largest slope. The slope is the five-point difference with h = 1e-3: its truncation error h^4/30 f''''' is about
+// 3e-14 f''''', its rounding error about 2^-53 |loss| / h = 1e-13 |loss|. kSlope leaves three orders of magnitude for
+// |loss| and f'''''.
 constexpr double kSlope = 1e-9;
 template <class Loss>
 double slope_distance(std::vector<double>& input, const std::vector<double>& gradient, Loss loss) {
@@ -167,7 +168,9 @@ struct Fixture {
 };
 
 // For == with a number of any size: equal up to `relative`. (doctest's own default is absolute for small numbers.)
-inline doctest::Approx about(double value, double relative = 1e-12) { return doctest::Approx(value).epsilon(relative).scale(0); }
+inline doctest::Approx about(double value, double relative = 1e-12) {
+  return doctest::Approx(value).epsilon(relative).scale(1e-290);
+}
 
 // The message of the UserError (or whatever was thrown) of work(); empty if it threw nothing.
 template <class Work>

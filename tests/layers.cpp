@@ -109,7 +109,8 @@ TEST_CASE_TEMPLATE("layers: norms equal their formula", Real, float, double) {
       }
       // C = 1 under LayerNorm: x - mean is 0 up to a rounding of x, which 1/sqrt(eps) multiplies by 316.
       const double amplify = C == 1 && kind == NormKind::layer ? 320 : 1;
-      CHECK(distance(out, expected) <= (2 * std::sqrt(C) + 8) * kRounding<Real> * amplify * std::max(largest(expected), largest(x)));
+      CHECK(distance(out, expected) <=
+            (2 * std::sqrt(C) + 8) * kRounding<Real> * amplify * std::max(largest(expected), largest(x)));
     }
 }
 
@@ -117,7 +118,8 @@ TEST_CASE("layers: norms' backward is the derivative of their forward, beside an
   Cpu be;
   const int N = 19, C = 7;  // more rows than chunks
   for (NormKind kind : {NormKind::rms, NormKind::layer}) {
-    std::vector<double> x = random_values<double>(N * C, 46), weight = random_values<double>(C, 47), bias = random_values<double>(C, 48);
+    std::vector<double> x = random_values<double>(N * C, 46), weight = random_values<double>(C, 47),
+                        bias = random_values<double>(C, 48);
     const std::vector<double> dout = random_values<double>(N * C, 49), dresidual = random_values<double>(N * C, 50);
     std::vector<double> out(N * C), mean(N), rstd(N);
     auto forward = [&] {
@@ -141,12 +143,12 @@ TEST_CASE("layers: norms' backward is the derivative of their forward, beside an
 
     forward();
     std::vector<double> dx_beside = garbage<double>(N * C), in_place = dresidual;
-    norm_backward(be, kind, dx_beside.data(), dweight.data(), dbias.data(), dresidual.data(), dout.data(), x.data(), mean.data(),
-                  rstd.data(), weight.data(), N, C);
+    norm_backward(be, kind, dx_beside.data(), dweight.data(), dbias.data(), dresidual.data(), dout.data(), x.data(),
+                  mean.data(), rstd.data(), weight.data(), N, C);
     CHECK(slope_distance(x, dx_beside, loss_beside) < kSlope);
     forward();
-    norm_backward(be, kind, in_place.data(), dweight.data(), dbias.data(), in_place.data(), dout.data(), x.data(), mean.data(),
-                  rstd.data(), weight.data(), N, C);
+    norm_backward(be, kind, in_place.data(), dweight.data(), dbias.data(), in_place.data(), dout.data(), x.data(),
+                  mean.data(), rstd.data(), weight.data(), N, C);
     CHECK(same_bits(dx_beside, in_place));
   }
 }
@@ -166,7 +168,8 @@ std::vector<double> multiply_slowly(const std::vector<Real>& x, const std::vecto
   std::vector<double> y(size_t(c.N) * c.OC);
   for (int n = 0; n < c.N; ++n)
     for (int o = 0; o < c.OC; ++o)
-      for (int i = 0; i < c.IC; ++i) y[size_t(n) * c.OC + o] += double(x[size_t(n) * c.IC + i]) * double(w[size_t(o) * c.IC + i]);
+      for (int i = 0; i < c.IC; ++i)
+        y[size_t(n) * c.OC + o] += double(x[size_t(n) * c.IC + i]) * double(w[size_t(o) * c.IC + i]);
   return y;
 }
 
@@ -222,8 +225,8 @@ TEST_CASE_TEMPLATE("layers: linear's backward equals its formula at sizes beyond
 TEST_CASE("layers: linear's backward is the derivative of its forward, of every input") {
   Cpu be;
   const int N = 7, IC = 5, OC = 3;
-  std::vector<double> x = random_values<double>(N * IC, 58), w = random_values<double>(OC * IC, 59), bias = random_values<double>(OC, 60),
-                      residual = random_values<double>(N * OC, 61), out(N * OC);
+  std::vector<double> x = random_values<double>(N * IC, 58), w = random_values<double>(OC * IC, 59),
+                      bias = random_values<double>(OC, 60), residual = random_values<double>(N * OC, 61), out(N * OC);
   const std::vector<double> dout = random_values<double>(N * OC, 62);
   std::vector<double> dx = garbage<double>(N * IC), dw = started(OC * IC), dbias = started(OC);
   linear_backward(be, dx.data(), dw.data(), dbias.data(), dout.data(), x.data(), w.data(), N, IC, OC);
@@ -325,7 +328,9 @@ TEST_CASE("layers: fp32 activations' gradients are those in fp64") {
 
 // ---------------------------------------------------------------------------------------------------------------------
 
-TEST_CASE_TEMPLATE("layers: cross-entropy equals its formula, skips negative targets and leaves z-loss out of the losses", Real, float, double) {
+TEST_CASE_TEMPLATE(
+    "layers: cross-entropy equals its formula, skips negative targets and leaves z-loss out of the losses", Real, float,
+    double) {
   Cpu be;
   for (int V : {1, 2, 29, 1000}) {
     const int N = 9;
@@ -400,8 +405,9 @@ TEST_CASE_TEMPLATE("layers: cross-entropy of huge logits is finite, of NaN and i
 TEST_CASE("layers: the number of threads changes nothing") {
   Cpu be;
   const int N = 533, C = 67, OC = 519, V = 31;
-  const std::vector<float> x = random_values<float>(N * C, 80), w = random_values<float>(OC * C, 81), bias = random_values<float>(OC, 82),
-                           dout = random_values<float>(N * OC, 83), dx = random_values<float>(N * C, 84), weight = random_values<float>(C, 85);
+  const std::vector<float> x = random_values<float>(N * C, 80), w = random_values<float>(OC * C, 81),
+                           bias = random_values<float>(OC, 82), dout = random_values<float>(N * OC, 83),
+                           dx = random_values<float>(N * C, 84), weight = random_values<float>(C, 85);
   const std::vector<int> tokens = random_tokens(N, V, 86);
   auto same = [](const char* name, auto work) {
     CAPTURE(name);
@@ -419,7 +425,8 @@ TEST_CASE("layers: the number of threads changes nothing") {
   });
   same("linear_backward", [&] {
     std::vector<float> d(N * C + OC * C + OC);
-    linear_backward(be, d.data(), d.data() + N * C, d.data() + N * C + OC * C, dout.data(), x.data(), w.data(), N, C, OC);
+    linear_backward(be, d.data(), d.data() + N * C, d.data() + N * C + OC * C, dout.data(), x.data(), w.data(), N, C,
+                    OC);
     return d;
   });
   for (NormKind kind : {NormKind::rms, NormKind::layer})

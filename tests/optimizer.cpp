@@ -48,7 +48,8 @@ TEST_CASE("optimizer: learning rates") {
   CHECK(rate(Schedule::constant, 100) == about(lr));
   CHECK((rate(Schedule::cosine, 55) + rate(Schedule::cosine, 56)) / 2 == about((lr + min_lr) / 2));
   CHECK((rate(Schedule::linear, 55) + rate(Schedule::linear, 56)) / 2 == about((lr + min_lr) / 2));
-  CHECK(rate(Schedule::cosine, 11 + 89 / 3) == about(min_lr + (lr - min_lr) * std::pow(std::cos(M_PI / 2 * (89 / 3) / 89.0), 2)));
+  CHECK(rate(Schedule::cosine, 11 + 89 / 3) ==
+        about(min_lr + (lr - min_lr) * std::pow(std::cos(M_PI / 2 * (89 / 3) / 89.0), 2)));
   for (Schedule s : {Schedule::cosine, Schedule::linear})
     for (int step = warmup; step < steps - 1; ++step) CHECK(rate(s, step + 1) < rate(s, step));
   // Beyond the plan it stays at the bottom; odd plans stay finite and within the bounds.
@@ -97,7 +98,8 @@ TEST_CASE("optimizer: AdamW equals its formula, with and without clipping and de
         double norm = 0;
         for (float g : before.gradients) norm += double(g) * g;
         norm = std::sqrt(norm);
-        const double factor = clip > 0 && norm > clip ? clip / norm : 1;  // PyTorch's 1e-6 beside the norm is within the tolerance
+        const double factor =
+            clip > 0 && norm > clip ? clip / norm : 1;  // PyTorch's 1e-6 beside the norm is within the tolerance
         double worst = 0, worst_m = 0, worst_v = 0;
         for (size_t i = 0; i < s.master.size(); ++i) {
           const double g = before.gradients[i] * factor;

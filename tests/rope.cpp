@@ -27,7 +27,8 @@ std::vector<Case> cases() {
       all.push_back({3, 7, 5, 5, 16, R, pairs, 10000});
       all.push_back({2, 13, 6, 2, 16, R, pairs, 500});
     }
-  all.push_back({2, 5, 3, 1, 7, 6, RopePairs::half, 10000});  // an odd head size: its last channel cannot have a partner
+  all.push_back(
+      {2, 5, 3, 1, 7, 6, RopePairs::half, 10000});  // an odd head size: its last channel cannot have a partner
   all.push_back({2, 5, 3, 1, 7, 6, RopePairs::interleaved, 10000});
 #ifdef ROTARY_DIM  // such a build knows one R only
   std::vector<Case> kept;
@@ -131,7 +132,8 @@ TEST_CASE("rope: the table holds cos and sin of t * base^(-2i/R), rounded once")
   CHECK(rope_table_bytes(10'000'000, 0) == 0);
 }
 
-TEST_CASE_TEMPLATE("rope: values, and the channels from R on, other heads and R = 0 unchanged to the bit", Real, float, double) {
+TEST_CASE_TEMPLATE("rope: values, and the channels from R on, other heads and R = 0 unchanged to the bit", Real, float,
+                   double) {
   for (const Case& c : cases()) {
     const std::vector<Real> before = random_values<Real>(c.size(), 1), after = rotated(c, before);
     double worst = 0;
@@ -144,10 +146,12 @@ TEST_CASE_TEMPLATE("rope: values, and the channels from R on, other heads and R 
           touched += std::memcmp(&before[at + R], &after[at + R], (c.HS - R) * sizeof(Real)) != 0;
           for (int i = 0; i < R / 2; ++i) {
             // A pair is a complex number, and RoPE multiplies it by e^(j t theta).
-            const int x = c.pairs == RopePairs::half ? i : 2 * i, y = c.pairs == RopePairs::half ? i + R / 2 : 2 * i + 1;
+            const int x = c.pairs == RopePairs::half ? i : 2 * i,
+                      y = c.pairs == RopePairs::half ? i + R / 2 : 2 * i + 1;
             const std::complex<double> z(before[at + x], before[at + y]);
             const std::complex<double> expected = z * std::polar(1.0, t * std::pow(c.base, -2.0 * i / R));
-            worst = std::max(worst, std::abs(expected - std::complex<double>(after[at + x], after[at + y])) / std::abs(z));
+            worst =
+                std::max(worst, std::abs(expected - std::complex<double>(after[at + x], after[at + y])) / std::abs(z));
           }
         }
     CHECK(touched == 0);
@@ -173,7 +177,8 @@ TEST_CASE_TEMPLATE("rope: backward undoes forward, and lengths are kept", Real, 
       }
       length_error = std::max(length_error, std::fabs(std::sqrt(length2_after / length2) - 1));
     }
-    // cos and sin in fp32, each off by up to 2^-25, make cos^2 + sin^2 = 1 + d with |d| <= 2 (|cos| + |sin|) 2^-25 < 2^-23.5.
+    // cos and sin in fp32, each off by up to 2^-25, make cos^2 + sin^2 = 1 + d with |d| <= 2 (|cos| + |sin|) 2^-25 <
+    // 2^-23.5.
     const double table_error = std::ldexp(1.0, -23);
     CHECK(length_error <= table_error + 4 * kRounding<Real>);
     rope_backward(be, after.data(), table.table, c.shape());
@@ -218,9 +223,11 @@ TEST_CASE("rope: q . k depends only on the distance") {
       for (int i = 0; i < c.HS; ++i) q2 += qkv[i] * qkv[i], k2 += qkv[c.HS + i] * qkv[c.HS + i];
       for (int distance : {0, 1, 2, 17, 100}) {
         spread = std::max(spread, std::fabs(score(distance, 0) - score(0, 0)));
-        for (int s = 0; s + distance < c.T; ++s) worst = std::max(worst, std::fabs(score(s + distance, s) - score(distance, 0)));
+        for (int s = 0; s + distance < c.T; ++s)
+          worst = std::max(worst, std::fabs(score(s + distance, s) - score(distance, 0)));
       }
-      // Either vector is off by at most sqrt(2) 2^-25 of its length (the table's rounding), in either of the two scores.
+      // Either vector is off by at most sqrt(2) 2^-25 of its length (the table's rounding), in either of the two
+      // scores.
       CHECK(worst <= 4 * std::sqrt(2) * std::ldexp(1.0, -25) * std::sqrt(q2 * k2));
       CHECK(spread > 0.1);  // and it does depend on the distance
     }
@@ -245,7 +252,8 @@ TEST_CASE("rope: interleaved pairs are half-split pairs in another order of chan
   const int R = ROTARY_DIM_OR(8);
   const int HS = 12;
   if (R == 0 || R > HS) return;
-  const Case half{2, 9, 3, 1, HS, R, RopePairs::half, 10000}, interleaved{2, 9, 3, 1, HS, R, RopePairs::interleaved, 10000};
+  const Case half{2, 9, 3, 1, HS, R, RopePairs::half, 10000},
+      interleaved{2, 9, 3, 1, HS, R, RopePairs::interleaved, 10000};
   auto reorder = [&](const std::vector<float>& x) {  // channels i and i + R/2 to 2i and 2i + 1
     std::vector<float> y = x;
     for (size_t h = 0; h < x.size(); h += HS)
@@ -260,7 +268,8 @@ TEST_CASE("rope: first leaves earlier positions alone") {
   for (const Case& c : cases())
     for (int first : {0, 1, c.T - 1}) {
       if (first >= c.T) continue;
-      const std::vector<float> before = random_values<float>(c.size(), 8), all = rotated(c, before), part = rotated(c, before, first);
+      const std::vector<float> before = random_values<float>(c.size(), 8), all = rotated(c, before),
+                               part = rotated(c, before, first);
       std::vector<float> expected = all;
       for (int b = 0; b < c.B; ++b)
         std::copy_n(&before[c.at(b, 0, 0)], size_t(first) * (c.NH + 2 * c.NKV) * c.HS, &expected[c.at(b, 0, 0)]);
@@ -269,5 +278,6 @@ TEST_CASE("rope: first leaves earlier positions alone") {
 }
 
 TEST_CASE("rope: the number of threads changes nothing") {
-  for (const Case& c : cases()) CHECK(same_for_any_threads([&] { return rotated(c, random_values<float>(c.size(), 9)); }));
+  for (const Case& c : cases())
+    CHECK(same_for_any_threads([&] { return rotated(c, random_values<float>(c.size(), 9)); }));
 }
