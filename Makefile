@@ -16,14 +16,13 @@ NVCC ?= nvcc
 ARCH ?= $(shell command -v $(NVCC) >/dev/null 2>&1 && nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | head -1 | tr -d .)
 
 BUILD := build$(if $(DEBUG),-debug)$(if $(SAN),-san)$(if $(ROTARY_DIM),-rotary$(ROTARY_DIM))
-EIGEN := $(firstword $(wildcard /usr/include/eigen3 /usr/local/include/eigen3 /opt/homebrew/include/eigen3))
 
 # -fno-math-errno and -fno-trapping-math let loops with sqrt and rounding be vectorised; unlike -ffast-math they change
 # no result and keep NaN checks.
 OPTIMISE := $(if $(DEBUG),-O0 -g,$(if $(SAN),-O1 -g,-O3 -march=native -fno-math-errno -fno-trapping-math))
 comma := ,
 SANITIZE := $(if $(SAN),-fsanitize=address$(comma)undefined -fno-sanitize-recover=all)
-CPPFLAGS += -I. $(if $(EIGEN),-isystem $(EIGEN)) $(if $(ROTARY_DIM),-DROTARY_DIM=$(ROTARY_DIM))
+CPPFLAGS += -I. $(addprefix -isystem ,/usr/include/eigen3 /usr/local/include/eigen3 /opt/homebrew/include/eigen3) $(if $(ROTARY_DIM),-DROTARY_DIM=$(ROTARY_DIM))
 CXXFLAGS += -std=c++17 -Wall -Wextra -fopenmp $(SANITIZE)
 
 # One way to make a program from its sources, with the compiler that the machine has.

@@ -391,10 +391,12 @@ void simple_attention_backward(Cuda& be, Real* dqkv, float* delta, const Real* d
   });
 }
 
-// The one place that chooses between the two rungs.
+// The one place that chooses between the two rungs. Heads of 128 and 256 need up to 163 KiB of shared memory a block,
+// which data-centre GPUs have and others (99 KiB) have not.
 template <class Real>
 bool use_flash_attention(const Cuda& be, const AttentionShape& s) {
-  return std::is_same_v<Real, bf16> && be.capability >= 80 && s.first == 0 && flash_attention_supports(s.HS);
+  return std::is_same_v<Real, bf16> && be.capability >= 80 && s.first == 0 && flash_attention_supports(s.HS) &&
+         (s.HS <= 64 || be.shared_bytes >= 163 * 1024);
 }
 
 template <class Real>

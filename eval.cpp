@@ -173,10 +173,9 @@ void command_loss(const std::vector<std::string>& args) {
 
 // ---------------------------------------------------------------------------------------------------------------------
 
-// A model may say any byte; a terminal should not obey them.
 void write_text(const std::string& text, bool terminal) {
-  for (unsigned char byte : text)
-    std::fputc(terminal && ((byte < 32 && byte != '\n' && byte != '\t') || byte == 127) ? '?' : byte, stdout);
+  const std::string shown = terminal ? printable(text) : text;
+  std::fwrite(shown.data(), 1, shown.size(), stdout);
   std::fflush(stdout);
 }
 

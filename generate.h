@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <numeric>
+#include <string>
 #include <vector>
 
 #include "model.h"
@@ -33,6 +34,13 @@ int sample_token(const T* logits, int vocabulary, double temperature, int top_k,
   for (size_t i = 0; i < ids.size(); ++i) up_to[i] = sum += std::exp((logits[ids[i]] - highest) / temperature);
   const size_t chosen = std::upper_bound(up_to.begin(), up_to.end(), u * sum) - up_to.begin();
   return ids[std::min(chosen, ids.size() - 1)];
+}
+
+// A model may say any byte; a terminal should not obey them. Control bytes become '?'.
+inline std::string printable(std::string text) {
+  for (char& c : text)
+    if ((static_cast<unsigned char>(c) < 32 && c != '\n' && c != '\t') || c == 127) c = '?';
+  return text;
 }
 
 // Appends up to `count` tokens to `tokens` (the prompt, at least one token). emit(token) is called with each; the

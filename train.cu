@@ -294,7 +294,7 @@ int train(Backend& be, Run& run) {
     std::vector<int> tokens = {run.tokenizer->end_of_text()};
     generate(model, tokens, count, 0.8, 0, s.seed + step, run.tokenizer->end_of_text(), run.tokenizer->vocabulary(),
              [&](int token) { run.tokenizer->decode(token, text); });
-    return text;
+    return printable(text);
   };
   const std::string resume = "train --run " + s.run + " --resume";
 

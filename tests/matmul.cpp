@@ -1,5 +1,10 @@
 // matmul.h against sums in double, over odd sizes, in all three ways that a linear layer uses it.
 
+#define EIGEN_DONT_PARALLELIZE
+#define EIGEN_NO_CUDA
+#include <Eigen/Core>
+
+#include "layers.cuh"
 #include "matmul.h"
 
 #include <cmath>
@@ -102,4 +107,18 @@ TEST_CASE("matmul gives the same bits for any number of threads") {
       }
     }
   omp_set_num_threads(threads);
+}
+
+TEST_CASE("matmul: a linear layer's product is Eigen's") {
+  using Matrix = Eigen::Matrix<float, Eigen::Dynamic, Eigen::Dynamic, Eigen::RowMajor>;
+  const int N = 67, IC = 450, OC = 130;
+  const std::vector<float> x = numbers<float>(size_t(N) * IC, 5), w = numbers<float>(size_t(OC) * IC, 6);
+  std::vector<float> y(size_t(N) * OC, NAN);
+  Cpu be;
+  linear_forward(be, y.data(), x.data(), w.data(), (const float*)nullptr, N, IC, OC);
+  const Eigen::Map<const Matrix> X(x.data(), N, IC), W(w.data(), OC, IC), Y(y.data(), N, OC);
+  const Matrix expected = X * W.transpose(), sizes = X.cwiseAbs() * W.cwiseAbs().transpose();
+  // Both round IC terms in orders of their own: each is off by at most IC eps/2 times the sum of the terms' sizes.
+  const Matrix bound = sizes * (IC * std::numeric_limits<float>::epsilon());
+  CHECK(((Y - expected).cwiseAbs().array() <= bound.array()).all());
 }
