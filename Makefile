@@ -2,6 +2,8 @@
 # make test    builds and runs the tests
 #
 # make train ARGS="--rotary-fraction 1 --run full"     other flags: build/train --help
+# make bench   tokens per second and the time of each operation on the CPU; with a GPU, also: make build/ops_gpu
+#
 # make ROTARY_DIM=6     the rotary dimension as a compile-time constant
 # make DEBUG=1          -O0 -g, for stepping through
 # make test SAN=1       under AddressSanitizer and UndefinedBehaviorSanitizer
@@ -59,14 +61,18 @@ $(BUILD)/train: $(BUILD)/train.o
 $(BUILD)/data: $(BUILD)/data.o
 $(BUILD)/eval: $(BUILD)/eval.o
 $(BUILD)/bench: $(BUILD)/bench.o
-$(BUILD)/tests $(BUILD)/train $(BUILD)/data $(BUILD)/eval $(BUILD)/bench:
+$(BUILD)/ops_gpu: $(BUILD)/ops_gpu.o
+$(BUILD)/attention_gpu: $(BUILD)/attention_gpu.o
+$(addprefix $(BUILD)/,tests train data eval bench ops_gpu attention_gpu):
 	$(LINK)
 
 $(BUILD)/%.o: %.cu $(BUILD)/ready
 	$(COMPILE)
 $(BUILD)/%.o: %.cpp $(BUILD)/ready
 	$(COMPILE)
-$(BUILD)/bench.o: bench/bench.cpp $(BUILD)/ready
+$(BUILD)/%.o: bench/%.cpp $(BUILD)/ready
+	$(COMPILE)
+$(BUILD)/%.o: bench/%.cu $(BUILD)/ready
 	$(COMPILE)
 # Tests are compiled more often than they run: little optimisation, and doctest's assertions as function calls.
 $(BUILD)/tests-%.o: OPTIMISE := $(if $(SAN),-O1 -g,$(if $(DEBUG),-O0 -g,-O1 -march=native))

@@ -1,3 +1,4 @@
+#include <filesystem>
 // Tests of data.h (shards, order), encode.h (writing) and stories.h (the built-in corpus).
 #include "../data.h"
 
@@ -15,9 +16,8 @@ namespace {
 struct TemporaryDirectory {
   std::string path;
   TemporaryDirectory() {
-    char name[] = "/tmp/partial-rope-XXXXXX";
-    if (!::mkdtemp(name)) throw std::runtime_error("mkdtemp failed");
-    path = name;
+    path = (std::filesystem::temp_directory_path() / "partial-rope-XXXXXX").string();
+    if (!::mkdtemp(path.data())) throw std::runtime_error("mkdtemp failed");
   }
   ~TemporaryDirectory() { std::filesystem::remove_all(path); }
   std::string operator/(const std::string& name) const { return path + "/" + name; }

@@ -65,8 +65,8 @@ size_t widest_line(const std::string& text) {
 struct Folder {
   std::string path;
   Folder() {
-    char name[] = "/tmp/partial-rope-test-XXXXXX";
-    path = ::mkdtemp(name);
+    path = (std::filesystem::temp_directory_path() / "partial-rope-XXXXXX").string();
+    if (!::mkdtemp(path.data())) throw std::runtime_error("mkdtemp failed");
   }
   ~Folder() { std::filesystem::remove_all(path); }
   void shard(const std::string& name, const std::vector<uint16_t>& tokens) const {
