@@ -1,9 +1,9 @@
-#include <filesystem>
 // Tests of data.h (shards, order), encode.h (writing) and stories.h (the built-in corpus).
 #include "../data.h"
 
 #include <doctest/doctest.h>
 
+#include <filesystem>
 #include <map>
 #include <set>
 
