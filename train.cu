@@ -390,9 +390,10 @@ int train(Backend& be, Run& run) {
   std::printf("\nFiles: %s: log.csv val.csv summary.json config.json checkpoint/\n", run.directory.c_str());
   std::printf(
       "Next:\n"
-      "  build/eval trace --run %s --prompt \"...\"     one token through the partial-RoPE path, byte by byte\n"
-      "  build/eval sample --run %s                   more text\n"
-      "  make train ARGS=\"--rotary-fraction 0\"         the same without position (NoPE); 1 is full RoPE\n",
+      "  make                                        builds build/eval as well\n"
+      "  build/eval trace --run %s --prompt \"...\"    one token through the partial-RoPE path, byte by byte\n"
+      "  build/eval sample --run %s                  more text\n"
+      "  make train ARGS=\"--rotary-fraction 0\"       the same without position (NoPE); 1 is full RoPE\n",
       s.run.c_str(), s.run.c_str());
   return 0;
 }
