@@ -391,8 +391,8 @@ void simple_attention_backward(Cuda& be, Real* dqkv, float* delta, const Real* d
   });
 }
 
-// The one place that chooses between the two rungs. Heads of 128 and 256 need up to 163 KiB of shared memory a block,
-// which data-centre GPUs have and others (99 KiB) have not.
+// The one place that chooses between the two rungs. The backward pass of heads of 128 needs about 129 KiB of shared
+// memory a block; sm_80 (163 KiB) and sm_90 have that, sm_86 and sm_89 (99 KiB) have not.
 template <class Real>
 bool use_flash_attention(const Cuda& be, const AttentionShape& s) {
   return std::is_same_v<Real, bf16> && be.capability >= 80 && s.first == 0 && flash_attention_supports(s.HS) &&

@@ -27,7 +27,7 @@ struct Settings {
   uint64_t seed = 1;
 
   std::string preset = "nano", data = "data/stories/train_*.bin", val, run, device = "auto", dtype = "auto";
-  int val_every = 0, val_tokens = 65536, sample_every = 0, checkpoint_every = 0;  // every 0: four times in the run
+  int val_every = 0, val_tokens = 65536, sample_every = 0, checkpoint_every = 0;  // 0: eight validations, no samples, four checkpoints
   int threads = 0;                                                                // 0: all cores
   bool resume = false;
 };
