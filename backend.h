@@ -14,6 +14,7 @@
 #include <utility>
 
 #include <omp.h>
+#include <unistd.h>
 
 #include "error.h"
 
@@ -44,7 +45,8 @@ struct Cpu {
   void* allocate(size_t bytes) {
     size_t padded = (bytes + 63) / 64 * 64;
     void* p = std::aligned_alloc(64, padded ? padded : 64);
-    if (!p) throw UserError("out of memory: could not allocate " + std::to_string(bytes >> 20) + " MiB; try a smaller --batch");
+    if (!p)
+      throw UserError("out of memory: could not allocate " + std::to_string(bytes >> 20) + " MiB; try a smaller --batch");
     std::memset(p, 0, padded);
     return p;
   }
@@ -57,6 +59,13 @@ struct Cpu {
     if (bytes) std::memcpy(to_host, from, bytes);
   }
   void synchronize() {}
+  size_t available_memory() const { return size_t(sysconf(_SC_PHYS_PAGES)) * size_t(sysconf(_SC_PAGESIZE)); }
+  // Memory that copies to and from the device go through; see Cuda.
+  void* allocate_host(size_t bytes) { return allocate(bytes); }
+  void release_host(void* p) { release(p); }
+  struct Recording {};
+  template <class Work>
+  void replay(Recording&, Work work) { work(); }
 };
 
 // Sums over rows (parameter gradients) are made from partial sums over kRowChunks runs of rows, added in order, so that
@@ -103,7 +112,8 @@ inline void check(cudaError_t error, const char* what) {
   if (error != cudaSuccess) throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(error));
 }
 inline void check(cublasStatus_t status, const char* what) {
-  if (status != CUBLAS_STATUS_SUCCESS) throw std::runtime_error(std::string(what) + ": " + cublasLtGetStatusString(status));
+  if (status != CUBLAS_STATUS_SUCCESS)
+    throw std::runtime_error(std::string(what) + ": " + cublasLtGetStatusString(status));
 }
 
 struct Cuda {
@@ -150,7 +160,7 @@ struct Cuda {
       cudaMemGetInfo(&free_bytes, &total);
       throw UserError("out of GPU memory: needed " + std::to_string(bytes >> 20) + " MiB more, " +
                       std::to_string(free_bytes >> 20) + " of " + std::to_string(total >> 20) +
-                      " MiB are free; try a smaller --batch with more --accumulate");
+                      " MiB are free; try a smaller --batch with more --accumulate, or --recompute");
     }
     zero(p, bytes);
     return p;
@@ -165,6 +175,49 @@ struct Cuda {
     synchronize();
   }
   void synchronize() { check(cudaStreamSynchronize(stream), "cudaStreamSynchronize"); }
+  size_t available_memory() const {
+    size_t available = 0, total = 0;
+    check(cudaMemGetInfo(&available, &total), "cudaMemGetInfo");
+    return available;
+  }
+
+  // Page-locked main memory: a copy from it is queued on the stream like a kernel, the program does not wait for it.
+  void* allocate_host(size_t bytes) {
+    void* p = nullptr;
+    check(cudaMallocHost(&p, bytes ? bytes : 1), "cudaMallocHost");
+    return p;
+  }
+  void release_host(void* p) { cudaFreeHost(p); }
+
+  // Runs work(), a row of kernel launches that is the same every time, to the addresses: the first time as it stands (so
+  // that libraries load what they need), the second time recorded as a CUDA graph, which is started as a whole from then
+  // on. That takes a small model's step off the time that some hundred single launches need.
+  struct Recording {
+    cudaGraphExec_t graph = nullptr;
+    bool warm = false;
+    Recording() = default;
+    Recording(const Recording&) = delete;
+    Recording& operator=(const Recording&) = delete;
+    ~Recording() {
+      if (graph) cudaGraphExecDestroy(graph);
+    }
+  };
+  template <class Work>
+  void replay(Recording& recording, Work work) {
+    if (!recording.warm) {
+      recording.warm = true;
+      return work();
+    }
+    if (!recording.graph) {
+      cudaGraph_t graph = nullptr;
+      check(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal), "cudaStreamBeginCapture");
+      work();
+      check(cudaStreamEndCapture(stream, &graph), "cudaStreamEndCapture");
+      check(cudaGraphInstantiate(&recording.graph, graph, 0), "cudaGraphInstantiate");
+      cudaGraphDestroy(graph);
+    }
+    check(cudaGraphLaunch(recording.graph, stream), "cudaGraphLaunch");
+  }
 };
 
 // What every kernel needs. A tensor is read and written W elements at a time, 16 bytes where its columns and addresses
@@ -272,6 +325,17 @@ struct Buffer {
   T* as() const {
     return static_cast<T*>(data);
   }
+};
+
+// An array of n T in the host's memory, from which uploads are queued.
+template <class Backend, class T>
+struct HostArray {
+  Backend& be;
+  T* data;
+  HostArray(Backend& backend, size_t n) : be(backend), data(static_cast<T*>(be.allocate_host(n * sizeof(T)))) {}
+  HostArray(const HostArray&) = delete;
+  HostArray& operator=(const HostArray&) = delete;
+  ~HostArray() { be.release_host(data); }
 };
 
 // ---------------------------------------------------------------------------------------------------------------------

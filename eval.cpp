@@ -310,7 +310,9 @@ int command_trace(const std::vector<std::string>& args) {
     throw UserError("--against " + std::to_string(against) + ": must be a position up to that of --token, or -1");
   set_threads(place.threads);
   Cpu backend;
-  Model<Cpu, float> model(backend, source.settings.model, 1, T, false);
+  Config config = source.settings.model;
+  config.recompute = false;  // the trace looks into every block
+  Model<Cpu, float> model(backend, config, 1, T, false);
   load_weights(model, source.checkpoint);
   const Trace trace = trace_head(model, tokens, token < 0 ? T - 1 : token, layer, head, against);
   const char* no_colour = std::getenv("NO_COLOR");
@@ -404,6 +406,7 @@ void command_memory(const std::vector<std::string>& args) {
     f.add("preset", preset, "what the flags below start from")->type_name("NAME");
     add_run_flag(f, run);
     f.add("batch", settings.batch, "windows in a micro-batch");
+    f.add("recompute", settings.model.recompute, "as in train");
     f.add("device", device, "cpu or cuda; auto: cuda for bf16")->type_name("auto|cpu|cuda");
     f.add("dtype", dtype, "fp32 or bf16; auto: fp32, on cuda bf16")->type_name("auto|fp32|bf16");
     f.add("all", each, "a row for every parameter tensor of every layer");

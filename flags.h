@@ -226,6 +226,7 @@ inline void add_run_flags(Flags& f, Settings& s) {
   f.add("sample-every", s.sample_every, "steps between samples of text; 0: none");
   f.add("checkpoint-every", s.checkpoint_every, "steps between checkpoints; 0: four in a run");
   f.add("threads", s.threads, "CPU threads; 0: all cores");
+  f.add("recompute", s.model.recompute, "less memory: make cheap activations again in the backward pass");
   f.add("resume", s.resume, "go on from the run's checkpoint");
 }
 

@@ -212,6 +212,14 @@ void cross_entropy(Cpu&, Acc<Real>* losses, Real* logits, const int* targets, do
   }
 }
 
+// sum (1) += the losses (N), added up in order, in double.
+template <class Real>
+void add_losses(Cpu&, double* sum, const Real* losses, int N) {
+  double total = 0;
+  for (int n = 0; n < N; ++n) total += losses[n];
+  *sum += total;
+}
+
 // ---------------------------------------------------------------------------------------------------------------------
 // CUDA. Kernels of W elements per access: 16 bytes' worth, or 1 where a width or an address does not allow it.
 
@@ -756,6 +764,23 @@ void cross_entropy(Cuda& be, Acc<Real>* losses, Real* logits, const int* targets
                    int V) {
   launch(be, "cross_entropy", wide(V, logits) ? cross_entropy_kernel<Real, kWide<Real>> : cross_entropy_kernel<Real, 1>,
          N, kLossThreads, 0, losses, logits, targets, float(scale), float(z_loss), V);
+}
+
+// One block: thread i adds up losses i, i + 1024, ..., then the sums are folded in halves.
+static __global__ void __launch_bounds__(1024) add_losses_kernel(double* sum, const float* losses, int N) {
+  __shared__ double sums[1024];
+  double total = 0;
+#pragma unroll 8
+  for (int n = threadIdx.x; n < N; n += 1024) total += losses[n];
+  sums[threadIdx.x] = total;
+  for (int half = 512; half > 0; half /= 2) {
+    __syncthreads();
+    if (threadIdx.x < half) sums[threadIdx.x] += sums[threadIdx.x + half];
+  }
+  if (threadIdx.x == 0) *sum += sums[0];
+}
+inline void add_losses(Cuda& be, double* sum, const float* losses, int N) {
+  launch(be, "add_losses", add_losses_kernel, 1, 1024, 0, sum, losses, N);
 }
 
 #endif  // __CUDACC__

@@ -106,19 +106,25 @@ size_t packed_elements(int K, int N) { return size_t(K) * round_up(N, kTileColum
 // in a row kTileColumns numbers, zeros past the edge.
 template <class Real>
 void pack_panels(Real* packed, Strided<Real> b, int K, int N, int first, int last) {
-  constexpr int kColumns = kTileColumns<Real>;
+  constexpr int kColumns = kTileColumns<Real>, kLine = 64 / int(sizeof(Real));
   const int depth = depth_of_runs(K), width = round_up(N, kColumns);
   for (int k0 = 0; k0 < K; k0 += depth)
     for (int panel = first; panel < last; ++panel) {
       const int run = std::min(depth, K - k0), columns = std::min(kColumns, N - panel * kColumns);
       const Real* from = b.at(k0, panel * kColumns);
       Real* to = packed + size_t(k0) * width + size_t(panel) * kColumns * run;
-      for (int k = 0; k < run; ++k, to += kColumns) {
+      int k = 0;
+      if (columns == kColumns && b.row == 1)  // a transpose: a cache line of every column at a time
+        for (; k + kLine <= run; k += kLine, to += kLine * kColumns)
+          for (int j = 0; j < kColumns; ++j) {
+            const Real* column = from + k + j * b.column;
+            __builtin_prefetch(column + 4 * kLine);
+            for (int i = 0; i < kLine; ++i) to[i * kColumns + j] = column[i];
+          }
+      for (; k < run; ++k, to += kColumns) {
         __builtin_prefetch(from + (k + 8) * b.row);
         if (columns == kColumns && b.column == 1)
           std::memcpy(to, from + k * b.row, kColumns * sizeof(Real));
-        else if (columns == kColumns)
-          for (int j = 0; j < kColumns; ++j) to[j] = from[k * b.row + j * b.column];
         else
           for (int j = 0; j < kColumns; ++j) to[j] = j < columns ? from[k * b.row + j * b.column] : Real(0);
       }

@@ -44,6 +44,7 @@ struct Config {
   MlpKind mlp = MlpKind::swiglu;
   bool bias = false;
   bool tied = false;
+  bool recompute = false;  // of training, not of the model: the backward pass makes h1, h2 and act of a block again
 
   static constexpr double norm_eps = 1e-5;
 
@@ -194,12 +195,12 @@ inline double uniform(uint64_t seed, uint64_t stream, uint64_t index) {
 
 // Initial values of one tensor, written to the host array values (count).
 template <class T>
-void initialise(T* values, const ParameterRow& row, uint64_t seed, uint64_t stream, double std) {
+void initialise(T* values, const ParameterRow& row, uint64_t seed, uint64_t stream, double deviation) {
 #pragma omp parallel for
   for (size_t i = 0; i < row.count; ++i) {
     if (row.init == Init::normal) {  // Box-Muller
       const double u = 1 - uniform(seed, 2 * stream, i), v = uniform(seed, 2 * stream + 1, i);
-      values[i] = T(std * std::sqrt(-2 * std::log(u)) * std::cos(2 * M_PI * v));
+      values[i] = T(deviation * std::sqrt(-2 * std::log(u)) * std::cos(2 * M_PI * v));
     } else {
       values[i] = T(row.init == Init::ones ? 1 : 0);
     }
@@ -234,12 +235,13 @@ struct ActivationGradients {
 // vocabulary does not dominate memory.
 template <class Backend>
 int loss_rows(const Config& c, size_t N) {
-  const size_t elements = std::is_base_of_v<Cpu, Backend> ? size_t(1) << 24 : size_t(1) << 28;
+  const size_t elements = std::is_base_of_v<Cpu, Backend> ? size_t(1) << 26 : size_t(1) << 28;
   const size_t rows = std::max<size_t>(elements / c.vocab / 64 * 64, 64);
   return int(std::min(N, rows));
 }
 
-// Visits every activation tensor of N = B*T tokens: visit(name, elements, pointer).
+// Visits every activation tensor of N = B*T tokens: visit(name, elements, pointer). With recompute, all blocks share one
+// h1, h2 and act.
 template <class Backend, class Real, class Visit>
 void visit_activations(const Config& c, size_t N, Activations<Real>& a, Visit visit) {
   const size_t C = c.width, F = c.mlp_hidden, QKV = c.qkv_width(), UP = c.up_width(), A = size_t(c.heads) * c.head_size;
@@ -247,11 +249,14 @@ void visit_activations(const Config& c, size_t N, Activations<Real>& a, Visit vi
   a.blocks.resize(c.layers);
   visit("tokens", N, a.tokens);
   visit("targets", N, a.targets);
-  for (BlockActivations<Real>& b : a.blocks) {
+  for (int l = 0; l < c.layers; ++l) {
+    BlockActivations<Real>& b = a.blocks[l];
+    const bool share = c.recompute && l > 0;
     visit("x", N * C, b.x);
     visit("mean1", N, b.mean1);
     visit("rstd1", N, b.rstd1);
-    visit("h1", N * C, b.h1);
+    if (share) b.h1 = a.blocks[0].h1, b.h2 = a.blocks[0].h2, b.act = a.blocks[0].act;
+    if (!share) visit("h1", N * C, b.h1);
     visit("qkv", N * QKV, b.qkv);
     if (c.qk_norm) visit("qk_raw", N * QK_heads * c.head_size, b.qk_raw);
     if (c.qk_norm) visit("qk_rstd", N * QK_heads, b.qk_rstd);
@@ -260,9 +265,9 @@ void visit_activations(const Config& c, size_t N, Activations<Real>& a, Visit vi
     visit("x2", N * C, b.x2);
     visit("mean2", N, b.mean2);
     visit("rstd2", N, b.rstd2);
-    visit("h2", N * C, b.h2);
+    if (!share) visit("h2", N * C, b.h2);
     visit("up", N * UP, b.up);
-    visit("act", N * F, b.act);
+    if (!share) visit("act", N * F, b.act);
   }
   visit("x", N * C, a.x);
   visit("final_mean", N, a.final_mean);
@@ -320,7 +325,9 @@ MemoryReport memory_report(const Config& c, int B, int T) {
   m.parameters = table.total * sizeof(Real);
   m.gradients = table.total * sizeof(Acc<Real>);
   m.optimizer = table.total * sizeof(Acc<Real>) * (own_master ? 3 : 2);
-  auto add = [&](const char*, size_t count, auto*& pointer) { m.activations += (count * sizeof(*pointer) + 255) / 256 * 256; };
+  auto add = [&](const char*, size_t count, auto*& pointer) {
+    m.activations += (count * sizeof(*pointer) + 255) / 256 * 256;
+  };
   Activations<Real> a;
   ActivationGradients<Real> d;
   visit_activations<Backend>(c, size_t(B) * T, a, add);
@@ -345,7 +352,15 @@ struct Model {
 
   // Flat arrays behind the names. master is the fp32 copy that AdamW updates; in fp32 it is the weights themselves.
   Real* weights_flat = nullptr;
-  Acc<Real>*master = nullptr, *gradients_flat = nullptr, *m = nullptr, *v = nullptr, *norm = nullptr;
+  Acc<Real>*master = nullptr, *gradients_flat = nullptr, *m = nullptr, *v = nullptr;
+
+  // What a step leaves for the log, on the device: the sum of its losses since zero_gradients(), in nats, and the global
+  // norm of its gradient before clipping.
+  struct StepResult {
+    double loss;
+    Acc<Real> norm;
+  };
+  StepResult* result = nullptr;
 
   // for_training = false leaves out gradients and optimizer state.
   Model(Backend& backend, const Config& c, int batch, int length, bool for_training)
@@ -366,7 +381,7 @@ struct Model {
       gradients_flat = training_memory_.template as<Acc<Real>>();
       m = gradients_flat + table.total;
       v = m + table.total;
-      norm = v + table.total;
+      result = reinterpret_cast<StepResult*>(v + table.total);
       gradients = bind(config, table, gradients_flat);
       activation_gradients_memory_ =
           allocate_visited(be, [&](auto visit) { visit_activation_gradients(config, N, grads, visit); });
@@ -381,11 +396,11 @@ struct Model {
   }
 
   // Initial weights from the seed: tensor i of the table draws from stream i.
-  void initialise_weights(uint64_t seed, double std = 0.02) {
+  void initialise_weights(uint64_t seed, double deviation = 0.02) {
     for (size_t i = 0; i < table.rows.size(); ++i) {
       const ParameterRow& row = table.rows[i];
       std::vector<Acc<Real>> host(row.count);
-      initialise(host.data(), row, seed, i, std);
+      initialise(host.data(), row, seed, i, deviation);
       be.upload(master + row.offset, host.data(), row.count * sizeof(Acc<Real>));
       be.synchronize();
     }
@@ -407,12 +422,16 @@ struct Model {
   // Runs tokens, host (batch, length), through all blocks and the final norm. With first > 0 (and batch 1) only
   // positions first .. length-1 are worked on; what earlier calls left in the activations serves as key/value cache.
   void forward(const int* tokens, int batch, int length, int first = 0) {
+    be.upload(acts.tokens + first, tokens + first, size_t(batch) * (length - first) * sizeof(int));
+    forward_uploaded(batch, length, first);
+  }
+
+  void forward_uploaded(int batch, int length, int first) {
     const Config& c = config;
     const int C = c.width, A = c.heads * c.head_size, F = c.mlp_hidden, QKV = c.qkv_width(), UP = c.up_width();
     const int N = batch * (length - first);
     const size_t f = first;  // rows already there
     const RopeShape shape = c.heads_shape(batch, length, first);
-    be.upload(acts.tokens + f, tokens + f, N * sizeof(int));
     embedding_forward(be, acts.blocks[0].x + f * C, acts.tokens + f, weights.embedding, N, C);
     for (int l = 0; l < c.layers; ++l) {
       const BlockParameters<Real>& w = weights.blocks[l];
@@ -466,24 +485,44 @@ struct Model {
     }
   }
 
-  void zero_gradients() { be.zero(gradients_flat, table.total * sizeof(Acc<Real>)); }
+  void zero_gradients() {
+    be.zero(gradients_flat, table.total * sizeof(Acc<Real>));
+    be.zero(result, sizeof *result);
+  }
 
-  // After forward() on the same tokens: adds to the gradients those of scale * (sum of the losses + z-loss), and leaves
-  // the losses per token in acts.losses. scale is 1 / (tokens of the whole step).
+  // One micro-batch of training, forward and backward: host tokens and targets (B, T). Nothing here waits for the device:
+  // the arrays must stay as they are until it is synchronised. scale and z_loss are the same in every call.
+  void train_batch(const int* tokens, const int* targets, double scale, double z_loss) {
+    be.upload(acts.tokens, tokens, size_t(B) * T * sizeof(int));
+    be.upload(acts.targets, targets, size_t(B) * T * sizeof(int));
+    be.replay(training_step_, [&] {
+      forward_uploaded(B, T, 0);
+      backward_uploaded(B, T, scale, z_loss);
+    });
+  }
+
+  // After forward() on the same tokens: adds to the gradients those of scale * (sum of the losses + z-loss), leaves
+  // the losses per token in acts.losses and adds their sum to result->loss. scale is 1 / (tokens of the whole step).
   void backward(const int* targets, int batch, int length, double scale, double z_loss) {
+    be.upload(acts.targets, targets, size_t(batch) * length * sizeof(int));
+    backward_uploaded(batch, length, scale, z_loss);
+  }
+
+  void backward_uploaded(int batch, int length, double scale, double z_loss) {
     const Config& c = config;
     const int C = c.width, A = c.heads * c.head_size, F = c.mlp_hidden, V = c.vocab, QKV = c.qkv_width(), UP = c.up_width();
     const int N = batch * length, run = loss_rows<Backend>(c, size_t(B) * T);
     const RopeShape shape = c.heads_shape(batch, length, 0);
     ActivationGradients<Real>& d = grads;
-    be.upload(acts.targets, targets, N * sizeof(int));
     for (int n = 0; n < N; n += run) {
       const int rows = std::min(run, N - n);
       const Real* final = acts.final + size_t(n) * C;
       linear_forward(be, acts.logits, final, weights.head, (const Real*)nullptr, rows, C, V);
       cross_entropy(be, acts.losses + n, acts.logits, acts.targets + n, scale, z_loss, rows, V);
-      linear_backward(be, d.dh + size_t(n) * C, gradients.head, (Acc<Real>*)nullptr, acts.logits, final, weights.head, rows, C, V);
+      linear_backward(be, d.dh + size_t(n) * C, gradients.head, (Acc<Real>*)nullptr, acts.logits, final, weights.head, rows,
+                      C, V);
     }
+    add_losses(be, &result->loss, acts.losses, N);
     norm_backward(be, c.norm, d.dx, gradients.final_norm, gradients.final_norm_bias, (const Real*)nullptr, d.dh, acts.x,
                   acts.final_mean, acts.final_rstd, weights.final_norm, N, C);
     for (int l = c.layers - 1; l >= 0; --l) {
@@ -491,6 +530,15 @@ struct Model {
       const BlockParameters<Acc<Real>>& g = gradients.blocks[l];
       const BlockActivations<Real>& a = acts.blocks[l];
       const bool parallel = c.block == BlockKind::parallel;
+
+      if (c.recompute) {  // the same calls as in forward(), with the same results
+        norm_forward(be, c.norm, a.h1, a.mean1, a.rstd1, a.x, w.norm1, w.norm1_bias, N, C, c.norm_eps);
+        norm_forward(be, c.norm, a.h2, a.mean2, a.rstd2, parallel ? a.x : a.x2, w.norm2, w.norm2_bias, N, C, c.norm_eps);
+        if (c.mlp == MlpKind::swiglu)
+          swiglu_forward(be, a.act, a.up, N, F);
+        else
+          gelu_forward(be, a.act, a.up, N, F);
+      }
 
       // d.dx is the gradient of the block's output. It reaches x2 along the residual stream as it is.
       linear_backward(be, d.dact, g.down, g.down_bias, d.dx, a.act, w.down, N, F, C);
@@ -514,8 +562,9 @@ struct Model {
     embedding_backward(be, gradients.embedding, d.dx, acts.tokens, N, V, C);
   }
 
-  // One AdamW step on the accumulated gradients; decay on matrices only. The norm before clipping is left in `norm`.
+  // One AdamW step on the accumulated gradients; decay on matrices only. The norm before clipping is left in result->norm.
   void update(AdamW a) {
+    Acc<Real>* norm = &result->norm;
     gradient_norm(be, norm, gradients_flat, table.total);
     adamw(be, weights_flat, master, gradients_flat, m, v, norm, table.decayed, a);
     a.weight_decay = 0;
@@ -526,4 +575,5 @@ struct Model {
  private:
   Buffer<Backend> weights_memory_, master_memory_, training_memory_, activations_memory_, activation_gradients_memory_,
       rope_memory_;
+  typename Backend::Recording training_step_;
 };

@@ -221,6 +221,25 @@ static void print_settings(Settings& s) {
   }
 }
 
+// Refuses what does not fit, and says what would.
+template <class Backend, class Real>
+static void expect_memory(Config c, int B, size_t available, const MemoryReport& needed) {
+  if (needed.total() <= available) return;
+  std::string advice;
+  if (!c.recompute) {
+    c.recompute = true;
+    advice = "; --recompute would take " + human_bytes(memory_report<Backend, Real>(c, B, c.context).total());
+    c.recompute = false;
+  }
+  while (B > 1 && memory_report<Backend, Real>(c, B, c.context).total() > available) --B;
+  if (memory_report<Backend, Real>(c, B, c.context).total() <= available)
+    advice += "; --batch " + std::to_string(B) + " fits (with more --accumulate)";
+  else
+    advice += "; even --batch 1 does not fit: a smaller model or --context is needed";
+  throw UserError("--batch: not enough memory: " + human_bytes(needed.total()) + " needed, " + human_bytes(available) +
+                  (std::is_same_v<Backend, Cpu> ? " in this machine" : " free on the GPU") + advice);
+}
+
 template <class Backend, class Real>
 int train(Backend& be, Run& run) {
   using A = Acc<Real>;
@@ -236,6 +255,7 @@ int train(Backend& be, Run& run) {
   const bool terminal = isatty(STDOUT_FILENO);
 
   const MemoryReport memory = memory_report<Backend, Real>(c, B, T);
+  expect_memory<Backend, Real>(c, B, be.available_memory(), memory);
   Model<Backend, Real> model(be, c, B, T, true);
   int step = 0;
   if (run.checkpoint.empty()) {
@@ -264,12 +284,22 @@ int train(Backend& be, Run& run) {
   if (step) std::printf("Resumed at step %d.\n", step);
   std::fflush(stdout);
 
-  std::vector<int> inputs(N), targets(N);
-  std::vector<A> losses(N);
+  // The micro-batches of two steps: while the device works on one, the other is read from the shards.
+  const size_t step_tokens = size_t(N) * s.accumulate;
+  HostArray<Backend, int> tokens(be, 4 * step_tokens);
+  auto inputs_of = [&](int step) { return tokens.data + (step % 2) * 2 * step_tokens; };
+  auto targets_of = [&](int step) { return inputs_of(step) + step_tokens; };
+  auto read_batches = [&](int step) {
+    for (int micro = 0; micro < s.accumulate; ++micro)
+      run.train->batch(s.seed, uint64_t(step) * s.accumulate + micro, B, T, inputs_of(step) + size_t(micro) * N,
+                       targets_of(step) + size_t(micro) * N);
+  };
 
   auto validate = [&] {
     const size_t windows = run.val->windows(T), wanted = std::min(windows, std::max<size_t>(1, size_t(s.val_tokens) / T));
     double sum = 0;
+    std::vector<int> inputs(N), targets(N);
+    std::vector<A> losses(N);
     for (size_t w = 0; w < wanted; w += B) {
       const int batch = int(std::min<size_t>(B, wanted - w));
       for (int b = 0; b < batch; ++b) run.val->window(w + b, T, &inputs[size_t(b) * T], &targets[size_t(b) * T]);
@@ -302,24 +332,22 @@ int train(Backend& be, Run& run) {
   int last_saved = step;
   const int first_step = step;
   double training_seconds = 0;
+  read_batches(step);
   std::signal(SIGINT, on_interrupt);
   std::signal(SIGTERM, on_interrupt);
   while (step < s.steps && !interrupted) {
     const double started = now();
     model.zero_gradients();
-    double sum = 0;
-    for (int micro = 0; micro < s.accumulate; ++micro) {
-      run.train->batch(s.seed, uint64_t(step) * s.accumulate + micro, B, T, inputs.data(), targets.data());
-      model.forward(inputs.data(), B, T);
-      model.backward(targets.data(), B, T, 1.0 / double(tokens_per_step), s.z_loss);
-      be.download(losses.data(), model.acts.losses, N * sizeof(A));
-      for (int i = 0; i < N; ++i) sum += losses[i];
-    }
+    for (int micro = 0; micro < s.accumulate; ++micro)
+      model.train_batch(inputs_of(step) + size_t(micro) * N, targets_of(step) + size_t(micro) * N,
+                        1.0 / double(tokens_per_step), s.z_loss);
     const double lr = learning_rate(s.schedule, step, s.steps, warmup, s.lr, min_lr);
     model.update({lr, s.beta1, s.beta2, s.eps, s.weight_decay, s.clip, step + 1});
-    A norm = 0;
-    be.download(&norm, model.norm, sizeof norm);
-    loss = sum / double(tokens_per_step);
+    if (step + 1 < s.steps) read_batches(step + 1);  // a GPU is still at work
+    typename Model<Backend, Real>::StepResult result;
+    be.download(&result, model.result, sizeof result);
+    const double norm = double(result.norm);
+    loss = result.loss / double(tokens_per_step);
     if (!std::isfinite(loss) || !std::isfinite(norm)) {
       if (terminal) std::printf("\n");
       throw UserError("step " + std::to_string(step + 1) + ": loss " + std::to_string(loss) + ", gradient norm " +
@@ -331,7 +359,8 @@ int train(Backend& be, Run& run) {
     ++step;
     const double seconds = now() - started;
     training_seconds += seconds;
-    log.row("%d,%zu,%.6f,%.6e,%.6f,%.0f\n", step, size_t(step) * tokens_per_step, loss, lr, double(norm), tokens_per_step / seconds);
+    log.row("%d,%zu,%.6f,%.6e,%.6f,%.0f\n", step, size_t(step) * tokens_per_step, loss, lr, norm,
+            tokens_per_step / seconds);
 
     const bool validated = step % val_every == 0 || step == s.steps;
     if (validated) {

@@ -527,15 +527,16 @@ struct Run {
   Values losses, gradients, master;  // mean loss of each step; gradients of the first step; weights after the last
 };
 
-// Trains for some steps on fixed random tokens.
+// Trains for some steps on fixed random tokens; from the third step on a GPU replays the recorded kernels, unless each
+// is to be started by itself.
 template <class Backend, class Real>
-Run train(Backend& be, const Config& c, int steps) {
+Run train(Backend& be, const Config& c, int steps, bool recorded = true) {
   const int B = 3, T = 65;
   Model<Backend, Real> model(be, c, B, T, true);
   // Weights that bf16 can hold, so that all start from the same.
   Values weights(model.table.total);
   for (size_t i = 0; i < model.table.rows.size(); ++i)
-    initialise(&weights[model.table.rows[i].offset], model.table.rows[i], 1, i);
+    initialise(&weights[model.table.rows[i].offset], model.table.rows[i], 1, i, 0.02);
   for (float& w : weights) w = round_to<bf16>(w * 2);
   model.set_weights(weights.data());
   std::mt19937 random(30);
@@ -546,14 +547,16 @@ Run train(Backend& be, const Config& c, int steps) {
   run.master.resize(model.table.total);
   for (int step = 1; step <= steps; ++step) {
     model.zero_gradients();
-    model.forward(tokens.data(), B, T);
-    model.backward(tokens.data() + 1, B, T, 1.0 / (B * T), 1e-4);
+    if (recorded) {
+      model.train_batch(tokens.data(), tokens.data() + 1, 1.0 / (B * T), 1e-4);
+    } else {
+      model.forward(tokens.data(), B, T);
+      model.backward(tokens.data() + 1, B, T, 1.0 / (B * T), 1e-4);
+    }
     if (step == 1) be.download(run.gradients.data(), model.gradients_flat, run.gradients.size() * sizeof(float));
-    Values losses(B * T);
-    be.download(losses.data(), model.acts.losses, losses.size() * sizeof(float));
-    double sum = 0;
-    for (float loss : losses) sum += loss;
-    run.losses.push_back(float(sum / losses.size()));
+    typename Model<Backend, Real>::StepResult result;
+    be.download(&result, model.result, sizeof result);
+    run.losses.push_back(float(result.loss / (B * T)));
     model.update({1e-3, 0.9, 0.95, 1e-8, 0.1, 1.0, step});
   }
   be.download(run.master.data(), model.master, run.master.size() * sizeof(float));
@@ -584,7 +587,10 @@ void compare_models(const Config& c) {
           0x1p-7 * want.losses[step] + 0.05 * (want.losses[0] - want.losses[step]));
   }
   CHECK(want.losses.back() < want.losses.front());
-  const Run again32 = train<Cuda, float>(*gpu(), c, steps), again16 = train<Cuda, bf16>(*gpu(), c, steps);
+  const Run again32 = train<Cuda, float>(*gpu(), c, steps, false);
+  Config less = c;
+  less.recompute = true;
+  const Run again16 = train<Cuda, bf16>(*gpu(), less, steps);
   CHECK(same_bits(again32.master, fp32.master));
   CHECK(same_bits(again16.master, half.master));
   CHECK(same_bits(again16.losses, half.losses));
