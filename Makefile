@@ -8,6 +8,7 @@
 # make DEBUG=1          -O0 -g, for stepping through
 # make test SAN=1       under AddressSanitizer and UndefinedBehaviorSanitizer
 # make ARCH=90          builds the CUDA part for compute capability 9.0; without ARCH, for the GPU of this machine
+# make compile-cuda     compiles the CUDA part for several GPUs, without running it: needs nvcc, but no GPU
 
 MAKEFLAGS += --jobs=$(shell nproc 2>/dev/null || echo 2)
 
@@ -39,7 +40,7 @@ else
   LINK = $(NVCC) $(GENCODE) $(addprefix -Xcompiler=,$(subst $(comma),\$(comma),-fopenmp $(SANITIZE))) $(filter %.o,$^) -o $@ -lcublasLt
 endif
 
-.PHONY: all train test bench clean
+.PHONY: all train test bench compile-cuda clean
 all: $(BUILD)/train $(BUILD)/data $(BUILD)/eval
 
 train: $(BUILD)/train $(BUILD)/data data/stories/meta.json
@@ -52,6 +53,11 @@ TESTS := $(patsubst tests/%.cpp,$(BUILD)/tests-%.o,$(wildcard tests/*.cpp))
 test: $(BUILD)/tests $(BUILD)/train $(BUILD)/data $(BUILD)/eval
 	@OMP_WAIT_POLICY=passive $(BUILD)/tests $(ARGS)
 	@OMP_WAIT_POLICY=passive BUILD=$(BUILD) sh tests/commands.sh
+
+# That all of it still compiles: the trainer and the CUDA tests, in whose objects every kernel is. The host code counts
+# as little as possible here.
+compile-cuda:
+	@$(foreach arch,75 80 90,$(MAKE) ARCH=$(arch) BUILD=build-sm$(arch) OPTIMISE=-O0 build-sm$(arch)/train build-sm$(arch)/tests-cuda.o &&) true
 
 bench: $(BUILD)/bench
 	@$(BUILD)/bench $(ARGS)
