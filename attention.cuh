@@ -18,8 +18,8 @@
 // positions 0 .. T-1 are read from the buffer (first > 0 while sampling: the buffer is the key/value cache).
 using AttentionShape = RopeShape;
 
-// Queries worked on together on the CPU: a multiple of kTileRows, and few enough that their scores (kQueryBlock, T) stay
-// in the L2 cache and that little is computed beyond the diagonal.
+// Queries worked on together on the CPU: a multiple of kTileRows, and few enough that their scores (kQueryBlock, T)
+// stay in the L2 cache and that little is computed beyond the diagonal.
 constexpr int kQueryBlock = 48;
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -36,7 +36,8 @@ void attention_forward(Cpu&, Real* out, Acc<Real>* lse, const Real* qkv, Attenti
     const int b = bh / s.NH, h = bh % s.NH;
     const Real* sequence = qkv + size_t(b) * s.T * stride;
     static thread_local std::vector<Real> k_memory, v_memory, p_memory;
-    const Packed<Real> k_transposed = pack(k_memory, transposed(sequence + (s.NH + h / group) * s.HS, stride), s.HS, s.T);
+    const Packed<Real> k_transposed =
+        pack(k_memory, transposed(sequence + (s.NH + h / group) * s.HS, stride), s.HS, s.T);
     const Packed<Real> v = pack(v_memory, row_major(sequence + (s.NH + s.NKV + h / group) * s.HS, stride), s.T, s.HS);
     p_memory.resize(size_t(kQueryBlock) * p_stride);
     Real* p = p_memory.data();
@@ -85,7 +86,8 @@ void attention_backward(Cpu&, Real* dqkv, Acc<Real>* delta, const Real* dout, co
     Real* dsequence = dqkv + size_t(b) * s.T * stride;
     const int k_at = (s.NH + hkv) * s.HS, v_at = (s.NH + s.NKV + hkv) * s.HS;
     for (int t = 0; t < s.T; ++t)
-      for (int c = 0; c < s.HS; ++c) dsequence[size_t(t) * stride + k_at + c] = dsequence[size_t(t) * stride + v_at + c] = 0;
+      for (int c = 0; c < s.HS; ++c)
+        dsequence[size_t(t) * stride + k_at + c] = dsequence[size_t(t) * stride + v_at + c] = 0;
     static thread_local std::vector<Real> kt_memory, vt_memory, k_memory, q_memory, do_memory, p_memory;
     const Packed<Real> k_transposed = pack(kt_memory, transposed(sequence + k_at, stride), s.HS, s.T);
     const Packed<Real> v_transposed = pack(vt_memory, transposed(sequence + v_at, stride), s.HS, s.T);
@@ -119,8 +121,10 @@ void attention_backward(Cpu&, Real* dqkv, Acc<Real>* delta, const Real* dout, co
         }
         Real *dq = dsequence + size_t(t0) * stride + h * s.HS, *dk = dsequence + k_at, *dv = dsequence + v_at;
         multiply_packed<Real>(dq, stride, nullptr, 0, row_major<Real>(dp, p_stride), k, n, s.HS, t1);
-        multiply_packed<Real>(dk, stride, dk, stride, transposed<Real>(dp, p_stride), pack(q_memory, q, n, s.HS), t1, s.HS, n);
-        multiply_packed<Real>(dv, stride, dv, stride, transposed<Real>(p, p_stride), pack(do_memory, d_o, n, s.HS), t1, s.HS, n);
+        multiply_packed<Real>(dk, stride, dk, stride, transposed<Real>(dp, p_stride), pack(q_memory, q, n, s.HS), t1,
+                              s.HS, n);
+        multiply_packed<Real>(dv, stride, dv, stride, transposed<Real>(p, p_stride), pack(do_memory, d_o, n, s.HS), t1,
+                              s.HS, n);
       }
   }
 }

@@ -46,7 +46,8 @@ struct Cpu {
     size_t padded = (bytes + 63) / 64 * 64;
     void* p = std::aligned_alloc(64, padded ? padded : 64);
     if (!p)
-      throw UserError("out of memory: could not allocate " + std::to_string(bytes >> 20) + " MiB; try a smaller --batch");
+      throw UserError("out of memory: could not allocate " + std::to_string(bytes >> 20) +
+                      " MiB; try a smaller --batch");
     std::memset(p, 0, padded);
     return p;
   }
@@ -189,9 +190,9 @@ struct Cuda {
   }
   void release_host(void* p) { cudaFreeHost(p); }
 
-  // Runs work(), a row of kernel launches that is the same every time, to the addresses: the first time as it stands (so
-  // that libraries load what they need), the second time recorded as a CUDA graph, which is started as a whole from then
-  // on. That takes a small model's step off the time that some hundred single launches need.
+  // Runs work(), a row of kernel launches that is the same every time, to the addresses: the first time as it stands
+  // (so that libraries load what they need), the second time recorded as a CUDA graph, which is started as a whole from
+  // then on. That takes a small model's step off the time that some hundred single launches need.
   struct Recording {
     cudaGraphExec_t graph = nullptr;
     bool warm = false;

@@ -5,8 +5,8 @@
 //     state.json             step, settings, position in the data
 //
 // A checkpoint is written beside the old one, synced, and takes its place by renaming: whenever the machine stops, one
-// of the two is whole. The format of the tensors is safetensors (https://github.com/huggingface/safetensors): 8 bytes of
-// header length, a JSON header with type, shape and byte range of each tensor, then the bytes.
+// of the two is whole. The format of the tensors is safetensors (https://github.com/huggingface/safetensors): 8 bytes
+// of header length, a JSON header with type, shape and byte range of each tensor, then the bytes.
 
 #include <fcntl.h>
 #include <sys/mman.h>
@@ -43,7 +43,9 @@ inline void write_file(const std::string& path, const std::vector<std::pair<cons
   if (::close(file) != 0 || !synced) fail();
 }
 
-inline void write_text_file(const std::string& path, const std::string& text) { write_file(path, {{text.data(), text.size()}}); }
+inline void write_text_file(const std::string& path, const std::string& text) {
+  write_file(path, {{text.data(), text.size()}});
+}
 
 struct NamedTensor {
   std::string name;
@@ -68,7 +70,8 @@ inline void write_safetensors(const std::string& path, const std::vector<NamedTe
   write_file(path, pieces);
 }
 
-// A safetensors file, mapped into memory. Everything that the header claims is checked before it is believed: UserError.
+// A safetensors file, mapped into memory. Everything that the header claims is checked before it is believed:
+// UserError.
 class SafeTensors {
  public:
   struct Tensor {
@@ -136,19 +139,22 @@ class SafeTensors {
     std::set<std::string> names;
     nlohmann::json header;
     try {
-      header = nlohmann::json::parse(file + 8, data, [&](int depth, nlohmann::json::parse_event_t event, nlohmann::json& value) {
-        if (depth > 3) fail("header is nested too deeply");
-        if (depth == 1 && event == nlohmann::json::parse_event_t::key && !names.insert(value.get<std::string>()).second)
-          fail("tensor " + value.get<std::string>() + " stands in the header twice");
-        return true;
-      });
+      header = nlohmann::json::parse(file + 8, data,
+                                     [&](int depth, nlohmann::json::parse_event_t event, nlohmann::json& value) {
+                                       if (depth > 3) fail("header is nested too deeply");
+                                       if (depth == 1 && event == nlohmann::json::parse_event_t::key &&
+                                           !names.insert(value.get<std::string>()).second)
+                                         fail("tensor " + value.get<std::string>() + " stands in the header twice");
+                                       return true;
+                                     });
       std::map<size_t, size_t> ranges;  // begin -> end
       for (const auto& [name, entry] : header.items()) {
         if (name == "__metadata__") continue;
         Tensor t;
         t.dtype = entry.at("dtype").get<std::string>();
-        static const std::map<std::string, size_t> sizes = {{"F64", 8}, {"F32", 4}, {"F16", 2}, {"BF16", 2}, {"I64", 8}, {"I32", 4},
-                                                            {"I16", 2}, {"I8", 1},  {"U8", 1},  {"BOOL", 1}};
+        static const std::map<std::string, size_t> sizes = {{"F64", 8}, {"F32", 4}, {"F16", 2}, {"BF16", 2},
+                                                            {"I64", 8}, {"I32", 4}, {"I16", 2}, {"I8", 1},
+                                                            {"U8", 1},  {"BOOL", 1}};
         const auto size = sizes.find(t.dtype);
         if (size == sizes.end()) fail("tensor " + name + " has the unknown type " + t.dtype);
         const auto& offsets = entry.at("data_offsets");
@@ -157,7 +163,8 @@ class SafeTensors {
         t.count = 1;
         for (const auto& extent : entry.at("shape")) {
           const size_t n = extent.get<size_t>();
-          if (!extent.is_number_unsigned() || (n && t.count > data_bytes / n)) fail("tensor " + name + " is larger than the file");
+          if (!extent.is_number_unsigned() || (n && t.count > data_bytes / n))
+            fail("tensor " + name + " is larger than the file");
           t.count *= n;
           t.shape.push_back(n);
         }
@@ -207,7 +214,8 @@ inline void sync_directory(const std::string& path) {
 
 inline std::vector<NamedTensor> named(const ParameterTable& table, const float* flat, const std::string& prefix) {
   std::vector<NamedTensor> tensors;
-  for (const ParameterRow& row : table.rows) tensors.push_back({prefix + row.name, row.shape, flat + row.offset, row.count});
+  for (const ParameterRow& row : table.rows)
+    tensors.push_back({prefix + row.name, row.shape, flat + row.offset, row.count});
   return tensors;
 }
 
@@ -222,7 +230,8 @@ const float* on_host(Backend& be, const float* data, size_t n, std::vector<float
 
 // Writes run_directory/checkpoint: weights, optimizer state and `state`. When anything fails, the old one stays.
 template <class Backend, class Real>
-void save_checkpoint(Model<Backend, Real>& model, const std::string& run_directory, const nlohmann::ordered_json& state) {
+void save_checkpoint(Model<Backend, Real>& model, const std::string& run_directory,
+                     const nlohmann::ordered_json& state) {
   namespace fs = std::filesystem;
   const std::string now = run_directory + "/checkpoint", next = now + ".new", old = now + ".old";
   std::error_code ignored;
@@ -255,7 +264,8 @@ void save_checkpoint(Model<Backend, Real>& model, const std::string& run_directo
 
 // Reads the tensors of the table, under prefix + name, into a flat array of the backend.
 template <class Backend>
-void read_tensors(Backend& be, float* flat, const SafeTensors& file, const ParameterTable& table, const std::string& prefix) {
+void read_tensors(Backend& be, float* flat, const SafeTensors& file, const ParameterTable& table,
+                  const std::string& prefix) {
   for (const ParameterRow& row : table.rows) {
     be.upload(flat + row.offset, file.get(prefix + row.name, row.shape), row.count * sizeof(float));
     be.synchronize();

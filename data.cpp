@@ -9,7 +9,6 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
-#include <CLI/CLI.hpp>
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>
@@ -17,6 +16,7 @@
 #include <string>
 #include <vector>
 
+#include "command_line.h"
 #include "data.h"
 #include "encode.h"
 #include "stories.h"
@@ -252,9 +252,7 @@ void fetch(const std::string& name, std::string url, std::string directory) {
   encode({path}, directory, "", 0.05, default_shard_tokens);
 }
 
-}  // namespace
-
-int main(int argc, char** argv) {
+int command(int argc, char** argv) {
   CLI::App app("Makes token shards from text, and shows what is in them.", "data");
   app.require_subcommand(1);
   std::string out, stories_out = "data/stories", bytes = "5M", shard_tokens = "100M", tokens, offset;
@@ -292,29 +290,30 @@ int main(int argc, char** argv) {
   fetcher->add_option("--url", url, "another place to get the same file from; file:///PATH works");
   fetcher->add_option("--out", out, "directory to write to (default data/NAME)");
 
-  try {
-    if (argc < 2) throw UserError("data: which command? stories, encode, decode, info or fetch (see data --help)");
-    const std::vector<std::string> commands = {"stories", "encode", "decode", "info", "fetch"};
-    if (argv[1][0] != '-' && std::find(commands.begin(), commands.end(), argv[1]) == commands.end())
-      throw UserError(std::string("data ") + argv[1] + ": no such command; stories, encode, decode, info or fetch");
-    app.parse(argc, argv);
-    if (*stories) {
-      print_written(stories_out, write_stories(stories_out, parse_count("--bytes", bytes), seed));
-    }
-    if (*encoder) encode(inputs, out, separator, val_fraction, parse_count("--shard-tokens", shard_tokens));
-    if (*decoder)
-      decode(path, offset.empty() || offset == "0" ? 0 : parse_count("--offset", offset),
-             tokens.empty() ? UINT64_MAX : parse_count("--tokens", tokens), separator);
-    if (*informer) info(path, documents);
-    if (*fetcher) fetch(name, url, out);
-    if (std::fflush(stdout) != 0)
-      throw UserError(std::string("cannot write to standard output: ") + std::strerror(errno));
-    return 0;
-  } catch (const CLI::ParseError& e) {
-    if (e.get_exit_code() == 0) return app.exit(e);  // --help
-    std::fprintf(stderr, "error: %s (see data --help)\n", e.what());
-  } catch (const UserError& e) {
-    std::fprintf(stderr, "error: %s\n", e.what());
+  if (argc < 2) throw UserError("data: which command? stories, encode, decode, info or fetch (see data --help)");
+  const std::vector<std::string> commands = {"stories", "encode", "decode", "info", "fetch"};
+  if (argv[1][0] != '-' && std::find(commands.begin(), commands.end(), argv[1]) == commands.end()) {
+    const std::string guess = closest(argv[1], commands);
+    throw UserError(std::string("data ") + argv[1] + ": no such command; " +
+                    (guess.empty() ? "stories, encode, decode, info or fetch" : "did you mean " + guess + "?"));
   }
-  return 2;
+  parse_command_line(app, {argv + 1, argv + argc});
+  if (*stories) {
+    print_written(stories_out, write_stories(stories_out, parse_count("--bytes", bytes), seed));
+  }
+  if (*encoder) encode(inputs, out, separator, val_fraction, parse_count("--shard-tokens", shard_tokens));
+  if (*decoder)
+    decode(path, offset.empty() || offset == "0" ? 0 : parse_count("--offset", offset),
+           tokens.empty() ? UINT64_MAX : parse_count("--tokens", tokens), separator);
+  if (*informer) info(path, documents);
+  if (*fetcher) fetch(name, url, out);
+  if (std::fflush(stdout) != 0)
+    throw UserError(std::string("cannot write to standard output: ") + std::strerror(errno));
+  return 0;
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  return exit_code_of([&] { return command(argc, argv); });
 }

@@ -502,13 +502,5 @@ int command(const std::vector<std::string>& args) {
 }  // namespace
 
 int main(int argc, char** argv) {
-  try {
-    return command({argv + 1, argv + argc});
-  } catch (const UserError& e) {
-    std::fprintf(stderr, "error: %s\n", e.what());
-    return 2;
-  } catch (const std::exception& e) {
-    std::fprintf(stderr, "error: %s\n", e.what());
-    return 1;
-  }
+  return exit_code_of([&] { return command({argv + 1, argv + argc}); });
 }

@@ -12,6 +12,7 @@
 #include <string>
 #include <vector>
 
+#include "command_line.h"
 #include "model.h"
 
 struct Settings {
@@ -27,7 +28,8 @@ struct Settings {
   uint64_t seed = 1;
 
   std::string preset = "nano", data = "data/stories/train_*.bin", val, run, device = "auto", dtype = "auto";
-  int val_every = 0, val_tokens = 65536, sample_every = 0, checkpoint_every = 0;  // 0: eight validations, no samples, four checkpoints
+  int val_every = 0, val_tokens = 65536, sample_every = 0,
+      checkpoint_every = 0;  // 0: eight validations, no samples, four checkpoints
   int threads = 0;                                                                // 0: all cores
   bool resume = false;
 };
@@ -43,49 +45,36 @@ struct Flag {
 inline const std::map<std::string, std::vector<std::string>>& presets() {
   static const std::map<std::string, std::vector<std::string>> table = {
       // For a CPU: minutes, and about an hour.
-      {"nano", {"--layers=4", "--width=128", "--heads=4", "--mlp-hidden=256", "--context=256", "--rotary-fraction=0.1",
-                "--batch=4", "--steps=2000", "--lr=3e-3", "--init-std=0.05"}},
-      {"small", {"--layers=6", "--width=384", "--heads=6", "--mlp-hidden=1024", "--context=256", "--rotary-fraction=0.1",
-                 "--batch=16", "--steps=2000", "--lr=1e-3"}},
+      {"nano",
+       {"--layers=4", "--width=128", "--heads=4", "--mlp-hidden=256", "--context=256", "--rotary-fraction=0.1",
+        "--batch=4", "--steps=2000", "--lr=3e-3", "--init-std=0.05"}},
+      {"small",
+       {"--layers=6", "--width=384", "--heads=6", "--mlp-hidden=1024", "--context=256", "--rotary-fraction=0.1",
+        "--batch=16", "--steps=2000", "--lr=1e-3"}},
       // GPT-2's size, with the block of today: for one GPU.
-      {"gpt-124m", {"--layers=12", "--width=768", "--heads=12", "--mlp-hidden=2048", "--context=1024", "--vocab=50304",
-                    "--tied", "--rotary-fraction=0.1", "--batch=64", "--accumulate=8", "--steps=19000", "--lr=6e-4"}},
+      {"gpt-124m",
+       {"--layers=12", "--width=768", "--heads=12", "--mlp-hidden=2048", "--context=1024", "--vocab=50304", "--tied",
+        "--rotary-fraction=0.1", "--batch=64", "--accumulate=8", "--steps=19000", "--lr=6e-4"}},
       // The two 1B models of arXiv 2603.11611 at 10 % rotation: 8.4 M tokens a step, 12,000 steps.
-      {"llama-1b", {"--layers=16", "--width=2048", "--heads=32", "--kv-heads=8", "--head-size=64", "--mlp-hidden=8192",
-                    "--context=2048", "--vocab=50304", "--rotary-fraction=0.1", "--batch=8", "--accumulate=512",
-                    "--steps=12000", "--lr=4e-4", "--min-lr=4e-5"}},
-      {"parallel-1b", {"--layers=16", "--width=2048", "--heads=8", "--head-size=256", "--mlp-hidden=2816",
-                       "--context=2048", "--vocab=50304", "--block=parallel", "--rotary-fraction=0.1", "--batch=8",
-                       "--accumulate=512", "--steps=12000", "--lr=4e-4", "--min-lr=4e-5"}},
+      {"llama-1b",
+       {"--layers=16", "--width=2048", "--heads=32", "--kv-heads=8", "--head-size=64", "--mlp-hidden=8192",
+        "--context=2048", "--vocab=50304", "--rotary-fraction=0.1", "--batch=8", "--accumulate=512", "--steps=12000",
+        "--lr=4e-4", "--min-lr=4e-5"}},
+      {"parallel-1b",
+       {"--layers=16", "--width=2048", "--heads=8", "--head-size=256", "--mlp-hidden=2816", "--context=2048",
+        "--vocab=50304", "--block=parallel", "--rotary-fraction=0.1", "--batch=8", "--accumulate=512", "--steps=12000",
+        "--lr=4e-4", "--min-lr=4e-5"}},
       // The Pythia block (Biderman et al. 2023, arXiv 2304.01373): LayerNorm, GELU, biases, parallel, 25 %.
-      {"pythia-70m", {"--layers=6", "--width=512", "--heads=8", "--mlp-hidden=2048", "--context=2048", "--vocab=50304",
-                      "--block=parallel", "--norm=layer", "--mlp=gelu", "--bias", "--rotary-fraction=0.25", "--batch=32",
-                      "--accumulate=32", "--steps=143000", "--lr=1e-3"}},
-      {"pythia-160m", {"--layers=12", "--width=768", "--heads=12", "--mlp-hidden=3072", "--context=2048", "--vocab=50304",
-                       "--block=parallel", "--norm=layer", "--mlp=gelu", "--bias", "--rotary-fraction=0.25",
-                       "--batch=32", "--accumulate=32", "--steps=143000", "--lr=6e-4"}},
+      {"pythia-70m",
+       {"--layers=6", "--width=512", "--heads=8", "--mlp-hidden=2048", "--context=2048", "--vocab=50304",
+        "--block=parallel", "--norm=layer", "--mlp=gelu", "--bias", "--rotary-fraction=0.25", "--batch=32",
+        "--accumulate=32", "--steps=143000", "--lr=1e-3"}},
+      {"pythia-160m",
+       {"--layers=12", "--width=768", "--heads=12", "--mlp-hidden=3072", "--context=2048", "--vocab=50304",
+        "--block=parallel", "--norm=layer", "--mlp=gelu", "--bias", "--rotary-fraction=0.25", "--batch=32",
+        "--accumulate=32", "--steps=143000", "--lr=6e-4"}},
   };
   return table;
-}
-
-// The closest of some words to a mistyped one (fewest letters inserted, deleted or changed), or "" if none is close.
-inline std::string closest(const std::string& word, const std::vector<std::string>& known) {
-  std::string best;
-  size_t best_distance = word.size() / 2 + 1;
-  for (const std::string& candidate : known) {
-    std::vector<size_t> row(candidate.size() + 1);
-    for (size_t j = 0; j < row.size(); ++j) row[j] = j;
-    for (size_t i = 1; i <= word.size(); ++i) {
-      size_t diagonal = row[0]++;
-      for (size_t j = 1; j < row.size(); ++j) {
-        const size_t change = diagonal + (word[i - 1] != candidate[j - 1]);
-        diagonal = row[j];
-        row[j] = std::min({change, row[j] + 1, row[j - 1] + 1});
-      }
-    }
-    if (row.back() < best_distance) best_distance = row.back(), best = candidate;
-  }
-  return best;
 }
 
 // The parser of a program and the table behind its flags. CLI11 does the parsing.
@@ -119,7 +108,8 @@ class Flags {
   }
   // One of several words; word i stands for value i of the enumeration.
   template <class Enum>
-  void add_choice(const std::string& name, Enum& value, const std::vector<std::string>& words, const std::string& help) {
+  void add_choice(const std::string& name, Enum& value, const std::vector<std::string>& words,
+                  const std::string& help) {
     auto set = [&value, words](const std::string& word) {
       const auto found = std::find(words.begin(), words.end(), word);
       if (found == words.end()) return false;
@@ -143,28 +133,7 @@ class Flags {
 
   bool given(const std::string& name) { return app.get_option("--" + name)->count() > 0; }
 
-  // Parses. --help prints and ends the program; a mistake is a UserError of one line.
-  void parse(std::vector<std::string> args) {
-    std::reverse(args.begin(), args.end());  // as CLI11 wants them
-    try {
-      app.parse(args);
-    } catch (const CLI::CallForHelp& e) {
-      std::exit(app.exit(e));
-    } catch (const CLI::CallForAllHelp& e) {
-      std::exit(app.exit(e));
-    } catch (const CLI::ExtrasError&) {
-      const std::string word = app.remaining(true).front();
-      std::vector<std::string> known;
-      const CLI::App* active = app.get_subcommands().empty() ? &app : app.get_subcommands().front();
-      for (const CLI::Option* option : active->get_options()) known.push_back(option->get_name());
-      for (const CLI::App* command : app.get_subcommands({})) known.push_back(command->get_name());
-      const std::string guess = closest(word.substr(0, word.find('=')), known);
-      throw UserError("unknown flag " + word + (guess.empty() ? "; --help lists them" : "; did you mean " + guess + "?"));
-    } catch (const CLI::ParseError& e) {
-      std::string message = e.what();
-      throw UserError(message.substr(0, message.find('\n')) + "; see --help");
-    }
-  }
+  void parse(const std::vector<std::string>& args) { parse_command_line(app, args); }
 
  private:
   std::string group_;
@@ -242,13 +211,14 @@ inline void settle_rotary(Flags& f, Config& c, double& fraction) {
 inline void resolve(Config& c, double fraction) {
   Config sizes = c;
   sizes.rotary_dim = ROTARY_DIM_OR(0);
-  if (sizes.head_size == 0 && sizes.heads > 0 && sizes.width % sizes.heads == 0) sizes.head_size = sizes.width / sizes.heads;
+  if (sizes.head_size == 0 && sizes.heads > 0 && sizes.width % sizes.heads == 0)
+    sizes.head_size = sizes.width / sizes.heads;
   if (!std::isnan(fraction) && sizes.head_size > 0) {
     const int R = rotary_dim_from_fraction(fraction, sizes.head_size);
     if (c.rotary_dim >= 0 && c.rotary_dim != R)
-      throw UserError("--rotary-dim " + std::to_string(c.rotary_dim) + " and --rotary-fraction " + std::to_string(fraction) +
-                      " disagree: the fraction means " + std::to_string(R) + " of " + std::to_string(sizes.head_size) +
-                      " channels; give one of them");
+      throw UserError("--rotary-dim " + std::to_string(c.rotary_dim) + " and --rotary-fraction " +
+                      std::to_string(fraction) + " disagree: the fraction means " + std::to_string(R) + " of " +
+                      std::to_string(sizes.head_size) + " channels; give one of them");
     c.rotary_dim = R;
   }
   if (c.rotary_dim < 0) c.rotary_dim = rotary_dim_from_fraction(0.1, std::max(sizes.head_size, 2));
@@ -282,11 +252,13 @@ inline const std::vector<std::string>& preset_flags(const std::string& name) {
   const std::string guess = closest(name, names);
   std::string all;
   for (const std::string& n : names) all += " " + n;
-  throw UserError("--preset " + name + ": unknown" + (guess.empty() ? "" : "; did you mean " + guess + "?") + " There are:" + all);
+  throw UserError("--preset " + name + ": unknown" + (guess.empty() ? "" : "; did you mean " + guess + "?") +
+                  " There are:" + all);
 }
 
 // The values of all settings as one flat JSON object, keys as the flags with underscores. This is config.json.
-inline nlohmann::ordered_json settings_json(Settings& s, const std::vector<std::string>& groups = {"Model", "Optimiser", "Run"}) {
+inline nlohmann::ordered_json settings_json(Settings& s,
+                                            const std::vector<std::string>& groups = {"Model", "Optimiser", "Run"}) {
   Flags f("", "");
   add_model_flags(f, s.model, s.rotary_fraction);
   add_optimizer_flags(f, s);

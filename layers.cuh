@@ -1,6 +1,6 @@
 #pragma once
-// The layers between the attentions: embedding, norms, linear, MLP activations, loss. Forward and backward side by side.
-// N rows are tokens (N = B*T unless said otherwise), C the width.
+// The layers between the attentions: embedding, norms, linear, MLP activations, loss. Forward and backward side by
+// side. N rows are tokens (N = B*T unless said otherwise), C the width.
 
 #include <vector>
 
@@ -110,8 +110,8 @@ void linear_forward(Cpu&, Real* out, const Real* inp, const Real* weight, const 
 
 // out (N, OC) = residual (N, OC) + inp (N, IC) weight^T + bias: a branch joins the residual stream.
 template <class Real>
-void linear_residual_forward(Cpu&, Real* out, const Real* residual, const Real* inp, const Real* weight, const Real* bias,
-                             int N, int IC, int OC) {
+void linear_residual_forward(Cpu&, Real* out, const Real* residual, const Real* inp, const Real* weight,
+                             const Real* bias, int N, int IC, int OC) {
   if (bias) {
 #pragma omp parallel for
     for (int n = 0; n < N; ++n)
@@ -134,8 +134,8 @@ void linear_backward(Cpu&, Real* dinp, Acc<Real>* dweight, Acc<Real>* dbias, con
       for (int c = c0; c < std::min(c0 + 64, OC); ++c) dbias[c] += dout[size_t(n) * OC + c];
 }
 
-// SwiGLU (Shazeer 2020, arXiv 2002.05202): out (N, F) = silu(gate) * up, with gate and up the halves of gate_up (N, 2F);
-// silu(z) = z / (1 + e^-z).
+// SwiGLU (Shazeer 2020, arXiv 2002.05202): out (N, F) = silu(gate) * up, with gate and up the halves of gate_up
+// (N, 2F); silu(z) = z / (1 + e^-z).
 template <class Real>
 void swiglu_forward(Cpu&, Real* out, const Real* gate_up, int N, int F) {
 #pragma omp parallel for
@@ -185,7 +185,8 @@ void gelu_backward(Cpu&, Real* dx, const Real* dout, const Real* x, int N, int F
 // Reads logits (N, V) and writes the gradient of scale * sum(losses) in their place; losses (N) without the penalty, so
 // that runs compare. Rows whose target is negative have loss and gradient 0.
 template <class Real>
-void cross_entropy(Cpu&, Acc<Real>* losses, Real* logits, const int* targets, double scale, double z_loss, int N, int V) {
+void cross_entropy(Cpu&, Acc<Real>* losses, Real* logits, const int* targets, double scale, double z_loss, int N,
+                   int V) {
 #pragma omp parallel for
   for (int n = 0; n < N; ++n) {
     Real* row = logits + size_t(n) * V;

@@ -57,8 +57,8 @@ inline int depth_of_runs(int K) {
 // One tile: c (rows <= kTileRows, columns <= kTileColumns) = start + a (rows, K) b (K, kTileColumns), b packed.
 // start may be nullptr for 0, or c itself; its rows lie start_stride apart (0: one row for all, a bias).
 template <class Real>
-void multiply_tile(Real* c, size_t c_stride, const Real* start, size_t start_stride, Strided<Real> a, const Real* b, int rows,
-                   int columns, int K) {
+void multiply_tile(Real* c, size_t c_stride, const Real* start, size_t start_stride, Strided<Real> a, const Real* b,
+                   int rows, int columns, int K) {
   constexpr int kLanes = kVectorBytes / int(sizeof(Real));
   typedef Real Vector __attribute__((vector_size(kVectorBytes)));
   const Real* a_row[kTileRows];
@@ -102,8 +102,8 @@ struct Packed {
 template <class Real>
 size_t packed_elements(int K, int N) { return size_t(K) * round_up(N, kTileColumns<Real>); }
 
-// Packs panels [first, last) of b (K, N): runs of k one after the other, in a run panel by panel, in a panel row by row,
-// in a row kTileColumns numbers, zeros past the edge.
+// Packs panels [first, last) of b (K, N): runs of k one after the other, in a run panel by panel, in a panel row by
+// row, in a row kTileColumns numbers, zeros past the edge.
 template <class Real>
 void pack_panels(Real* packed, Strided<Real> b, int K, int N, int first, int last) {
   constexpr int kColumns = kTileColumns<Real>, kLine = 64 / int(sizeof(Real));

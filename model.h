@@ -240,8 +240,8 @@ int loss_rows(const Config& c, size_t N) {
   return int(std::min(N, rows));
 }
 
-// Visits every activation tensor of N = B*T tokens: visit(name, elements, pointer). With recompute, all blocks share one
-// h1, h2 and act.
+// Visits every activation tensor of N = B*T tokens: visit(name, elements, pointer). With recompute, all blocks share
+// one h1, h2 and act.
 template <class Backend, class Real, class Visit>
 void visit_activations(const Config& c, size_t N, Activations<Real>& a, Visit visit) {
   const size_t C = c.width, F = c.mlp_hidden, QKV = c.qkv_width(), UP = c.up_width(), A = size_t(c.heads) * c.head_size;
@@ -354,8 +354,8 @@ struct Model {
   Real* weights_flat = nullptr;
   Acc<Real>*master = nullptr, *gradients_flat = nullptr, *m = nullptr, *v = nullptr;
 
-  // What a step leaves for the log, on the device: the sum of its losses since zero_gradients(), in nats, and the global
-  // norm of its gradient before clipping.
+  // What a step leaves for the log, on the device: the sum of its losses since zero_gradients(), in nats, and the
+  // global norm of its gradient before clipping.
   struct StepResult {
     double loss;
     Acc<Real> norm;
@@ -439,7 +439,8 @@ struct Model {
       Real* next = l + 1 < c.layers ? acts.blocks[l + 1].x : acts.x;
       const Real* mlp_input = c.block == BlockKind::parallel ? a.x : a.x2;
 
-      norm_forward(be, c.norm, a.h1 + f * C, a.mean1 + f, a.rstd1 + f, a.x + f * C, w.norm1, w.norm1_bias, N, C, c.norm_eps);
+      norm_forward(be, c.norm, a.h1 + f * C, a.mean1 + f, a.rstd1 + f, a.x + f * C, w.norm1, w.norm1_bias, N, C,
+                   c.norm_eps);
       linear_forward(be, a.qkv + f * QKV, a.h1 + f * C, w.qkv, w.qkv_bias, N, C, QKV);
       if (c.qk_norm)
         qk_norm_rope_forward(be, a.qkv, a.qk_raw, a.qk_rstd, w.q_norm, w.k_norm, rope, shape, c.norm_eps);
@@ -448,7 +449,8 @@ struct Model {
       attention_forward(be, a.att, a.lse, a.qkv, shape);
       linear_residual_forward(be, a.x2 + f * C, a.x + f * C, a.att + f * A, w.proj, w.proj_bias, N, A, C);
 
-      norm_forward(be, c.norm, a.h2 + f * C, a.mean2 + f, a.rstd2 + f, mlp_input + f * C, w.norm2, w.norm2_bias, N, C, c.norm_eps);
+      norm_forward(be, c.norm, a.h2 + f * C, a.mean2 + f, a.rstd2 + f, mlp_input + f * C, w.norm2, w.norm2_bias, N, C,
+                   c.norm_eps);
       linear_forward(be, a.up + f * UP, a.h2 + f * C, w.up, w.up_bias, N, C, UP);
       if (c.mlp == MlpKind::swiglu)
         swiglu_forward(be, a.act + f * F, a.up + f * UP, N, F);
@@ -456,8 +458,8 @@ struct Model {
         gelu_forward(be, a.act + f * F, a.up + f * UP, N, F);
       linear_residual_forward(be, next + f * C, a.x2 + f * C, a.act + f * F, w.down, w.down_bias, N, F, C);
     }
-    norm_forward(be, c.norm, acts.final + f * C, acts.final_mean + f, acts.final_rstd + f, acts.x + f * C, weights.final_norm,
-                 weights.final_norm_bias, N, C, c.norm_eps);
+    norm_forward(be, c.norm, acts.final + f * C, acts.final_mean + f, acts.final_rstd + f, acts.x + f * C,
+                 weights.final_norm, weights.final_norm_bias, N, C, c.norm_eps);
   }
 
   // After forward(): losses per token in nats, host (batch, length), for targets, host (batch, length); a negative
@@ -490,8 +492,8 @@ struct Model {
     be.zero(result, sizeof *result);
   }
 
-  // One micro-batch of training, forward and backward: host tokens and targets (B, T). Nothing here waits for the device:
-  // the arrays must stay as they are until it is synchronised. scale and z_loss are the same in every call.
+  // One micro-batch of training, forward and backward: host tokens and targets (B, T). Nothing here waits for the
+  // device: the arrays must stay as they are until it is synchronised. scale and z_loss are the same in every call.
   void train_batch(const int* tokens, const int* targets, double scale, double z_loss) {
     be.upload(acts.tokens, tokens, size_t(B) * T * sizeof(int));
     be.upload(acts.targets, targets, size_t(B) * T * sizeof(int));
@@ -510,7 +512,8 @@ struct Model {
 
   void backward_uploaded(int batch, int length, double scale, double z_loss) {
     const Config& c = config;
-    const int C = c.width, A = c.heads * c.head_size, F = c.mlp_hidden, V = c.vocab, QKV = c.qkv_width(), UP = c.up_width();
+    const int C = c.width, A = c.heads * c.head_size, F = c.mlp_hidden, V = c.vocab, QKV = c.qkv_width(),
+              UP = c.up_width();
     const int N = batch * length, run = loss_rows<Backend>(c, size_t(B) * T);
     const RopeShape shape = c.heads_shape(batch, length, 0);
     ActivationGradients<Real>& d = grads;
@@ -519,8 +522,8 @@ struct Model {
       const Real* final = acts.final + size_t(n) * C;
       linear_forward(be, acts.logits, final, weights.head, (const Real*)nullptr, rows, C, V);
       cross_entropy(be, acts.losses + n, acts.logits, acts.targets + n, scale, z_loss, rows, V);
-      linear_backward(be, d.dh + size_t(n) * C, gradients.head, (Acc<Real>*)nullptr, acts.logits, final, weights.head, rows,
-                      C, V);
+      linear_backward(be, d.dh + size_t(n) * C, gradients.head, (Acc<Real>*)nullptr, acts.logits, final, weights.head,
+                      rows, C, V);
     }
     add_losses(be, &result->loss, acts.losses, N);
     norm_backward(be, c.norm, d.dx, gradients.final_norm, gradients.final_norm_bias, (const Real*)nullptr, d.dh, acts.x,
@@ -533,7 +536,8 @@ struct Model {
 
       if (c.recompute) {  // the same calls as in forward(), with the same results
         norm_forward(be, c.norm, a.h1, a.mean1, a.rstd1, a.x, w.norm1, w.norm1_bias, N, C, c.norm_eps);
-        norm_forward(be, c.norm, a.h2, a.mean2, a.rstd2, parallel ? a.x : a.x2, w.norm2, w.norm2_bias, N, C, c.norm_eps);
+        norm_forward(be, c.norm, a.h2, a.mean2, a.rstd2, parallel ? a.x : a.x2, w.norm2, w.norm2_bias, N, C,
+                     c.norm_eps);
         if (c.mlp == MlpKind::swiglu)
           swiglu_forward(be, a.act, a.up, N, F);
         else
@@ -547,7 +551,8 @@ struct Model {
       else
         gelu_backward(be, d.dup, d.dact, a.up, N, F);
       linear_backward(be, d.dh, g.up, g.up_bias, d.dup, a.h2, w.up, N, C, UP);
-      norm_backward(be, c.norm, d.dx2, g.norm2, g.norm2_bias, d.dx, d.dh, parallel ? a.x : a.x2, a.mean2, a.rstd2, w.norm2, N, C);
+      norm_backward(be, c.norm, d.dx2, g.norm2, g.norm2_bias, d.dx, d.dh, parallel ? a.x : a.x2, a.mean2, a.rstd2,
+                    w.norm2, N, C);
 
       // Sequential: x2 feeds norm2, so its gradient is dx2. Parallel: norm2 hangs on x, so that of x2 is still dx.
       linear_backward(be, d.datt, g.proj, g.proj_bias, parallel ? d.dx : d.dx2, a.att, w.proj, N, A, C);
@@ -562,7 +567,8 @@ struct Model {
     embedding_backward(be, gradients.embedding, d.dx, acts.tokens, N, V, C);
   }
 
-  // One AdamW step on the accumulated gradients; decay on matrices only. The norm before clipping is left in result->norm.
+  // One AdamW step on the accumulated gradients; decay on matrices only. The norm before clipping is left in
+  // result->norm.
   void update(AdamW a) {
     Acc<Real>* norm = &result->norm;
     gradient_norm(be, norm, gradients_flat, table.total);

@@ -43,8 +43,8 @@ void gradient_norm(Cpu&, Real* norm, const Real* gradients, size_t n) {
 }
 
 // One step of AdamW (Loshchilov and Hutter 2019, arXiv 1711.05101), equal to torch.optim.AdamW after
-// torch.nn.utils.clip_grad_norm_. master, gradients, m, v (n); parameters (n) receives the new values in the model's own
-// type (it may be master itself). A norm that is not finite changes nothing: the caller stops the run.
+// torch.nn.utils.clip_grad_norm_. master, gradients, m, v (n); parameters (n) receives the new values in the model's
+// own type (it may be master itself). A norm that is not finite changes nothing: the caller stops the run.
 template <class Real>
 void adamw(Cpu&, Real* parameters, Acc<Real>* master, const Acc<Real>* gradients, Acc<Real>* m, Acc<Real>* v,
            const Acc<Real>* norm, size_t n, const AdamW& a) {

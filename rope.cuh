@@ -22,7 +22,8 @@ enum class RopePairs { half, interleaved };
 #endif
 
 // The number of rotated channels for a fraction of the head: the even number nearest to fraction * HS (an exact tie
-// goes up), at least 2 when anything is to be rotated. 10 % of 64, 128, 256 gives 6, 12, 26 (arXiv 2603.11611, Table 1).
+// goes up), at least 2 when anything is to be rotated. 10 % of 64, 128, 256 gives 6, 12, 26 (arXiv 2603.11611,
+// Table 1).
 inline int rotary_dim_from_fraction(double fraction, int HS) {
   if (!(fraction >= 0 && fraction <= 1))
     throw UserError("--rotary-fraction " + std::to_string(fraction) + ": must lie between 0 and 1");
@@ -34,7 +35,8 @@ inline int rotary_dim_from_fraction(double fraction, int HS) {
 
 inline void check_rotary_dim(int R, int HS) {
   if (R < 0 || R % 2 || R > HS)
-    throw UserError("--rotary-dim " + std::to_string(R) + ": must be even, from 0 to the head size " + std::to_string(HS));
+    throw UserError("--rotary-dim " + std::to_string(R) + ": must be even, from 0 to the head size " +
+                    std::to_string(HS));
 #ifdef ROTARY_DIM
   static_assert(ROTARY_DIM >= 0 && ROTARY_DIM % 2 == 0, "make ROTARY_DIM=: must be even and not negative");
   if (R != ROTARY_DIM)
@@ -91,7 +93,8 @@ struct RopeShape {
 
 // Turns the pairs of one head at one position; direction +1 is the forward, -1 the backward (the inverse) rotation.
 template <class Real>
-void rope_rotate_head(Real* head /* (HS) */, const float* cos_sin /* (R/2, 2) */, int R, RopePairs pairs, Real direction) {
+void rope_rotate_head(Real* head /* (HS) */, const float* cos_sin /* (R/2, 2) */, int R, RopePairs pairs,
+                      Real direction) {
   for (int i = 0; i < R / 2; ++i) {
     Real c = cos_sin[2 * i], s = direction * Real(cos_sin[2 * i + 1]);
     Real& a = head[rope_first(pairs, i)];
@@ -158,9 +161,10 @@ __device__ __forceinline__ void rope_angles(float (&cos_sin)[2 * W], const float
 constexpr int kRopeHeads = 4;  // heads per thread: its part of the table is read once for all of them
 
 // A thread turns W pairs, the same ones, of up to 4 heads at one position; neighbours in a warp work on neighbouring
-// pairs, then on the next head. Nothing but the first R channels of queries and keys is read or written. What that saves
-// depends on the head: on an H100, in bf16, 10 % of 256 channels takes 0.28 of the time of all of them, of 128 channels
-// 0.55, but of 64 channels 0.91: the channels of neighbouring heads then lie 128 bytes apart, and memory moves more.
+// pairs, then on the next head. Nothing but the first R channels of queries and keys is read or written. What that
+// saves depends on the head: on an H100, in bf16, 10 % of 256 channels takes 0.28 of the time of all of them, of 128
+// channels 0.55, but of 64 channels 0.91: the channels of neighbouring heads then lie 128 bytes apart, and memory moves
+// more.
 template <class Real, int W, RopePairs PAIRS>
 __global__ void rope_kernel(Real* qkv, const float* table, int run_time_R, RopeShape s, float direction) {
   const int R = ROTARY_DIM_OR(run_time_R), packs = R / 2 / W, heads = s.NH + s.NKV;

@@ -170,7 +170,8 @@ static Run prepare(const std::vector<std::string>& args) {
     s.val = s.data;
     const size_t slash = s.val.rfind('/') == std::string::npos ? 0 : s.val.rfind('/');
     const size_t at = s.val.find("train", slash);
-    if (at == std::string::npos) throw UserError("--val: cannot be guessed from --data " + s.data + ", which does not say train");
+    if (at == std::string::npos)
+      throw UserError("--val: cannot be guessed from --data " + s.data + ", which does not say train");
     s.val.replace(at, 5, "val");
   }
   run.train = std::make_unique<Dataset>(s.data);
@@ -190,15 +191,16 @@ static Run prepare(const std::vector<std::string>& args) {
     const auto was = settings_json(before, {"Model", "Optimiser"}), is = settings_json(s, {"Model", "Optimiser"});
     for (const auto& [key, value] : was.items())
       if (key != "steps" && is[key] != value)
-        throw UserError("--resume: " + key + " is " + is[key].dump() + " but was " + value.dump() + " in " + run.checkpoint +
-                        "; leave the flag out, or start a new run");
+        throw UserError("--resume: " + key + " is " + is[key].dump() + " but was " + value.dump() + " in " +
+                        run.checkpoint + "; leave the flag out, or start a new run");
   } else {
     const std::string base = s.run.empty() ? s.preset : s.run;
     std::string name = base;
     for (int i = 2; s.run.empty() && fs::exists("runs/" + name); ++i) name = base + "-" + std::to_string(i);
     run.directory = "runs/" + name;
     if (fs::exists(run.directory))
-      throw UserError("--run " + name + ": " + run.directory + " exists; add --resume to go on with it, or choose another name");
+      throw UserError("--run " + name + ": " + run.directory +
+                      " exists; add --resume to go on with it, or choose another name");
     s.run = name;
   }
   return run;
@@ -273,12 +275,13 @@ int train(Backend& be, Run& run) {
   CsvLog val_log(run.directory + "/val.csv", "step,tokens,val_loss", step);
 
   print_settings(s);
-  std::printf("RoPE turns %d of %d channels of each query and key head (%.1f %%); table %s.\n", c.rotary_dim, c.head_size,
-              100.0 * c.rotary_dim / c.head_size, human_bytes(memory.rope_table).c_str());
-  std::printf("%.2f M parameters on %s, %s. Memory: parameters %s, gradients %s, optimiser %s, activations %s; %s in all.\n",
-              model.table.parameters * 1e-6, Backend::name, dtype_name<Real>(), human_bytes(memory.parameters).c_str(),
-              human_bytes(memory.gradients).c_str(), human_bytes(memory.optimizer).c_str(), human_bytes(memory.activations).c_str(),
-              human_bytes(memory.total()).c_str());
+  std::printf("RoPE turns %d of %d channels of each query and key head (%.1f %%); table %s.\n", c.rotary_dim,
+              c.head_size, 100.0 * c.rotary_dim / c.head_size, human_bytes(memory.rope_table).c_str());
+  std::printf(
+      "%.2f M parameters on %s, %s. Memory: parameters %s, gradients %s, optimiser %s, activations %s; %s in all.\n",
+      model.table.parameters * 1e-6, Backend::name, dtype_name<Real>(), human_bytes(memory.parameters).c_str(),
+      human_bytes(memory.gradients).c_str(), human_bytes(memory.optimizer).c_str(),
+      human_bytes(memory.activations).c_str(), human_bytes(memory.total()).c_str());
   std::printf("Data: %.2f M training tokens, %zu a step, so %.2f epochs in %d steps.\n", run.train->tokens() * 1e-6,
               tokens_per_step, double(tokens_per_step) * s.steps / run.train->tokens(), s.steps);
   if (step) std::printf("Resumed at step %d.\n", step);
@@ -296,7 +299,8 @@ int train(Backend& be, Run& run) {
   };
 
   auto validate = [&] {
-    const size_t windows = run.val->windows(T), wanted = std::min(windows, std::max<size_t>(1, size_t(s.val_tokens) / T));
+    const size_t windows = run.val->windows(T),
+                 wanted = std::min(windows, std::max<size_t>(1, size_t(s.val_tokens) / T));
     double sum = 0;
     std::vector<int> inputs(N), targets(N);
     std::vector<A> losses(N);
@@ -386,7 +390,8 @@ int train(Backend& be, Run& run) {
   }
   if (step < s.steps) {
     if (last_saved != step) save();
-    std::printf("\nInterrupted: saved at step %d in %s/checkpoint. Go on with: %s\n", step, run.directory.c_str(), resume.c_str());
+    std::printf("\nInterrupted: saved at step %d in %s/checkpoint. Go on with: %s\n", step, run.directory.c_str(),
+                resume.c_str());
     return 0;
   }
   if (std::isnan(val_loss)) val_loss = validate();
@@ -413,7 +418,8 @@ int train(Backend& be, Run& run) {
   print_curve(read_csv(run.directory + "/log.csv", 2), floor);
   std::printf("validation loss %.4f nats per token", val_loss);
   if (!std::isnan(floor))
-    std::printf("; the lowest that any model can reach on this corpus is %.4f (%.1f %% above it)", floor, 100 * (val_loss / floor - 1));
+    std::printf("; the lowest that any model can reach on this corpus is %.4f (%.1f %% above it)", floor,
+                100 * (val_loss / floor - 1));
   std::printf("\n");
   if (run.tokenizer) std::printf("\nA sample (temperature 0.8):\n%s\n", sample(std::min(400, T)).c_str());
   std::printf("\nFiles: %s: log.csv val.csv summary.json config.json checkpoint/\n", run.directory.c_str());
@@ -428,7 +434,7 @@ int train(Backend& be, Run& run) {
 }
 
 int main(int argc, char** argv) {
-  try {
+  return exit_code_of([&] {
     Run run = prepare({argv + 1, argv + argc});
     Settings& s = run.s;
     if (s.threads) omp_set_num_threads(s.threads);
@@ -437,11 +443,5 @@ int main(int argc, char** argv) {
       status = train<std::decay_t<decltype(be)>, decltype(real)>(be, run);
     });
     return status;
-  } catch (const UserError& e) {
-    std::fprintf(stderr, "error: %s\n", e.what());
-    return 2;
-  } catch (const std::exception& e) {
-    std::fprintf(stderr, "error: %s\n", e.what());
-    return 1;
-  }
+  });
 }

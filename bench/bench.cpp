@@ -235,13 +235,7 @@ int run(int argc, char** argv) {
   app.add_flag("--json", json, "one line of JSON");
   app.add_flag("--quick", quick, "the tables without gpt-124m, which takes minutes");
   app.allow_extras();
-  try {
-    app.parse(argc, argv);
-  } catch (const CLI::CallForHelp& e) {
-    return app.exit(e);
-  } catch (const CLI::ParseError& e) {
-    throw UserError(std::string(e.what()) + "; see --help");
-  }
+  parse_command_line(app, {argv + 1, argv + argc});
   expect_positive("batch", batch);
   expect_positive("context", context);
   expect_positive("seconds", seconds, true);
@@ -270,10 +264,5 @@ int run(int argc, char** argv) {
 }  // namespace
 
 int main(int argc, char** argv) {
-  try {
-    return run(argc, argv);
-  } catch (const UserError& e) {
-    std::fprintf(stderr, "error: %s\n", e.what());
-    return 2;
-  }
+  return exit_code_of([&] { return run(argc, argv); });
 }

@@ -5,28 +5,12 @@
 
 #include <filesystem>
 #include <map>
-#include <set>
 
 #include "../encode.h"
 #include "../stories.h"
+#include "helpers.h"
 
 namespace {
-
-// A directory that lasts as long as the test case.
-struct TemporaryDirectory {
-  std::string path;
-  TemporaryDirectory() {
-    path = (std::filesystem::temp_directory_path() / "partial-rope-XXXXXX").string();
-    if (!::mkdtemp(path.data())) throw std::runtime_error("mkdtemp failed");
-  }
-  ~TemporaryDirectory() { std::filesystem::remove_all(path); }
-  std::string operator/(const std::string& name) const { return path + "/" + name; }
-  std::set<std::string> files() const {
-    std::set<std::string> names;
-    for (const auto& entry : std::filesystem::directory_iterator(path)) names.insert(entry.path().filename());
-    return names;
-  }
-};
 
 void write_file(const std::string& path, const std::string& bytes) {
   std::ofstream(path, std::ios::binary).write(bytes.data(), std::streamsize(bytes.size()));
@@ -48,20 +32,6 @@ std::vector<uint16_t> counting(size_t n, int first = 0) {
   for (size_t i = 0; i < n; i++) tokens[i] = uint16_t(first + int(i));
   return tokens;
 }
-
-// The message of the UserError that `action` throws, which must be one line; "" if it throws none.
-template <class Action>
-std::string error_of(Action action) {
-  try {
-    action();
-  } catch (const UserError& e) {
-    CHECK(std::string(e.what()).find('\n') == std::string::npos);
-    return e.what();
-  }
-  return "";
-}
-
-bool contains(const std::string& text, const std::string& part) { return text.find(part) != std::string::npos; }
 
 std::string decoded(const std::string& path, const std::string& separator = "<|endoftext|>") {
   std::string text;

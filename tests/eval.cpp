@@ -61,14 +61,8 @@ size_t widest_line(const std::string& text) {
   return widest;
 }
 
-// Shards in a folder of their own, removed at the end.
-struct Folder {
-  std::string path;
-  Folder() {
-    path = (std::filesystem::temp_directory_path() / "partial-rope-XXXXXX").string();
-    if (!::mkdtemp(path.data())) throw std::runtime_error("mkdtemp failed");
-  }
-  ~Folder() { std::filesystem::remove_all(path); }
+// Shards in a directory of their own.
+struct Folder : TemporaryDirectory {
   void shard(const std::string& name, const std::vector<uint16_t>& tokens) const {
     std::vector<int32_t> header(shard_header_ints, 0);
     header[0] = shard_magic, header[1] = shard_version, header[2] = int32_t(tokens.size());

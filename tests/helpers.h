@@ -3,15 +3,18 @@
 
 #include <doctest/doctest.h>
 #include <omp.h>
+#include <unistd.h>
 
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <filesystem>
 #include <fstream>
 #include <limits>
 #include <map>
 #include <nlohmann/json.hpp>
 #include <random>
+#include <set>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -178,8 +181,25 @@ std::string error_of(Work work) {
   try {
     work();
   } catch (const std::exception& e) {
+    CHECK(std::string(e.what()).find('\n') == std::string::npos);  // one line
     return e.what();
   }
   return "";
 }
 inline bool contains(const std::string& text, const std::string& part) { return text.find(part) != std::string::npos; }
+
+// A directory of its own for a test, removed at the end.
+struct TemporaryDirectory {
+  std::string path;
+  TemporaryDirectory() {
+    path = (std::filesystem::temp_directory_path() / "partial-rope-XXXXXX").string();
+    if (!::mkdtemp(path.data())) throw std::runtime_error("mkdtemp failed");
+  }
+  ~TemporaryDirectory() { std::filesystem::remove_all(path); }
+  std::string operator/(const std::string& name) const { return path + "/" + name; }
+  std::set<std::string> files() const {
+    std::set<std::string> names;
+    for (const auto& entry : std::filesystem::directory_iterator(path)) names.insert(entry.path().filename());
+    return names;
+  }
+};

@@ -24,8 +24,8 @@ std::vector<Real> numbers(size_t count, unsigned seed) {
 
 // The largest error of c = start + a b, in units of the bound below.
 template <class Real>
-double worst(const std::vector<Real>& c, const std::vector<Real>& start, size_t start_stride, Strided<Real> a, Strided<Real> b,
-             int M, int N, int K) {
+double worst(const std::vector<Real>& c, const std::vector<Real>& start, size_t start_stride, Strided<Real> a,
+             Strided<Real> b, int M, int N, int K) {
   double worst = 0;
   for (int i = 0; i < M; ++i)
     for (int j = 0; j < N; ++j) {

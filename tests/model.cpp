@@ -73,19 +73,31 @@ std::vector<Real> copy(const Real* p, size_t n) {
   return {p, p + n};
 }
 
+// A fixture's model with its weights, and its batch.
+template <class Real>
+struct FixtureModel {
+  Cpu be;
+  Model<Cpu, Real> model;
+  double z_loss;
+  std::vector<int> tokens, targets;
+  explicit FixtureModel(const Fixture& f)
+      : model(be, config_of(f), kB, kT, true),
+        z_loss(std::stod(f.metadata["z_loss"].get<std::string>())),
+        tokens(f.ints("tokens")),
+        targets(f.ints("targets")) {
+    set_weights(model, f);
+  }
+};
+
 }  // namespace
 
 TEST_CASE("model: losses and every gradient equal PyTorch's, in fp64") {
   for (const std::string& name : kFixtures) {
     CAPTURE(name);
     const Fixture f(name);
-    const Config c = config_of(f);
-    if (!built_for(c)) continue;
-    Cpu be;
-    Model<Cpu, double> model(be, c, kB, kT, true);
-    set_weights(model, f);
-    const double z_loss = std::stod(f.metadata["z_loss"].get<std::string>());
-    const std::vector<int> tokens = f.ints("tokens"), targets = f.ints("targets");
+    if (!built_for(config_of(f))) continue;
+    FixtureModel<double> x(f);
+    auto& [be, model, z_loss, tokens, targets] = x;
     std::vector<double> losses(kB * kT);
     model.forward(tokens.data(), kB, kT);
     model.loss(losses.data(), targets.data(), kB, kT);
@@ -114,13 +126,9 @@ TEST_CASE("model: losses and every gradient equal PyTorch's, in fp32") {
   for (const std::string& name : kFixtures) {
     CAPTURE(name);
     const Fixture f(name);
-    const Config c = config_of(f);
-    if (!built_for(c)) continue;
-    Cpu be;
-    Model<Cpu, float> model(be, c, kB, kT, true);
-    set_weights(model, f);
-    const double z_loss = std::stod(f.metadata["z_loss"].get<std::string>());
-    const std::vector<int> tokens = f.ints("tokens"), targets = f.ints("targets");
+    if (!built_for(config_of(f))) continue;
+    FixtureModel<float> x(f);
+    auto& [be, model, z_loss, tokens, targets] = x;
     gradients_of(model, tokens, targets, kB, kT, 1.0 / (kB * kT), z_loss);
     // A number passes about 25 operations forward and 25 back. Each is a sum of up to 30 terms, whose roundings add up
     // to about sqrt(30) = 5, and the operations' errors add up like independent ones: sqrt(50) * 5 = 35 roundings in
@@ -295,7 +303,8 @@ TEST_CASE("model: a micro-batch of training is forward and backward; recomputing
     const int B = 2, T = 9;
     const size_t kept = memory_report<Cpu, float>(c, B, T).activations;
     // h1 and h2 of C, act of F: for each block but one.
-    const size_t saved = (c.layers - 1) * 4 * ((2 * B * T * c.width + 63) / 64 * 64 + (B * T * c.mlp_hidden + 63) / 64 * 64);
+    const size_t saved =
+        (c.layers - 1) * 4 * ((2 * B * T * c.width + 63) / 64 * 64 + (B * T * c.mlp_hidden + 63) / 64 * 64);
     CHECK(kept - memory_report<Cpu, float>(less, B, T).activations >= saved - 256);
     CHECK(kept - memory_report<Cpu, float>(less, B, T).activations <= saved + 512);
     const std::vector<int> tokens = random_tokens(B * T, c.vocab, 110), targets = random_tokens(B * T, c.vocab, 111);
