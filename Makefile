@@ -31,14 +31,17 @@ CXXFLAGS += -std=c++17 -Wall -Wextra -fopenmp $(SANITIZE)
 # One way to make a program from its sources, with the compiler that the machine has.
 ifeq ($(ARCH),)
   COMPILE = $(CXX) $(CPPFLAGS) $(CXXFLAGS) $(OPTIMISE) -MMD -MP -x c++ -c $< -o $@
-  LINK = $(CXX) $(CXXFLAGS) $(filter %.o,$^) -o $@
+  LINK = $(CXX) $(CXXFLAGS) $(filter %.o,$^) -o $@ $(LDLIBS)
 else
   # Hopper's own instructions (wgmma) exist for sm_90a only.
   GENCODE := -gencode arch=compute_$(ARCH:90=90a)$(comma)code=sm_$(ARCH:90=90a)
   COMPILE = $(NVCC) $(GENCODE) -std=c++17 $(if $(DEBUG),-G) $(CPPFLAGS) --diag-suppress=20012,20013,20014,20015 \
             $(addprefix -Xcompiler=,$(subst $(comma),\$(comma),$(filter-out -std=c++17,$(CXXFLAGS) $(OPTIMISE)))) -MMD -MP -x cu -c $< -o $@
-  LINK = $(NVCC) $(GENCODE) $(addprefix -Xcompiler=,$(subst $(comma),\$(comma),-fopenmp $(SANITIZE))) $(filter %.o,$^) -o $@ -lcublasLt
+  LINK = $(NVCC) $(GENCODE) $(addprefix -Xcompiler=,$(subst $(comma),\$(comma),-fopenmp $(SANITIZE))) $(filter %.o,$^) -o $@ $(LDLIBS) -lcublasLt
 endif
+
+# PCRE2 and utf8proc for tokenizers, libarchive for compressed text.
+LDLIBS += -lpcre2-8 -lutf8proc -larchive
 
 .PHONY: all train test bench compile-cuda clean
 all: $(BUILD)/train $(BUILD)/data $(BUILD)/eval

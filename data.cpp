@@ -10,6 +10,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <chrono>
 #include <cstdio>
 #include <cstdlib>
 #include <filesystem>
@@ -56,29 +57,39 @@ std::string printable(const std::string& text) {
   return safe;
 }
 
-void encode(const std::vector<std::string>& inputs, const std::string& directory, const std::string& separator,
-            double val_fraction, uint64_t shard_tokens) {
-  if (!(val_fraction >= 0 && val_fraction < 1))
-    throw UserError("--val-fraction " + std::to_string(val_fraction) + ": should be from 0 to below 1");
+// `tokenizer` is "bytes" or the path of a tokenizer.json.
+std::unique_ptr<Tokenizer> open_tokenizer(const std::string& tokenizer) {
+  if (tokenizer == "bytes") return std::make_unique<ByteTokenizer>();
+  return std::make_unique<BpeTokenizer>(tokenizer);
+}
+
+void encode(const std::vector<std::string>& inputs, const std::string& directory, const std::string& tokenizer,
+            const TextFormat& format, uint64_t shard_tokens) {
+  if (!(format.val_fraction >= 0 && format.val_fraction < 1))
+    throw UserError("--val-fraction " + std::to_string(format.val_fraction) + ": should be from 0 to below 1");
+  std::vector<uint64_t> sizes;
   uint64_t total = 0, before = 0;
   for (const std::string& input : inputs) {
-    std::error_code error;
-    if (!std::filesystem::exists(input, error)) throw UserError("--input " + input + ": no such file");
-    if (!std::filesystem::is_regular_file(input, error))
-      throw UserError("--input " + input + ": not a regular file; a text file is wanted");
-    total += std::filesystem::file_size(input, error);
+    sizes.push_back(TextInput::size(input));
+    total += sizes.back();
   }
   const bool terminal = ::isatty(STDERR_FILENO);
-  CorpusWriter corpus(directory, std::make_unique<ByteTokenizer>(), shard_tokens);
+  CorpusWriter corpus(directory, open_tokenizer(tokenizer), shard_tokens);
+  const auto started = std::chrono::steady_clock::now();
   uint64_t shown = 0;
-  for (const std::string& input : inputs) {
+  for (size_t i = 0; i < inputs.size(); i++) {
     uint64_t size = 0;
-    encode_file(corpus, input, separator, val_fraction, [&](uint64_t offset) {
-      size = offset;
-      if (!terminal || before + offset < shown + (16u << 20)) return;
-      shown = before + offset;
-      std::fprintf(stderr, "\rencoded %llu of %llu MB", (unsigned long long)(shown / 1000000),
-                   (unsigned long long)(total / 1000000));
+    encode_file(corpus, inputs[i], sizes[i], format, [&](uint64_t position) {
+      size = position;
+      const uint64_t done = before + position;
+      if (!terminal || done < shown + (1u << 20)) return;
+      shown = done;
+      const double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - started).count();
+      const int width = 30, filled = total ? int(width * done / total) : 0;
+      std::fprintf(stderr, "\r[%s%s] %.0f", std::string(size_t(filled), '=').c_str(),
+                   std::string(size_t(width - filled), ' ').c_str(), double(done) * 1e-6);
+      if (total) std::fprintf(stderr, " of %.0f", double(total) * 1e-6);
+      std::fprintf(stderr, " MB, %.1f MB/s\033[K", double(done) / seconds * 1e-6);
     });
     before += size;
   }
@@ -93,7 +104,7 @@ void decode(const std::string& path, uint64_t offset, uint64_t count, const std:
   if (offset > shard.size())
     throw UserError("--offset " + std::to_string(offset) + ": the shard has " + std::to_string(shard.size()) +
                     " tokens");
-  auto tokenizer = make_tokenizer(name);
+  auto tokenizer = make_tokenizer(name, directory_of(path));
   count = std::min<uint64_t>(count, shard.size() - offset);
   auto write = [](const std::string& text) {
     if (std::fwrite(text.data(), 1, text.size(), stdout) != text.size())
@@ -107,7 +118,7 @@ void info(const std::string& pattern, int documents_shown) {
   Dataset data(pattern);
   Meta meta = read_meta(pattern);
   std::unique_ptr<Tokenizer> tokenizer;
-  if (!meta.tokenizer.empty()) tokenizer = make_tokenizer(meta.tokenizer);
+  if (!meta.tokenizer.empty()) tokenizer = make_tokenizer(meta.tokenizer, directory_of(pattern));
   for (const Shard& shard : data.shards()) {
     if (meta.vocabulary > 0) shard.check_tokens(meta.vocabulary);
     uint64_t documents = 0;
@@ -249,17 +260,17 @@ void fetch(const std::string& name, std::string url, std::string directory) {
     throw UserError(path + ": wrong file: its SHA-256 is " + sum + ", should be " + wanted->sha256 +
                     "; remove it and run this again");
   }
-  encode({path}, directory, "", 0.05, default_shard_tokens);
+  encode({path}, directory, "bytes", {"", "", 0.05}, default_shard_tokens);
 }
 
 int command(int argc, char** argv) {
   CLI::App app("Makes token shards from text, and shows what is in them.", "data");
   app.require_subcommand(1);
   std::string out, stories_out = "data/stories", bytes = "5M", shard_tokens = "100M", tokens, offset;
-  std::string separator = "<|endoftext|>", name, url, path;
+  std::string tokenizer = "bytes", name, url, path;
+  TextFormat format;
   std::vector<std::string> inputs;
   uint64_t seed = 1;
-  double val_fraction = 0.05;
   int documents = 2;
 
   app.option_defaults()->always_capture_default();  // --help shows them
@@ -268,18 +279,20 @@ int command(int argc, char** argv) {
   stories->add_option("--bytes", bytes, "bytes of training text; a twentieth more for validation");
   stories->add_option("--seed", seed, "seed of the generator");
 
-  CLI::App* encoder = app.add_subcommand("encode", "turn text files into shards, one token per byte");
-  encoder->add_option("--input", inputs, "text files")->required();
+  CLI::App* encoder = app.add_subcommand("encode", "turn text files into shards of tokens");
+  encoder->add_option("--input", inputs, "text files, plain or compressed (gz, xz, zst); - is standard input")->required();
   encoder->add_option("--out", out, "directory to write to")->required();
-  encoder->add_option("--separator", separator, "a line of this alone stands between documents");
-  encoder->add_option("--val-fraction", val_fraction, "the last part of each file, for validation");
+  encoder->add_option("--tokenizer", tokenizer, "bytes, or the path of a Hugging Face tokenizer.json (byte-level BPE)");
+  encoder->add_option("--separator", format.separator, "a line of this alone stands between documents");
+  encoder->add_option("--field", format.field, "JSON lines: the key whose value is a document's text");
+  encoder->add_option("--val-fraction", format.val_fraction, "the last part of each file, for validation");
   encoder->add_option("--shard-tokens", shard_tokens, "tokens per shard");
 
   CLI::App* decoder = app.add_subcommand("decode", "print a shard's tokens as text");
   decoder->add_option("file", path, "shard (.bin)")->required();
   decoder->add_option("--tokens", tokens, "how many (default all)");
   decoder->add_option("--offset", offset, "first token (default 0)");
-  decoder->add_option("--separator", separator, "line between documents");
+  decoder->add_option("--separator", format.separator, "line between documents");
 
   CLI::App* informer = app.add_subcommand("info", "check shards and show what they hold");
   informer->add_option("pattern", path, "shards, such as 'data/stories/train_*.bin'")->required();
@@ -301,10 +314,10 @@ int command(int argc, char** argv) {
   if (*stories) {
     print_written(stories_out, write_stories(stories_out, parse_count("--bytes", bytes), seed));
   }
-  if (*encoder) encode(inputs, out, separator, val_fraction, parse_count("--shard-tokens", shard_tokens));
+  if (*encoder) encode(inputs, out, tokenizer, format, parse_count("--shard-tokens", shard_tokens));
   if (*decoder)
     decode(path, offset.empty() || offset == "0" ? 0 : parse_count("--offset", offset),
-           tokens.empty() ? UINT64_MAX : parse_count("--tokens", tokens), separator);
+           tokens.empty() ? UINT64_MAX : parse_count("--tokens", tokens), format.separator);
   if (*informer) info(path, documents);
   if (*fetcher) fetch(name, url, out);
   if (std::fflush(stdout) != 0)

@@ -233,39 +233,6 @@ class Dataset {
 };
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Tokenizers turn text into ids and back.
-
-struct Tokenizer {
-  virtual ~Tokenizer() = default;
-  virtual std::string name() const = 0;
-  virtual int vocabulary() const = 0;   // ids are 0..vocabulary-1
-  virtual int end_of_text() const = 0;  // stands before every document
-  // Appends the ids of one document's text; never end_of_text, whatever the text says.
-  virtual void encode(const char* text, size_t bytes, std::vector<uint16_t>& tokens) const = 0;
-  // Appends the bytes of one id; nothing for end_of_text.
-  virtual void decode(int token, std::string& text) const = 0;
-};
-
-// Every byte is its own id; 256 is the end of text.
-struct ByteTokenizer : Tokenizer {
-  std::string name() const override { return "bytes"; }
-  int vocabulary() const override { return 257; }
-  int end_of_text() const override { return 256; }
-  void encode(const char* text, size_t bytes, std::vector<uint16_t>& tokens) const override {
-    for (size_t i = 0; i < bytes; i++) tokens.push_back(static_cast<unsigned char>(text[i]));
-  }
-  void decode(int token, std::string& text) const override {
-    if (token < 256) text += char(token);
-  }
-};
-
-// The tokenizer that meta.json names. UserError if there is none of that name.
-inline std::unique_ptr<Tokenizer> make_tokenizer(const std::string& name) {
-  if (name == "bytes") return std::make_unique<ByteTokenizer>();
-  throw UserError("tokenizer \"" + name + "\" is not known here; known: bytes");
-}
-
-// ---------------------------------------------------------------------------------------------------------------------
 // meta.json beside the shards: what their tokens are.
 
 struct Meta {
@@ -290,11 +257,16 @@ inline nlohmann::ordered_json meta_to_json(const Meta& meta) {
           {"val", split(meta.val)}};
 }
 
+// The directory of a shard or of a pattern of shards.
+inline std::string directory_of(const std::string& pattern) {
+  const size_t slash = pattern.rfind('/');
+  return slash == std::string::npos ? "." : pattern.substr(0, std::max<size_t>(slash, 1));
+}
+
 // Reads meta.json from the directory of a shard or of a pattern of shards. Shards from elsewhere have none: then
 // everything is unknown. UserError if the file is there but is not what data.cpp writes.
 inline Meta read_meta(const std::string& pattern) {
-  size_t slash = pattern.rfind('/');
-  std::string path = (slash == std::string::npos ? "" : pattern.substr(0, slash + 1)) + "meta.json";
+  const std::string path = directory_of(pattern) + "/meta.json";
   Meta meta;
   std::ifstream file(path);
   if (!file) return meta;

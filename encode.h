@@ -1,11 +1,14 @@
 // encode.h: writing text as shards, and reading it back. What data.cpp's commands do, without the command line.
 #pragma once
+#include <archive.h>
+#include <archive_entry.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
 #include <cerrno>
 #include <cstdio>
 #include <cstring>
+#include <exception>
 #include <filesystem>
 #include <functional>
 #include <memory>
@@ -14,6 +17,7 @@
 
 #include "data.h"
 #include "stories.h"
+#include "tokenizer.h"
 
 // A file that appears under its name only when it is complete: written as NAME.part, synced, renamed by commit().
 // Without commit() the destructor removes it. UserError when the disk is full or the directory not writable.
@@ -144,16 +148,25 @@ class ShardWriter {
 
 constexpr size_t default_shard_tokens = 100'000'000, most_shard_tokens = 1'000'000'000;
 
-// A corpus in the making: both splits and meta.json. Text comes in as documents, in pieces of any size.
-// Nothing of it is visible before commit(). UserError if the directory cannot be made or written.
+// Copies a file, complete or not at all.
+inline void copy_file(const std::string& from, const std::string& to) {
+  const std::string bytes = read_text_file(from);
+  NewFile copy(to);
+  copy.write(bytes.data(), bytes.size());
+  copy.sync();
+  copy.commit();
+}
+
+// A corpus in the making: both splits and meta.json. Text comes in as documents, which are encoded some at a time, on all
+// threads. Nothing of it is visible before commit(). UserError if the directory cannot be made or written.
 class CorpusWriter {
  public:
   CorpusWriter(const std::string& directory, std::unique_ptr<Tokenizer> tokenizer,
                size_t shard_tokens = default_shard_tokens)
       : directory_(directory),
         tokenizer_(std::move(tokenizer)),
-        train_{ShardWriter(directory, "train", shard_tokens), {}, true},
-        val_{ShardWriter(directory, "val", shard_tokens), {}, true} {
+        train_{ShardWriter(directory, "train", shard_tokens), {}},
+        val_{ShardWriter(directory, "val", shard_tokens), {}} {
     if (shard_tokens < 1 || shard_tokens > most_shard_tokens)
       throw UserError("--shard-tokens " + std::to_string(shard_tokens) + ": should be 1 to " +
                       std::to_string(most_shard_tokens));
@@ -162,25 +175,17 @@ class CorpusWriter {
     if (error) throw UserError(directory + ": cannot make the directory: " + error.message());
   }
 
-  // The next text() of this split opens a document. Documents without text are left out.
-  void begin_document(bool val) { (val ? val_ : train_).fresh = true; }
-
-  void text(bool val, const char* text, size_t bytes) {
-    if (bytes == 0) return;
-    Split& split = val ? val_ : train_;
-    buffer_.clear();
-    if (split.fresh) {
-      buffer_.push_back(uint16_t(tokenizer_->end_of_text()));
-      split.meta.documents++;
-      split.fresh = false;
-    }
-    tokenizer_->encode(text, bytes, buffer_);
-    split.shards.add(buffer_.data(), buffer_.size());
-    split.meta.bytes += bytes;
+  // Adds a document, or with `opens` false more of the last one of this split. One without text is left out.
+  void document(bool val, std::string text, bool opens = true) {
+    if (text.empty()) return;
+    waiting_bytes_ += text.size();
+    waiting_.push_back({val, opens, std::move(text), {}});
+    if (waiting_bytes_ >= (8u << 20)) encode_waiting();
   }
 
   // Writes the shards, then meta.json. The entropies are in nats per token, NAN if not known.
   Meta commit(double train_entropy = NAN, double val_entropy = NAN) {
+    encode_waiting();
     if (train_.shards.tokens() == 0) throw UserError(directory_ + ": there is no text to write");
     Meta meta;
     meta.tokenizer = tokenizer_->name();
@@ -197,6 +202,7 @@ class CorpusWriter {
     std::string json = meta_to_json(meta).dump(2) + "\n";
     file.write(json.data(), json.size());
     file.sync();
+    if (!tokenizer_->file().empty()) copy_file(tokenizer_->file(), directory_ + "/tokenizer.json");
     train_.shards.commit();  // from here on nothing can run out of space
     val_.shards.commit();
     file.commit();
@@ -207,56 +213,205 @@ class CorpusWriter {
   struct Split {
     ShardWriter shards;
     Meta::Split meta;
-    bool fresh;  // the next text opens a document
+  };
+  struct Piece {
+    bool val, opens;
+    std::string text;
+    std::vector<uint16_t> tokens;
   };
   std::string directory_;
   std::unique_ptr<Tokenizer> tokenizer_;
   Split train_, val_;
-  std::vector<uint16_t> buffer_;
+  std::vector<Piece> waiting_;
+  size_t waiting_bytes_ = 0;
+
+  void encode_waiting() {
+    std::exception_ptr problem;
+#pragma omp parallel for schedule(dynamic)
+    for (size_t i = 0; i < waiting_.size(); i++) {
+      Piece& piece = waiting_[i];
+      try {
+        if (piece.opens) piece.tokens.push_back(uint16_t(tokenizer_->end_of_text()));
+        tokenizer_->encode(piece.text.data(), piece.text.size(), piece.tokens);
+      } catch (...) {
+#pragma omp critical
+        problem = std::current_exception();
+      }
+    }
+    if (problem) std::rethrow_exception(problem);
+    for (const Piece& piece : waiting_) {
+      Split& split = piece.val ? val_ : train_;
+      split.shards.add(piece.tokens.data(), piece.tokens.size());
+      split.meta.documents += piece.opens;
+      split.meta.bytes += piece.text.size();
+    }
+    waiting_.clear();
+    waiting_bytes_ = 0;
+  }
 };
 
-// Adds one text file. A line equal to `separator` ends a document (none if it is empty), the end of the file does too.
-// The last `val_fraction` of the file, from the next start of a line on, goes to the validation split, so a file that
-// is one long document is split as well. Memory does not grow with the file. `progress` hears the bytes read so far.
-inline void encode_file(CorpusWriter& corpus, const std::string& path, const std::string& separator,
-                        double val_fraction, const std::function<void(uint64_t)>& progress = {}) {
-  std::unique_ptr<std::FILE, int (*)(std::FILE*)> file(std::fopen(path.c_str(), "rb"), std::fclose);
-  if (!file) throw UserError(path + ": cannot open text: " + std::strerror(errno));
-  struct stat status;
-  if (::fstat(::fileno(file.get()), &status) != 0 || !S_ISREG(status.st_mode))
-    throw UserError(path + ": not a regular file; a text file is wanted");
-  const double first_val = double(status.st_size) * (1 - val_fraction);
-  corpus.begin_document(false);
-  corpus.begin_document(true);
-  // Pieces of at most one line; longer lines come in several. A separator line is shorter than a piece.
-  std::vector<char> piece(std::max<size_t>(1 << 16, separator.size() + 3));
-  bool line_start = true, val = false;
-  uint64_t offset = 0;
-  for (;;) {
-    size_t n = 0;
-    int c = 0;
-    while (n < piece.size() && (c = ::getc_unlocked(file.get())) != EOF) {
-      piece[n++] = char(c);
-      if (c == '\n') break;
-    }
-    if (std::ferror(file.get())) throw UserError(path + ": cannot read text: " + std::strerror(errno));
-    if (n == 0) break;
-    bool line_end = piece[n - 1] == '\n', whole = line_start && (line_end || c == EOF);
-    // One piece past the point is late enough: a file without line ends has no better place.
-    if (val_fraction > 0 && !val && double(offset) >= first_val && (line_start || double(offset) > first_val))
-      val = true;
-    size_t length = n;  // without the line's end, "\n" or "\r\n"
-    if (length > 0 && piece[length - 1] == '\n') length--;
-    if (length > 0 && piece[length - 1] == '\r') length--;
-    if (whole && !separator.empty() && length == separator.size() &&
-        std::memcmp(piece.data(), separator.data(), length) == 0)
-      corpus.begin_document(val);
-    else
-      corpus.text(val, piece.data(), n);
-    offset += n;
-    line_start = line_end;
-    if (progress) progress(offset);
+// Text from a file or, for "-", from standard input; what gzip, xz or zstd compressed is unpacked on the way (libarchive).
+class TextInput {
+ public:
+  explicit TextInput(const std::string& path) : name_(path == "-" ? "standard input" : path), archive_(archive_read_new()) {
+    struct stat status;
+    if (path != "-" && ::stat(path.c_str(), &status) != 0)
+      throw UserError("--input " + path + ": cannot open text: " + std::strerror(errno));
+    if (path != "-" && !S_ISREG(status.st_mode))
+      throw UserError("--input " + path + ": not a regular file; a text file is wanted");
+    if (path != "-") size_ = uint64_t(status.st_size);
+    archive_read_support_filter_gzip(archive_.get());
+    archive_read_support_filter_xz(archive_.get());
+    archive_read_support_filter_zstd(archive_.get());
+    archive_read_support_format_raw(archive_.get());
+    archive_read_support_format_empty(archive_.get());
+    archive_entry* entry;
+    const int opened = archive_read_open_filename(archive_.get(), path == "-" ? nullptr : path.c_str(), 1 << 18);
+    if (opened != ARCHIVE_OK) fail();
+    const int next = archive_read_next_header(archive_.get(), &entry);
+    if (next == ARCHIVE_EOF) empty_ = true;
+    else if (next != ARCHIVE_OK) fail();
   }
+
+  // The next bytes of text, at most n; 0 at the end.
+  size_t read(char* to, size_t n) {
+    if (empty_) return 0;
+    const la_ssize_t got = archive_read_data(archive_.get(), to, n);
+    if (got < 0) fail();
+    return size_t(got);
+  }
+  // Bytes of text in a file, which is read through for it if it is compressed; 0 for standard input.
+  static uint64_t size(const std::string& path) {
+    if (path == "-") return 0;
+    TextInput input(path);
+    if (archive_filter_count(input.archive_.get()) == 1) return input.size_;
+    uint64_t size = 0;
+    std::vector<char> buffer(1 << 18);
+    while (const size_t n = input.read(buffer.data(), buffer.size())) size += n;
+    return size;
+  }
+
+ private:
+  struct Free {
+    void operator()(archive* a) const { archive_read_free(a); }
+  };
+  std::string name_;
+  std::unique_ptr<archive, Free> archive_;
+  uint64_t size_ = 0;
+  bool empty_ = false;
+
+  [[noreturn]] void fail() const {
+    const char* message = archive_error_string(archive_.get());
+    throw UserError(name_ + ": cannot read text: " + (message ? message : "unknown error"));
+  }
+};
+
+// How a file of text holds documents.
+struct TextFormat {
+  std::string separator = "<|endoftext|>";  // a line of this alone stands between documents; empty: one document
+  std::string field;                        // not empty: every line is a JSON object, and this key holds its text
+  double val_fraction = 0.05;
+};
+
+constexpr size_t most_document = 16u << 20;  // bytes of a document that are encoded as a whole
+
+// Where a document that is too long may be cut without changing a token: before a space behind a letter or digit. Without
+// any such place, before the last character that begins in it.
+inline size_t place_to_cut(const std::string& text) {
+  for (size_t i = text.size() - 1; i > 0; i--)
+    if (text[i] == ' ' && std::isalnum(static_cast<unsigned char>(text[i - 1]))) return i;
+  size_t i = text.size() - 1;
+  while (i > 1 && (text[i] & 0xC0) == 0x80) i--;
+  return i;
+}
+
+// Adds the documents of one file of `size` bytes of text. The last `val_fraction` of them, from the next start of a line
+// on, goes to the validation split, so a file that is one long document is split as well; of standard input, whose size
+// is not known (0), every so many documents. Memory does not grow with the file. `progress` hears the bytes done.
+inline void encode_file(CorpusWriter& corpus, const std::string& path, uint64_t size, const TextFormat& format,
+                        const std::function<void(uint64_t)>& progress = {}) {
+  TextInput input(path);
+  const std::string name = path == "-" ? "standard input" : path;
+  const double first_val = size > 0 && format.val_fraction > 0 ? double(size) * (1 - format.val_fraction) : HUGE_VAL;
+  std::vector<char> buffer(1 << 16);
+  std::string text;  // of the document that is being read
+  size_t line = 0;   // where in it the last line begins; npos: before what is left of it
+  uint64_t documents = 0, lines = 0, position = 0;  // position: bytes of text read
+  bool val = false, opens = true;
+  auto add = [&](std::string part) {
+    if (part.empty()) return;
+    corpus.document(val, std::move(part), opens);
+    opens = false;
+  };
+  auto end_document = [&] {
+    add(std::move(text));
+    text.clear();
+    line = 0;
+    documents += !opens;
+    opens = true;
+    if (size == 0)
+      val = std::floor(double(documents + 1) * format.val_fraction) > std::floor(double(documents) * format.val_fraction);
+  };
+  auto end_line = [&] {
+    lines++;
+    if (!format.field.empty()) {
+      std::string object = std::move(text);
+      text.clear();
+      line = 0;
+      if (object.find_first_not_of(" \t\r\n") == std::string::npos) return;
+      try {
+        text = nlohmann::json::parse(object).at(format.field).get<std::string>();
+      } catch (const nlohmann::json::exception& e) {
+        throw UserError(name + ", line " + std::to_string(lines) + ": no text in \"" + format.field + "\": " + e.what());
+      }
+      end_document();
+      val = val || double(position) >= first_val;
+      return;
+    }
+    size_t end = text.size();
+    if (end > 0 && text[end - 1] == '\n') end--;
+    if (end > 0 && text[end - 1] == '\r') end--;
+    if (line != std::string::npos && !format.separator.empty() && end - line == format.separator.size() &&
+        text.compare(line, end - line, format.separator) == 0) {
+      text.resize(line);
+      end_document();
+    }
+    line = text.size();
+    if (!val && double(position) >= first_val) {
+      end_document();
+      val = true;
+    }
+  };
+  while (const size_t n = input.read(buffer.data(), buffer.size())) {
+    for (size_t i = 0; i < n;) {
+      const void* newline = std::memchr(&buffer[i], '\n', n - i);
+      const size_t end = newline ? size_t(static_cast<const char*>(newline) - buffer.data()) + 1 : n;
+      const bool late = !val && !newline && format.field.empty() && double(position) >= first_val;  // a line without end
+      text.append(&buffer[i], end - i);
+      position += end - i;
+      i = end;
+      if (newline) end_line();
+      if (text.size() <= most_document && !late) continue;
+      if (!format.field.empty())
+        throw UserError(name + ", line " + std::to_string(lines + 1) + ": longer than " +
+                        std::to_string(most_document >> 20) + " MiB");
+      const size_t cut = place_to_cut(text);
+      std::string rest = text.substr(cut);
+      text.resize(cut);
+      line = line == std::string::npos || line < cut ? std::string::npos : line - cut;
+      if (late) {
+        end_document();
+        val = true;
+        line = std::string::npos;
+      } else {
+        add(std::move(text));
+      }
+      text = std::move(rest);
+    }
+    if (progress) progress(position);
+  }
+  if (!text.empty()) end_line();
+  end_document();
 }
 
 // Tokens to text, with a separator line before every document but one at the very start: the inverse of encode_file.
@@ -291,11 +446,10 @@ inline Meta write_stories(const std::string& directory, uint64_t bytes, uint64_t
     double nats = 0;
     while (written < wanted) {
       Story story = storyteller.next();
-      corpus.begin_document(val);
-      corpus.text(val, story.text.data(), story.text.size());
       written += story.text.size();
       predicted += story.text.size() + 1;  // its bytes, and the end of text behind it
       nats -= story.log_probability;
+      corpus.document(val, std::move(story.text));
     }
     entropy[val] = nats / double(predicted);
   }

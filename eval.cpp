@@ -60,7 +60,8 @@ Source open_source(const std::string& run) {
     source.step = state.at("step").get<int>();
     source.vocabulary = state.value("vocabulary", source.settings.model.vocab);
     const std::string tokenizer = state.value("tokenizer", "");
-    if (!tokenizer.empty()) source.tokenizer = make_tokenizer(tokenizer);
+    const std::string beside = fs::exists(source.checkpoint + "/tokenizer.json") ? "" : "/..";
+    if (!tokenizer.empty()) source.tokenizer = make_tokenizer(tokenizer, source.checkpoint + beside);
   } catch (const nlohmann::json::exception& e) {
     throw UserError(path + ": not a checkpoint's state: " + e.what());
   }

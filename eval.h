@@ -10,6 +10,7 @@
 #include "checkpoint.h"
 #include "data.h"
 #include "model.h"
+#include "tokenizer.h"
 
 // 1234567 -> "1,234,567".
 inline std::string grouped(size_t n) {

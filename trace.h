@@ -11,6 +11,7 @@
 
 #include "eval.h"
 #include "model.h"
+#include "tokenizer.h"
 
 // A query or key head at one position, on its way through RoPE. All vectors (HS).
 struct HeadTrace {

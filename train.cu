@@ -177,7 +177,7 @@ static Run prepare(const std::vector<std::string>& args) {
   run.train = std::make_unique<Dataset>(s.data);
   run.val = std::make_unique<Dataset>(s.val);
   run.meta = read_meta(s.data);
-  if (!run.meta.tokenizer.empty()) run.tokenizer = make_tokenizer(run.meta.tokenizer);
+  if (!run.meta.tokenizer.empty()) run.tokenizer = make_tokenizer(run.meta.tokenizer, directory_of(s.data));
   if (s.model.vocab == 0) {
     if (!run.meta.vocabulary) throw UserError("--vocab: needed, because there is no meta.json beside " + s.data);
     s.model.vocab = (run.meta.vocabulary + 7) / 8 * 8;
@@ -271,6 +271,8 @@ int train(Backend& be, Run& run) {
   fs::create_directories(run.directory, error);
   if (error) throw UserError(run.directory + ": cannot create the run's directory: " + error.message());
   write_text_file(run.directory + "/config.json", settings_json(s).dump(2) + "\n");
+  if (run.tokenizer && !run.tokenizer->file().empty())
+    write_text_file(run.directory + "/tokenizer.json", read_text_file(run.tokenizer->file()));  // for eval
   CsvLog log(run.directory + "/log.csv", "step,tokens,loss,lr,grad_norm,tokens_per_second", step);
   CsvLog val_log(run.directory + "/val.csv", "step,tokens,val_loss", step);
 

@@ -12,7 +12,8 @@ fi
 # A header and the Debian package that brings it.
 missing=
 need() {
-  if ! echo "#include <$1>" | "$compiler" -std=c++17 -fopenmp -E -x c++ -I/usr/include/eigen3 -I/usr/local/include/eigen3 \
+  if ! echo "#define PCRE2_CODE_UNIT_WIDTH 8
+#include <$1>" | "$compiler" -std=c++17 -fopenmp -E -x c++ -I/usr/include/eigen3 -I/usr/local/include/eigen3 \
        -I/opt/homebrew/include/eigen3 - >/dev/null 2>&1; then
     missing="$missing $2"
   fi
@@ -21,14 +22,17 @@ need Eigen/Core libeigen3-dev
 need CLI/CLI.hpp libcli11-dev
 need nlohmann/json.hpp nlohmann-json3-dev
 need doctest/doctest.h doctest-dev
+need pcre2.h libpcre2-dev
+need utf8proc.h libutf8proc-dev
+need archive.h libarchive-dev
 case $("$compiler" --version 2>/dev/null) in *clang*) need omp.h libomp-dev ;; *) need omp.h libgomp1 ;; esac
 [ -z "$missing" ] && exit 0
 
 if ! command -v apt-get >/dev/null 2>&1; then
   echo "error: missing (names of the Debian packages):$missing" >&2
-  echo "install Eigen 3.4, CLI11, nlohmann-json, doctest and OpenMP with your package manager, for example" >&2
-  echo "  Fedora: dnf install eigen3-devel cli11-devel json-devel doctest-devel libomp-devel" >&2
-  echo "  Arch:   pacman -S eigen cli11 nlohmann-json doctest openmp" >&2
+  echo "install Eigen 3.4, CLI11, nlohmann-json, doctest, PCRE2, utf8proc, libarchive and OpenMP with your package manager, for example" >&2
+  echo "  Fedora: dnf install eigen3-devel cli11-devel json-devel doctest-devel pcre2-devel utf8proc-devel libarchive-devel libomp-devel" >&2
+  echo "  Arch:   pacman -S eigen cli11 nlohmann-json doctest pcre2 libutf8proc libarchive openmp" >&2
   exit 2
 fi
 sudo=

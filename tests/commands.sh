@@ -3,6 +3,7 @@
 # every mistake. Needs build/train, build/data, build/eval; writes to a temporary directory only.
 set -u
 programs=$(cd "${BUILD:-build}" && pwd)
+fixtures=$(pwd)/tests/fixtures
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 cd "$work" || exit 1
@@ -54,6 +55,25 @@ mkdir text && printf 'one\n<|endoftext|>\ntwo three\n' >text/input.txt
 check "encode" "$programs/data" encode --input text/input.txt --out text/shards --val-fraction 0
 "$programs/data" decode text/shards/train_000.bin >text/decoded 2>err
 same "decode gives the text back" text/decoded text/input.txt
+
+# ---- Another tokenizer, from text to text ----------------------------------------------------------------------------
+"$programs/data" decode data/train_000.bin --tokens 30000 >plain.txt 2>err
+check "encode with BPE" "$programs/data" encode --input plain.txt --tokenizer "$fixtures/tokenizer.json" --out bpe
+"$programs/data" decode bpe/train_000.bin >decoded 2>err
+head -c "$(wc -c <decoded)" plain.txt >start
+same "decode gives the beginning back" decoded start
+"$programs/data" encode --input - --tokenizer bpe/tokenizer.json --val-fraction 0 --out piped <plain.txt >out 2>err
+"$programs/data" decode piped/train_000.bin >decoded 2>err
+same "standard input" decoded plain.txt
+check "training on BPE" $train --data "bpe/train_*.bin" --run bpe --steps 3
+cat bpe/tokenizer.json >tokenizer.json && rm -r bpe
+check "sampling without the shards" "$programs/eval" sample --run bpe --tokens 5
+same "the run has its tokenizer" runs/bpe/tokenizer.json tokenizer.json
+refuse "nowhere.json" "$programs/data" encode --input plain.txt --tokenizer nowhere.json --out no
+refuse "text/input.txt" "$programs/data" encode --input plain.txt --tokenizer text/input.txt --out no
+refuse "line 1" "$programs/data" encode --input plain.txt --field text --out no
+refuse "did you mean --tokenizer" "$programs/data" encode --input plain.txt --tokeniser bytes --out no
+refuse "did you mean decode" "$programs/data" decoed data/train_000.bin
 
 # ---- The same to the bit: threads, interruption, kill ------------------------------------------------------------------
 check "one thread" $train --run one --steps 20 --threads 1

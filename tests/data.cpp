@@ -33,6 +33,10 @@ std::vector<uint16_t> counting(size_t n, int first = 0) {
   return tokens;
 }
 
+void encode(CorpusWriter& corpus, const std::string& path, const TextFormat& format) {
+  encode_file(corpus, path, TextInput::size(path), format);
+}
+
 std::string decoded(const std::string& path, const std::string& separator = "<|endoftext|>") {
   std::string text;
   Shard shard(path);
@@ -195,8 +199,8 @@ TEST_CASE("data: every byte survives encoding and decoding") {
   CHECK(back == all);
   tokenizer.decode(tokenizer.end_of_text(), back);
   CHECK(back == all);
-  CHECK(make_tokenizer("bytes")->vocabulary() == 257);
-  CHECK(contains(error_of([] { make_tokenizer("gpt9"); }), "gpt9"));
+  CHECK(make_tokenizer("bytes", ".")->vocabulary() == 257);
+  CHECK(contains(error_of([] { make_tokenizer("gpt9", "."); }), "gpt9"));
 }
 
 TEST_CASE("data: text becomes shards of documents and comes back") {
@@ -208,7 +212,7 @@ TEST_CASE("data: text becomes shards of documents and comes back") {
   // A separator at the start, two in a row, one with a carriage return, one as the end: no empty documents come of it.
   write_file(directory / "a.txt", line + one + line + line + two + separator + "\r\nthird\n" + separator);
   CorpusWriter corpus(directory / "out", std::make_unique<ByteTokenizer>());
-  encode_file(corpus, directory / "a.txt", separator, 0);
+  encode(corpus, directory / "a.txt", {separator, "", 0});
   Meta meta = corpus.commit();
   const std::string text = one + line + two + line + "third\n";
   CHECK(decoded(directory / "out/train_000.bin") == text);
@@ -223,7 +227,7 @@ TEST_CASE("data: text becomes shards of documents and comes back") {
   // And from there once more.
   write_file(directory / "b.txt", text);
   CorpusWriter again(directory / "again", std::make_unique<ByteTokenizer>());
-  encode_file(again, directory / "b.txt", separator, 0);
+  encode(again, directory / "b.txt", {separator, "", 0});
   again.commit();
   CHECK(decoded(directory / "again/train_000.bin") == text);
 }
@@ -236,7 +240,7 @@ TEST_CASE("data: validation text is the end of each file, cut at a line where th
   write_file(directory / "one.txt", std::string(1 << 20, 'x'));  // no line at all
   for (std::string name : {"lines", "one"}) {
     CorpusWriter corpus(directory / name, std::make_unique<ByteTokenizer>());
-    encode_file(corpus, directory / (name + ".txt"), "", 0.25);
+    encode(corpus, directory / (name + ".txt"), {"", "", 0.25});
     Meta meta = corpus.commit();
     std::string train = decoded(directory / (name + "/train_000.bin"));
     std::string val = decoded(directory / (name + "/val_000.bin"));
@@ -250,14 +254,93 @@ TEST_CASE("data: validation text is the end of each file, cut at a line where th
   }
 }
 
+TEST_CASE("data: compressed text and JSON lines are read like plain text") {
+  TemporaryDirectory directory;
+  std::string text, lines;
+  for (int i = 0; i < 3000; i++) {
+    const std::string document = "document " + std::to_string(i * i) + "\n\"quoted\" \u00e9\n";
+    text += (i ? "<|endoftext|>\n" : "") + document;
+    lines += nlohmann::json{{"id", i}, {"text", document}}.dump() + (i % 7 ? "\n" : "\r\n\n");
+  }
+  write_file(directory / "plain", text);
+  write_file(directory / "lines", lines);
+  for (auto [name, filter] : {std::pair{"gz", ARCHIVE_FILTER_GZIP}, {"xz", ARCHIVE_FILTER_XZ}, {"zst", ARCHIVE_FILTER_ZSTD}}) {
+    archive* file = archive_write_new();
+    archive_write_add_filter(file, filter);
+    archive_write_set_format_raw(file);
+    REQUIRE(archive_write_open_filename(file, (directory / name).c_str()) == ARCHIVE_OK);
+    archive_entry* entry = archive_entry_new();
+    archive_entry_set_filetype(entry, AE_IFREG);
+    archive_write_header(file, entry);
+    archive_write_data(file, text.data(), text.size());
+    archive_entry_free(entry);
+    archive_write_free(file);
+  }
+  const int threads = omp_get_max_threads();
+  for (std::string name : {"plain", "gz", "xz", "zst", "lines"}) {
+    CAPTURE(name);
+    omp_set_num_threads(name == "gz" ? 1 : 3);
+    CHECK((name == "plain" || name == "lines" || std::filesystem::file_size(directory / name) < text.size() / 2));
+    CorpusWriter corpus(directory / (name + ".out"), std::make_unique<BpeTokenizer>("tests/fixtures/tokenizer.json"));
+    encode(corpus, directory / name, {"<|endoftext|>", name == "lines" ? "text" : "", 0.1});
+    const Meta meta = corpus.commit();
+    // Plain text is cut at a line, here in the middle of a document; JSON lines between two.
+    CHECK(meta.train.documents + meta.val.documents == (name == "lines" ? 3000 : 3001));
+    CHECK(std::fabs(double(meta.val.documents) - 300) < 15);  // a tenth of the bytes, not of the documents
+    CHECK(meta.tokenizer == "tokenizer.json");
+    CHECK(meta.vocabulary == 420);
+    CHECK(read_text_file(directory / (name + ".out/tokenizer.json")) == read_text_file("tests/fixtures/tokenizer.json"));
+    std::string back;
+    for (const char* split : {"train_000.bin", "val_000.bin"}) {
+      const Shard shard(directory / (name + ".out/" + split));
+      if (!back.empty() && name == "lines") back += "<|endoftext|>\n";
+      decode_tokens(BpeTokenizer(directory / (name + ".out/tokenizer.json")), shard.tokens(), shard.size(),
+                    "<|endoftext|>", [&](const std::string& part) { back += part; });
+    }
+    CHECK(back == text);
+    if (name != "plain" && name != "lines") {
+      for (const char* split : {"train_000.bin", "val_000.bin"})
+        CHECK(read_text_file(directory / (name + ".out/" + split)) ==
+              read_text_file(directory / ("plain.out/" + std::string(split))));
+      std::filesystem::resize_file(directory / name, std::filesystem::file_size(directory / name) / 2);
+      CHECK(contains(error_of([&] { TextInput::size(directory / name); }), directory / name));
+    }
+  }
+  omp_set_num_threads(threads);
+  auto refused = [&](const std::string& line) {
+    write_file(directory / "bad", "{\"text\": \"good\"}\n" + line + "\n");
+    CorpusWriter corpus(directory / "bad.out", std::make_unique<ByteTokenizer>());
+    return error_of([&] { encode(corpus, directory / "bad", {"", "text", 0}); });
+  };
+  for (const char* line : {"{", "{\"texts\": \"a\"}", "{\"text\": 5}", "[1]", "{\"text\": \"\\ud800\"}", "{\"text\": \"\xff\"}"})
+    CHECK(contains(refused(line), "bad, line 2"));
+}
+
+TEST_CASE("data: a document of any length is encoded in bounded pieces, at places that change no token") {
+  TemporaryDirectory directory;
+  std::string text;
+  while (text.size() < most_document * 5 / 2) text += "word" + std::to_string(text.size()) + (text.size() % 3 ? " " : "\n");
+  write_file(directory / "long", text);
+  CorpusWriter corpus(directory / "out", std::make_unique<BpeTokenizer>("tests/fixtures/tokenizer.json"));
+  encode(corpus, directory / "long", {"", "", 0});
+  CHECK(corpus.commit().train.documents == 1);
+  const BpeTokenizer tokenizer("tests/fixtures/tokenizer.json");
+  std::vector<uint16_t> want = {uint16_t(tokenizer.end_of_text())};
+  tokenizer.encode(text.data(), text.size(), want);
+  const Shard shard(directory / "out/train_000.bin");
+  REQUIRE(shard.size() == want.size());
+  CHECK(std::memcmp(shard.tokens(), want.data(), want.size() * 2) == 0);
+  CHECK(place_to_cut("ab cd  e") == 5);
+  CHECK(place_to_cut("abcd\xC3\xA9") == 4);
+}
+
 TEST_CASE("data: many shards, the small last one joined to its neighbour, old ones removed") {
   TemporaryDirectory directory;
   auto write = [&](size_t bytes, size_t shard_tokens) {
     CorpusWriter corpus(directory.path, std::make_unique<ByteTokenizer>(), shard_tokens);
     std::string text;
     for (size_t i = 0; i < bytes; i++) text += char('a' + i % 26);
-    corpus.begin_document(false);
-    corpus.text(false, text.data(), text.size());
+    corpus.document(false, text);
     return corpus.commit();
   };
   using Names = std::set<std::string>;
@@ -284,8 +367,8 @@ TEST_CASE("data: nothing is left of a corpus that fails") {
   write_file(out + "/train_000.bin", "before");
   {
     CorpusWriter corpus(out, std::make_unique<ByteTokenizer>(), 1000);
-    encode_file(corpus, directory / "a.txt", "", 0.05);
-    CHECK(contains(error_of([&] { encode_file(corpus, directory / "missing.txt", "", 0.05); }), "missing.txt"));
+    encode(corpus, directory / "a.txt", {"", "", 0.05});
+    CHECK(contains(error_of([&] { encode(corpus, directory / "missing.txt", {}); }), "missing.txt"));
   }
   CHECK(std::distance(std::filesystem::directory_iterator(out), {}) == 1);
   std::ifstream file(out + "/train_000.bin");
