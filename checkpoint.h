@@ -54,8 +54,10 @@ struct NamedTensor {
   size_t count;
 };
 
-inline void write_safetensors(const std::string& path, const std::vector<NamedTensor>& tensors) {
+inline void write_safetensors(const std::string& path, const std::vector<NamedTensor>& tensors,
+                              const nlohmann::ordered_json& metadata = {}) {
   nlohmann::ordered_json header;
+  if (!metadata.empty()) header["__metadata__"] = metadata;
   size_t offset = 0;
   for (const NamedTensor& t : tensors) {
     const size_t end = offset + t.count * sizeof(float);

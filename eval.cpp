@@ -5,6 +5,9 @@
 //   eval logits    token ids in, a .npy file of logits out
 //   eval trace     one token through partial RoPE, byte by byte
 //   eval memory    every tensor's bytes for a configuration
+//   eval export    a directory that Hugging Face's library loads
+//   eval import    a run from such a directory
+//   eval gradients token ids in, gradients out
 
 #include <cstdio>
 #include <filesystem>
@@ -15,6 +18,7 @@
 #include "eval.h"
 #include "flags.h"
 #include "generate.h"
+#include "huggingface.h"
 #include "trace.h"
 
 namespace {
@@ -282,6 +286,69 @@ void command_logits(const std::vector<std::string>& args) {
 
 // ---------------------------------------------------------------------------------------------------------------------
 
+void command_gradients(const std::vector<std::string>& args) {
+  Place place;
+  std::string tokens, out = "gradients.safetensors";
+  Flags f("Gradients of the loss over given tokens, for comparison with other programs.", "eval gradients");
+  add_place_flags(f, place, true);
+  f.group("Tokens");
+  f.add("tokens", tokens, "ids, such as 256,72,105; every one but the first is predicted");
+  f.add("out", out, "the safetensors file to write: fp32, the checkpoint's names and shapes");
+  f.parse(args);
+  const Source source = open_source(place.run);
+  const std::vector<int> ids = parse_ids("--tokens", tokens, source.settings.model.vocab);
+  const int T = int(ids.size()) - 1;
+  if (T < 1) throw UserError("--tokens: one token alone predicts nothing; two or more are needed");
+  set_threads(place.threads);
+  with_backend(place.device, place.dtype, [&](auto& backend, auto real) {
+    Model<std::decay_t<decltype(backend)>, decltype(real)> model(backend, source.settings.model, 1, T, true);
+    load_weights(model, source.checkpoint);
+    model.zero_gradients();
+    model.forward(ids.data(), 1, T);
+    model.backward(ids.data() + 1, 1, T, 1.0 / T, 0);
+    typename std::decay_t<decltype(model)>::StepResult result;
+    backend.download(&result, model.result, sizeof result);
+    std::vector<float> gradients(model.table.total);
+    backend.download(gradients.data(), model.gradients_flat, gradients.size() * sizeof(float));
+    write_safetensors(out, named(model.table, gradients.data(), ""));
+    std::printf("%s: gradients of the mean loss, %.7f nats per token, %s\n", out.c_str(), result.loss / T,
+                describe(source).c_str());
+  });
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+
+void command_export(const std::vector<std::string>& args) {
+  std::string run, out;
+  Flags f("Writes a model as a directory that Hugging Face's AutoModelForCausalLM loads.", "eval export");
+  f.group("Model");
+  add_run_flag(f, run);
+  f.add("out", out, "the directory to make");
+  f.parse(args);
+  if (out.empty()) throw UserError("--out: name the directory to write to");
+  const Source source = open_source(run);
+  export_model(out, source.settings.model, source.checkpoint, source.tokenizer.get());
+  std::printf("%s: %s from %s%s\n", out.c_str(), model_type_of(source.settings.model).c_str(), describe(source).c_str(),
+              source.tokenizer ? "" : "; its tokenizer is not known, so there is none in it");
+}
+
+void command_import(const std::vector<std::string>& args) {
+  std::string run, from;
+  Flags f("Reads a Hugging Face model of a class that this project knows into a run.", "eval import");
+  f.group("Model");
+  f.add("from", from, "directory with config.json and model.safetensors");
+  f.add("run", run, "name of the run to make in runs/")->type_name("NAME");
+  f.parse(args);
+  if (from.empty()) throw UserError("--from: name the directory to read");
+  if (run.empty()) throw UserError("--run: name the run to make");
+  Settings s = import_model(from, "runs/" + run);
+  const Config& c = s.model;
+  std::printf("runs/%s: %d layers, width %d, %.2f M parameters; RoPE turns %d of %d channels\n", run.c_str(), c.layers,
+              c.width, double(parameter_table(c).parameters) * 1e-6, c.rotary_dim, c.head_size);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+
 int command_trace(const std::vector<std::string>& args) {
   Place place;
   std::string prompt;
@@ -481,23 +548,33 @@ const char* const kHelp =
     "  sample    text from the model\n"
     "  logits    token ids in, a .npy file of logits out\n"
     "  trace     one token through partial RoPE, byte by byte\n"
-    "  memory    every tensor's bytes for a configuration\n\n"
+    "  memory    every tensor's bytes for a configuration\n"
+    "  export    a directory that Hugging Face's library loads\n"
+    "  import    a run from such a directory\n"
+    "  gradients token ids in, a safetensors file of gradients out\n\n"
     "eval COMMAND --help lists the flags of a command.\n";
 
 int command(const std::vector<std::string>& args) {
-  if (args.empty()) throw UserError("no command; there are: loss, sample, logits, trace, memory (eval --help)");
-  const std::vector<std::string> rest(args.begin() + 1, args.end());
+  using Command = std::function<int(const std::vector<std::string>&)>;
+  auto always_0 = [](void (*work)(const std::vector<std::string>&)) {
+    return Command([=](const std::vector<std::string>& rest) { return work(rest), 0; });
+  };
+  const std::vector<std::pair<std::string, Command>> commands = {
+      {"loss", always_0(command_loss)},     {"sample", always_0(command_sample)},
+      {"logits", always_0(command_logits)}, {"gradients", always_0(command_gradients)},
+      {"trace", command_trace},             {"memory", always_0(command_memory)},
+      {"export", always_0(command_export)}, {"import", always_0(command_import)},
+  };
+  std::vector<std::string> names;
+  std::string all;
+  for (const auto& [name, work] : commands) names.push_back(name), all += (all.empty() ? "" : ", ") + name;
+  if (args.empty()) throw UserError("no command; there are: " + all + " (eval --help)");
   const std::string& name = args[0];
   if (name == "--help" || name == "-h" || name == "help") return std::fputs(kHelp, stdout), 0;
-  if (name == "loss") return command_loss(rest), 0;
-  if (name == "sample") return command_sample(rest), 0;
-  if (name == "logits") return command_logits(rest), 0;
-  if (name == "memory") return command_memory(rest), 0;
-  if (name == "trace") return command_trace(rest);
-  const std::string guess = closest(name, {"loss", "sample", "logits", "trace", "memory"});
-  throw UserError(
-      name + ": no such command" +
-      (guess.empty() ? "; there are: loss, sample, logits, trace, memory" : "; did you mean " + guess + "?"));
+  for (const auto& [known, work] : commands)
+    if (name == known) return work({args.begin() + 1, args.end()});
+  const std::string guess = closest(name, names);
+  throw UserError(name + ": no such command; " + (guess.empty() ? "there are: " + all : "did you mean " + guess + "?"));
 }
 
 }  // namespace
