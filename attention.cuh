@@ -395,12 +395,12 @@ void simple_attention_backward(Cuda& be, Real* dqkv, float* delta, const Real* d
   });
 }
 
-// The one place that chooses between the two rungs. The backward pass of heads of 128 needs about 129 KiB of shared
-// memory a block; sm_80 (163 KiB) and sm_90 have that, sm_86 and sm_89 (99 KiB) have not.
+// The one place that chooses between the two rungs. Heads of 128 and 256 need up to 97 KiB of shared memory a block;
+// all GPUs from sm_80 on have that.
 template <class Real>
 bool use_flash_attention(const Cuda& be, const AttentionShape& s) {
   return std::is_same_v<Real, bf16> && be.capability >= 80 && s.first == 0 && flash_attention_supports(s.HS) &&
-         (s.HS <= 64 || be.shared_bytes >= 163 * 1024);
+         be.shared_bytes >= 97 * 1024;
 }
 
 template <class Real>
@@ -420,96 +420,107 @@ void attention_backward(Cuda& be, Real* dqkv, Acc<Real>* delta, const Real* dout
   simple_attention_backward(be, dqkv, delta, dout, qkv, out, lse, s);
 }
 
-// QK-Norm and RoPE in one pass. A warp works on one head at one position; each lane owns channels lane, lane + 32, ...
-// The pairs of RoPE lie in different lanes, and meet in shared memory.
-template <class Real, int CHANNELS>
-__global__ void __launch_bounds__(kAttentionWarps * 32)
+// QK-Norm and RoPE in one pass, a head at one position by neighbouring lanes (see HeadLanes in rope.cuh).
+template <class Real, int CHANNELS, int W>
+__global__ void __launch_bounds__(256)
     qk_norm_rope_forward_kernel(Real* qkv, Real* qk_raw, float* qk_rstd, const Real* q_weight, const Real* k_weight,
                                 const float* table, int run_time_R, RopePairs pairs, RopeShape s, float eps) {
-  __shared__ float shared[kAttentionWarps][CHANNELS];
-  const int R = ROTARY_DIM_OR(run_time_R), heads = s.NH + s.NKV, rows = s.T - s.first, lane = threadIdx.x % 32;
-  const size_t id = blockIdx.x * size_t(kAttentionWarps) + threadIdx.x / 32;
-  const int n = int(id / heads), h = int(id % heads), t = s.first + n % rows;
-  if (n >= s.B * rows) return;
+  using Lanes = HeadLanes<CHANNELS, W>;
+  __shared__ __align__(16) float shared[Lanes::kHeads][CHANNELS];
+  const int R = ROTARY_DIM_OR(run_time_R), rows = s.T - s.first;
+  const unsigned heads = s.NH + s.NKV, id = blockIdx.x * Lanes::kHeads + threadIdx.x / Lanes::kLanes;
+  const unsigned n = id / heads, h = id % heads, t = s.first + n % rows;
+  const bool inside = n < unsigned(s.B * rows);  // lanes outside go along: the others of the warp wait for them
   const size_t at = size_t(n / rows) * s.T + t;
   Real* x = qkv + (at * (heads + s.NKV) + h) * s.HS;
   Real* raw = qk_raw + (at * heads + h) * s.HS;
-  const Real* weight = h < s.NH ? q_weight : k_weight;
-  float* y = shared[threadIdx.x / 32];
-  float sum = 0;
-  for (int c = lane; c < s.HS; c += 32) {
-    y[c] = float(x[c]);
-    raw[c] = x[c];
-    sum += y[c] * y[c];
+  const Real* weight = h < unsigned(s.NH) ? q_weight : k_weight;
+  float v[Lanes::kPacks][W] = {}, w[W], sum = 0;
+#pragma unroll
+  for (int p = 0; p < Lanes::kPacks; ++p) {
+    const int c = Lanes::channel(p);
+    if (!inside || c >= s.HS) continue;
+    load<W>(v[p], x + c);
+    store<W>(raw + c, v[p]);
+#pragma unroll
+    for (int k = 0; k < W; ++k) sum += v[p][k] * v[p][k];
   }
-  const float rstd = rsqrtf(warp_sum(sum) / s.HS + eps);
-  if (lane == 0) qk_rstd[at * heads + h] = rstd;
-  for (int c = lane; c < s.HS; c += 32) y[c] *= rstd * float(weight[c]);
-  __syncwarp();
-  for (int i = lane; i < R / 2; i += 32) {
-    const int first = rope_first(pairs, i), second = rope_second(pairs, i, R);
-    const float cos = table[size_t(t) * R + 2 * i], sin = table[size_t(t) * R + 2 * i + 1], a = y[first], b = y[second];
-    y[first] = a * cos - b * sin;
-    y[second] = a * sin + b * cos;
+  const float rstd = rsqrtf(Lanes::sum(sum) / s.HS + eps);
+  if (inside && Lanes::channel(0) == 0) qk_rstd[at * heads + h] = rstd;
+#pragma unroll
+  for (int p = 0; p < Lanes::kPacks; ++p) {
+    if (Lanes::channel(p) >= s.HS) continue;
+    load<W>(w, weight + Lanes::channel(p));
+#pragma unroll
+    for (int k = 0; k < W; ++k) v[p][k] *= rstd * w[k];
   }
-  __syncwarp();
-  for (int c = lane; c < s.HS; c += 32) x[c] = Real(y[c]);
+  Lanes::turn(v, shared[threadIdx.x / Lanes::kLanes], table + size_t(t) * R, R, pairs, 1);
+#pragma unroll
+  for (int p = 0; p < Lanes::kPacks; ++p)
+    if (inside && Lanes::channel(p) < s.HS) store<W>(x + Lanes::channel(p), v[p]);
 }
 
-// The same backwards. Each warp takes many positions of one head and sums the weights' gradient in registers; partial
-// (blocks, 2, HS) gets one row per block, of queries and of keys, for add_rows.
-template <class Real, int CHANNELS>
-__global__ void __launch_bounds__(kAttentionWarps * 32)
+// The same backwards. The lanes of a head take many positions and heads and sum the weights' gradient in registers;
+// partial (blocks, 2, HS) gets one row per block, of queries and of keys, for add_rows.
+template <class Real, int CHANNELS, int W>
+__global__ void __launch_bounds__(256, 4)
     qk_norm_rope_backward_kernel(Real* dqkv, float* partial, const Real* qk_raw, const float* qk_rstd,
                                  const Real* q_weight, const Real* k_weight, const float* table, int run_time_R,
                                  RopePairs pairs, RopeShape s) {
-  __shared__ float shared[kAttentionWarps][CHANNELS];
-  const int R = ROTARY_DIM_OR(run_time_R), heads = s.NH + s.NKV, lane = threadIdx.x % 32;
-  const size_t items = size_t(s.B) * s.T * heads, stride = size_t(gridDim.x) * kAttentionWarps;
-  float* dy = shared[threadIdx.x / 32];
-  float dweights[2][CHANNELS / 32] = {};
-  for (size_t id = blockIdx.x * size_t(kAttentionWarps) + threadIdx.x / 32; id < items; id += stride) {
-    const size_t n = id / heads;
-    const int h = int(id % heads), t = int(n % s.T);
-    Real* dx = dqkv + (n * (heads + s.NKV) + h) * s.HS;
-    const Real* raw = qk_raw + id * s.HS;
-    const Real* weight = h < s.NH ? q_weight : k_weight;
-    const float rstd = qk_rstd[id];
-    for (int c = lane; c < s.HS; c += 32) dy[c] = float(dx[c]);
-    __syncwarp();
-    for (int i = lane; i < R / 2; i += 32) {
-      const int first = rope_first(pairs, i), second = rope_second(pairs, i, R);
-      const float cos = table[size_t(t) * R + 2 * i], sin = table[size_t(t) * R + 2 * i + 1], a = dy[first],
-                  b = dy[second];
-      dy[first] = a * cos + b * sin;
-      dy[second] = b * cos - a * sin;
-    }
-    __syncwarp();
-    float xhat[CHANNELS / 32], g[CHANNELS / 32], dot = 0;
+  using Lanes = HeadLanes<CHANNELS, W>;
+  __shared__ __align__(16) float shared[Lanes::kHeads][CHANNELS];
+  const int R = ROTARY_DIM_OR(run_time_R);
+  const unsigned heads = s.NH + s.NKV, items = unsigned(s.B) * s.T * heads;
+  float* y = shared[threadIdx.x / Lanes::kLanes];
+  float dweights[2][Lanes::kPacks][W] = {};
+  // All lanes of a block make the same number of turns, because they wait for each other.
+  for (unsigned first = blockIdx.x * Lanes::kHeads; first < items; first += gridDim.x * Lanes::kHeads) {
+    const unsigned id = first + threadIdx.x / Lanes::kLanes, n = id / heads, h = id % heads;
+    const bool inside = id < items, query = h < unsigned(s.NH);
+    Real* dx = dqkv + (size_t(n) * (heads + s.NKV) + h) * s.HS;
+    const Real* raw = qk_raw + size_t(id) * s.HS;
+    const Real* weight = query ? q_weight : k_weight;
+    const float rstd = inside ? qk_rstd[id] : 0;
+    float dy[Lanes::kPacks][W] = {}, xhat[Lanes::kPacks][W] = {}, w[W], dot = 0;
 #pragma unroll
-    for (int k = 0; k < CHANNELS / 32; ++k) {
-      const int c = lane + 32 * k;
-      xhat[k] = c < s.HS ? float(raw[c]) * rstd : 0;
-      g[k] = c < s.HS ? dy[c] * float(weight[c]) : 0;
-      dot += g[k] * xhat[k];
-      const float dweight = c < s.HS ? dy[c] * xhat[k] : 0;
-      dweights[0][k] += h < s.NH ? dweight : 0;
-      dweights[1][k] += h < s.NH ? 0 : dweight;
+    for (int p = 0; p < Lanes::kPacks; ++p) {
+      const int c = Lanes::channel(p);
+      if (!inside || c >= s.HS) continue;
+      load<W>(dy[p], dx + c);
+      load<W>(xhat[p], raw + c);
     }
-    dot = warp_sum(dot) / s.HS;
+    Lanes::turn(dy, y, table + size_t(n % s.T) * R, R, pairs, -1);
 #pragma unroll
-    for (int k = 0; k < CHANNELS / 32; ++k)
-      if (lane + 32 * k < s.HS) dx[lane + 32 * k] = Real(rstd * (g[k] - xhat[k] * dot));
-    __syncwarp();
+    for (int p = 0; p < Lanes::kPacks; ++p) {
+      if (Lanes::channel(p) >= s.HS) continue;
+      load<W>(w, weight + Lanes::channel(p));
+#pragma unroll
+      for (int k = 0; k < W; ++k) {
+        xhat[p][k] *= rstd;
+        const float dweight = dy[p][k] * xhat[p][k];
+        dweights[0][p][k] += query ? dweight : 0;
+        dweights[1][p][k] += query ? 0 : dweight;
+        dy[p][k] *= w[k];
+        dot += dy[p][k] * xhat[p][k];
+      }
+    }
+    dot = Lanes::sum(dot) / s.HS;
+#pragma unroll
+    for (int p = 0; p < Lanes::kPacks; ++p) {
+      if (!inside || Lanes::channel(p) >= s.HS) continue;
+#pragma unroll
+      for (int k = 0; k < W; ++k) dy[p][k] = rstd * (dy[p][k] - xhat[p][k] * dot);
+      store<W>(dx + Lanes::channel(p), dy[p]);
+    }
   }
   for (int which = 0; which < 2; ++which) {
     __syncthreads();
 #pragma unroll
-    for (int k = 0; k < CHANNELS / 32; ++k) dy[lane + 32 * k] = dweights[which][k];
+    for (int p = 0; p < Lanes::kPacks; ++p) store<W>(y + Lanes::channel(p), dweights[which][p]);
     __syncthreads();
     for (int c = threadIdx.x; c < s.HS; c += blockDim.x) {
       float sum = 0;
-      for (int w = 0; w < kAttentionWarps; ++w) sum += shared[w][c];
+      for (int i = 0; i < Lanes::kHeads; ++i) sum += shared[i][c];
       partial[(size_t(blockIdx.x) * 2 + which) * s.HS + c] = sum;
     }
   }
@@ -518,10 +529,15 @@ __global__ void __launch_bounds__(kAttentionWarps * 32)
 template <class Real>
 void qk_norm_rope_forward(Cuda& be, Real* qkv, Real* qk_raw, Acc<Real>* qk_rstd, const Real* q_weight,
                           const Real* k_weight, const RopeTable& table, RopeShape s, double eps) {
+  const size_t items = size_t(s.B) * (s.T - s.first) * (s.NH + s.NKV);
   with_channels(s.HS, [&](auto channels) {
-    launch(be, "qk_norm_rope_forward", qk_norm_rope_forward_kernel<Real, channels()>,
-           divide_up(size_t(s.B) * (s.T - s.first) * (s.NH + s.NKV), kAttentionWarps), kAttentionWarps * 32, 0, qkv,
-           qk_raw, qk_rstd, q_weight, k_weight, table.cos_sin, table.R, table.pairs, s, float(eps));
+    auto start = [&](auto W) {
+      launch(be, "qk_norm_rope_forward", qk_norm_rope_forward_kernel<Real, channels(), W()>,
+             divide_up(items, HeadLanes<channels(), W()>::kHeads), 256, 0, qkv, qk_raw, qk_rstd, q_weight, k_weight,
+             table.cos_sin, table.R, table.pairs, s, float(eps));
+    };
+    if (wide(s.HS, qkv, qk_raw, q_weight, k_weight)) return start(std::integral_constant<int, kWide<Real>>());
+    start(std::integral_constant<int, 1>());
   });
 }
 
@@ -531,10 +547,15 @@ void qk_norm_rope_backward(Cuda& be, Real* dqkv, Acc<Real>* dq_weight, Acc<Real>
                            RopeShape s) {
   float* partial = static_cast<float*>(be.workspace);
   const size_t items = size_t(s.B) * s.T * (s.NH + s.NKV);
-  const int blocks = int(std::min<size_t>(8 * be.multiprocessors, divide_up(items, kAttentionWarps)));
+  int blocks = 0;
   with_channels(s.HS, [&](auto channels) {
-    launch(be, "qk_norm_rope_backward", qk_norm_rope_backward_kernel<Real, channels()>, blocks, kAttentionWarps * 32, 0,
-           dqkv, partial, qk_raw, qk_rstd, q_weight, k_weight, table.cos_sin, table.R, table.pairs, s);
+    auto start = [&](auto W) {
+      blocks = int(std::min<size_t>(8 * be.multiprocessors, divide_up(items, HeadLanes<channels(), W()>::kHeads)));
+      launch(be, "qk_norm_rope_backward", qk_norm_rope_backward_kernel<Real, channels(), W()>, blocks, 256, 0, dqkv,
+             partial, qk_raw, qk_rstd, q_weight, k_weight, table.cos_sin, table.R, table.pairs, s);
+    };
+    if (wide(s.HS, dqkv, qk_raw, q_weight, k_weight)) return start(std::integral_constant<int, kWide<Real>>());
+    start(std::integral_constant<int, 1>());
   });
   add_rows(be, dq_weight, partial, blocks, s.HS, 2 * s.HS);
   add_rows(be, dk_weight, partial + s.HS, blocks, s.HS, 2 * s.HS);

@@ -196,6 +196,17 @@ inline std::string find_checkpoint(const std::string& run_directory) {
   throw UserError(run_directory + ": no checkpoint there (" + run_directory + "/checkpoint/state.json)");
 }
 
+// The checkpoint's directory of `run`: the name of a run (runs/NAME), or the path of a run or of a checkpoint; empty if
+// there is none.
+inline std::string locate_checkpoint(const std::string& run) {
+  for (const std::string& directory : {"runs/" + run, run}) {
+    if (std::filesystem::exists(directory + "/state.json")) return directory;
+    if (std::filesystem::exists(directory + "/checkpoint") || std::filesystem::exists(directory + "/checkpoint.old"))
+      return find_checkpoint(directory);
+  }
+  return "";
+}
+
 inline nlohmann::json read_json_file(const std::string& path) {
   std::ifstream file(path);
   if (!file) throw UserError(path + ": cannot read: " + std::strerror(errno));

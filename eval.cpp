@@ -38,12 +38,7 @@ struct Source {
 Source open_source(const std::string& run) {
   if (run.empty()) throw UserError("--run: say which model: a name in runs/, or the path of a run or checkpoint");
   Source source;
-  for (const std::string& directory : {"runs/" + run, run}) {
-    if (!source.checkpoint.empty()) break;
-    if (fs::exists(directory + "/state.json")) source.checkpoint = directory;
-    else if (fs::exists(directory + "/checkpoint") || fs::exists(directory + "/checkpoint.old"))
-      source.checkpoint = find_checkpoint(directory);
-  }
+  source.checkpoint = locate_checkpoint(run);
   if (source.checkpoint.empty()) {
     std::vector<std::string> names;
     std::error_code none;

@@ -27,7 +27,8 @@ struct Settings {
   double init_std = 0.02;  // as in arXiv 2603.11611
   uint64_t seed = 1;
 
-  std::string preset = "nano", data = "data/stories/train_*.bin", val, run, device = "auto", dtype = "auto";
+  std::string preset = "nano", data = "data/stories/train_*.bin", val, run, init, device = "auto",
+              dtype = "auto";
   int val_every = 0, val_tokens = 65536, sample_every = 0,
       checkpoint_every = 0;  // 0: eight validations, no samples, four checkpoints
   int threads = 0;                                                                // 0: all cores
@@ -196,6 +197,7 @@ inline void add_run_flags(Flags& f, Settings& s) {
   f.add("checkpoint-every", s.checkpoint_every, "steps between checkpoints; 0: four in a run");
   f.add("threads", s.threads, "CPU threads; 0: all cores");
   f.add("recompute", s.model.recompute, "less memory: make cheap activations again in the backward pass");
+  f.add("init", s.init, "start from the model and weights of this run or checkpoint")->type_name("NAME");
   f.add("resume", s.resume, "go on from the run's checkpoint");
 }
 

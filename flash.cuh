@@ -385,9 +385,10 @@ __device__ __forceinline__ Place place(int tiles, int heads) {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Tile sizes, found by measurement on an H100. GROUPS warpgroups of 64 rows per block; N rows of the streamed tile;
-// STAGES (backward): 2, the next tile loads while this one is used, or 1, where shared memory is short; REGISTERS: with
-// mma.sync the fixed operands (Q, ...) stay in registers; BLOCKS per multiprocessor, which bounds registers per thread.
+// Tile sizes, found by measurement on an H100 and an H200. GROUPS warpgroups of 64 rows per block; N rows of the
+// streamed tile; STAGES (backward): 2, the next tile loads while this one is used, or 1, where shared memory is short;
+// REGISTERS: with mma.sync the fixed operands (Q, ...) stay in registers; BLOCKS per multiprocessor, which bounds
+// registers per thread.
 template <int GROUPS, int N, int STAGES, bool REGISTERS, int BLOCKS>
 struct Config {
   static constexpr int kGroups = GROUPS, kN = N, kStages = STAGES, kBlocks = BLOCKS;
@@ -399,20 +400,20 @@ struct Config {
 // clang-format off
 template <int HS> struct ForwardConfig;
 template <> struct ForwardConfig<32> : Config<2, 64, 2, true, 2> {};
-template <> struct ForwardConfig<64> : Config<2, 64, 2, true, 2> {};
-template <> struct ForwardConfig<128> : Config<2, 64, 2, true, 1> {};
+template <> struct ForwardConfig<64> : Config<1, 64, 2, true, FLASH_WGMMA ? 3 : 2> {};
+template <> struct ForwardConfig<128> : Config<1, 64, 2, true, FLASH_WGMMA ? 2 : 1> {};
 template <> struct ForwardConfig<256> : Config<1, 32, 2, false, 2> {};
 
 template <int HS> struct QueryConfig;  // dQ
 template <> struct QueryConfig<32> : Config<1, 64, 2, true, 3> {};
-template <> struct QueryConfig<64> : Config<1, 64, 2, true, 2> {};
+template <> struct QueryConfig<64> : Config<1, 64, 2, true, FLASH_WGMMA ? 4 : 2> {};
 template <> struct QueryConfig<128> : Config<1, 64, 2, false, 2> {};
 template <> struct QueryConfig<256> : Config<1, 32, 1, false, 2> {};
 
 template <int HS> struct KeyConfig;  // dK and dV
 template <> struct KeyConfig<32> : Config<1, 64, 2, true, 2> {};
-template <> struct KeyConfig<64> : Config<1, 64, 2, true, 2> {};
-template <> struct KeyConfig<128> : Config<2, 64, 2, false, 1> {};
+template <> struct KeyConfig<64> : Config<1, 64, 2, true, FLASH_WGMMA ? 3 : 2> {};
+template <> struct KeyConfig<128> : Config<1, 64, 2, false, FLASH_WGMMA ? 2 : 1> {};
 template <> struct KeyConfig<256> : Config<1, 32, 1, false, 2> {};
 // clang-format on
 

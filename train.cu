@@ -110,7 +110,8 @@ static void print_curve(const std::vector<std::pair<double, double>>& points, do
 // What is decided before any memory is taken: settings, data, where the run's files go, what it starts from.
 struct Run {
   Settings s;
-  std::string directory, checkpoint;  // checkpoint: the directory to resume from, or empty
+  std::string directory;
+  std::string checkpoint, init;  // the checkpoint to resume from, or to take the weights from, or empty
   nlohmann::json state;
   Meta meta;
   std::unique_ptr<Dataset> train, val;
@@ -135,6 +136,15 @@ static Run prepare(const std::vector<std::string>& args) {
     }
   } else {
     apply_flags(s, preset_flags(asked.preset));
+  }
+  if (!asked.init.empty() && !asked.resume) {
+    run.init = locate_checkpoint(asked.init);
+    if (run.init.empty())
+      throw UserError("--init " + asked.init + ": no checkpoint in runs/" + asked.init + " or " + asked.init);
+    const nlohmann::json state = read_json_file(run.init + "/state.json");
+    if (!state.contains("settings")) throw UserError(run.init + "/state.json: not a checkpoint's state");
+    s.model = settings_from_json(state["settings"]).model;
+    s.rotary_fraction = NAN;
   }
   Settings before = s;
   // A preset named again on resume must not reset the run's own flags: its flags count as given by the user.
@@ -187,13 +197,17 @@ static Run prepare(const std::vector<std::string>& args) {
     data->windows(s.model.context);
     data->check_tokens(s.model.vocab);
   }
-  if (asked.resume) {
-    const auto was = settings_json(before, {"Model", "Optimiser"}), is = settings_json(s, {"Model", "Optimiser"});
+  if (asked.resume || !run.init.empty()) {
+    std::vector<std::string> groups = {"Model"};
+    if (asked.resume) groups.push_back("Optimiser");
+    const auto was = settings_json(before, groups), is = settings_json(s, groups);
     for (const auto& [key, value] : was.items())
-      if (key != "steps" && is[key] != value)
-        throw UserError("--resume: " + key + " is " + is[key].dump() + " but was " + value.dump() + " in " +
-                        run.checkpoint + "; leave the flag out, or start a new run");
-  } else {
+      if (key != (asked.resume ? "steps" : "context") && is[key] != value)
+        throw UserError((asked.resume ? "--resume: " : "--init: ") + key + " is " + is[key].dump() + " but was " +
+                        value.dump() + " in " + (asked.resume ? run.checkpoint : run.init) +
+                        "; leave the flag out, or start a new run");
+  }
+  if (!asked.resume) {
     const std::string base = s.run.empty() ? s.preset : s.run;
     std::string name = base;
     for (int i = 2; s.run.empty() && fs::exists("runs/" + name); ++i) name = base + "-" + std::to_string(i);
@@ -260,7 +274,9 @@ int train(Backend& be, Run& run) {
   expect_memory<Backend, Real>(c, B, be.available_memory(), memory);
   Model<Backend, Real> model(be, c, B, T, true);
   int step = 0;
-  if (run.checkpoint.empty()) {
+  if (!run.init.empty()) {
+    load_weights(model, run.init);
+  } else if (run.checkpoint.empty()) {
     model.initialise_weights(s.seed, s.init_std);
   } else {
     load_weights(model, run.checkpoint);

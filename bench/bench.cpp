@@ -1,18 +1,21 @@
-// bench: how fast the trainer is on this machine's CPU.
+// bench: how fast the trainer is on this machine.
 //
-//   bench [--quick]                           tables: tokens per second, time per operation, RoPE's share by fraction
-//   bench --shape small --batch 8 --context 256 [--threads N] [--seconds S] [--json] [--any flag of train's model]
-//                                             one training step's tokens per second; --json: as one line, with the
-//                                             config
+//   bench [--quick]         tables for the CPU: tokens per second, time per operation, RoPE's share by fraction
+//   bench --shape PRESET --batch B --context T [--device cpu|cuda] [--dtype fp32|bf16] [--seconds S] [--json] [--any
+//         flag of train's model]
+//                           tokens per second of a training step and each operation's share of it; --json: as one line,
+//                           with the config
 //
-// A training step is zero_gradients, forward, backward, update on random tokens. A figure is the median step of those
-// that fit into --seconds (at least three), after one to warm up.
+// A training step is zero_gradients, forward, backward, update on random tokens. A figure is the median of those that
+// fit into --seconds (at least three), after some to warm up; on a GPU, of runs of steps of about a fifth of a second,
+// because only the end of a run is waited for.
 
 #include <algorithm>
 #include <chrono>
 #include <cstdio>
 #include <functional>
 #include <map>
+#include <random>
 #include <string>
 #include <vector>
 
@@ -37,44 +40,87 @@ double median(std::vector<double> values) {
   return n % 2 ? values[n / 2] : (values[n / 2 - 1] + values[n / 2]) / 2;
 }
 
-// The CPU with a stopwatch: each operation on it is that on the Cpu, timed.
-struct TimedCpu : Cpu {
+// A backend with a stopwatch: each operation on it is that on Base, timed.
+template <class Base>
+struct Timed : Base {
   std::map<std::string, double> seconds;
-  double matmul_flops = 0;
+  void end_step() {}
 };
-struct Stopwatch {
-  double& total;
-  double start = now();
-  explicit Stopwatch(double& t) : total(t) {}
-  ~Stopwatch() { total += now() - start; }
+
+// A GPU's operations are only queued: events in the queue mark where each begins and ends. Those of a recorded graph
+// become part of it, and are set anew each time it runs.
+#ifdef __CUDACC__
+template <>
+struct Timed<Cuda> : Cuda {
+  struct Span {
+    const char* operation;
+    cudaEvent_t begin, end;
+    bool recorded;
+  };
+  std::map<std::string, double> seconds;
+  std::vector<Span> spans;
+
+  void mark(cudaEvent_t event) {
+    check(cudaEventRecordWithFlags(event, stream, capturing() ? cudaEventRecordExternal : cudaEventRecordDefault),
+          "cudaEventRecord");
+  }
+  bool capturing() {
+    cudaStreamCaptureStatus status;
+    check(cudaStreamIsCapturing(stream, &status), "cudaStreamIsCapturing");
+    return status == cudaStreamCaptureStatusActive;
+  }
+  void end_step() {
+    synchronize();
+    std::vector<Span> keep;
+    for (const Span& span : spans) {
+      float ms;
+      check(cudaEventElapsedTime(&ms, span.begin, span.end), "cudaEventElapsedTime");
+      seconds[span.operation] += 1e-3 * ms;
+      if (span.recorded) keep.push_back(span);
+      if (!span.recorded) cudaEventDestroy(span.begin), cudaEventDestroy(span.end);
+    }
+    spans = keep;
+  }
+  ~Timed() {
+    for (const Span& span : spans) cudaEventDestroy(span.begin), cudaEventDestroy(span.end);
+  }
 };
+#endif
+
+template <class Work>
+void timed(Timed<Cpu>& be, const char* operation, Work work) {
+  const double start = now();
+  work(static_cast<Cpu&>(be));
+  be.seconds[operation] += now() - start;
+}
+#ifdef __CUDACC__
+template <class Work>
+void timed(Timed<Cuda>& be, const char* operation, Work work) {
+  Timed<Cuda>::Span span = {operation, nullptr, nullptr, be.capturing()};
+  check(cudaEventCreate(&span.begin), "cudaEventCreate");
+  check(cudaEventCreate(&span.end), "cudaEventCreate");
+  be.mark(span.begin);
+  work(static_cast<Cuda&>(be));
+  be.mark(span.end);
+  be.spans.push_back(span);
+}
+#endif
 
 }  // namespace
 
-#define TIMED(operation)                                        \
-  template <class... Arguments>                                 \
-  void operation(TimedCpu& be, Arguments&&... arguments) {      \
-    Stopwatch watch(be.seconds[#operation]);                    \
-    operation(static_cast<Cpu&>(be), std::forward<Arguments>(arguments)...); \
-  }
-// The last three arguments of a linear layer are N, IC, OC; each product of matrices takes 2 N IC OC operations.
-#define TIMED_LINEAR(operation, products)                                              \
-  template <class... Arguments>                                                        \
-  void operation(TimedCpu& be, Arguments&&... arguments) {                             \
-    Stopwatch watch(be.seconds[#operation]);                                           \
-    auto all = std::forward_as_tuple(arguments...);                                    \
-    constexpr size_t n = sizeof...(Arguments);                                         \
-    be.matmul_flops += 2.0 * (products)*std::get<n - 3>(all) * std::get<n - 2>(all) * std::get<n - 1>(all); \
-    operation(static_cast<Cpu&>(be), std::forward<Arguments>(arguments)...);           \
+#define TIMED(operation)                                                             \
+  template <class Base, class... Arguments>                                          \
+  void operation(Timed<Base>& be, Arguments&&... arguments) {                        \
+    timed(be, #operation, [&](Base& base) { operation(base, arguments...); });       \
   }
 
 TIMED(embedding_forward)
 TIMED(embedding_backward)
 TIMED(norm_forward)
 TIMED(norm_backward)
-TIMED_LINEAR(linear_forward, 1)
-TIMED_LINEAR(linear_residual_forward, 1)
-TIMED_LINEAR(linear_backward, 2)
+TIMED(linear_forward)
+TIMED(linear_residual_forward)
+TIMED(linear_backward)
 TIMED(rope_forward)
 TIMED(rope_backward)
 TIMED(qk_norm_rope_forward)
@@ -86,6 +132,7 @@ TIMED(swiglu_backward)
 TIMED(gelu_forward)
 TIMED(gelu_backward)
 TIMED(cross_entropy)
+TIMED(add_losses)
 TIMED(gradient_norm)
 TIMED(adamw)
 
@@ -109,39 +156,90 @@ Settings settings_of(const Shape& shape, std::vector<std::string> more = {}) {
   return s;
 }
 
-// Seconds of a training step: the median of those that fit into `budget` seconds.
+// What ends a run of steps that is measured as a whole.
 template <class Backend>
-double step_seconds(Backend& be, Settings& s, double budget, const std::function<void()>& after_warm_up,
-                    int* steps_done) {
+void end_run(Backend& be) { be.synchronize(); }
+template <class Base>
+void end_run(Timed<Base>& be) { be.end_step(); }
+template <class Backend>
+constexpr bool kStepByStep = std::is_same_v<Backend, Cpu>;
+template <class Base>
+constexpr bool kStepByStep<Timed<Base>> = true;
+
+// Seconds of a training step: the median of those that fit into `budget` seconds.
+template <class Real, class Backend>
+double step_seconds(Backend& be, const Settings& s, double budget, const std::function<void()>& after_warm_up = [] {},
+                    int* steps_done = nullptr) {
   const int B = s.batch, T = s.model.context, N = B * T;
-  Model<Backend, float> model(be, s.model, B, T, true);
+  Model<Backend, Real> model(be, s.model, B, T, true);
   model.initialise_weights(1);
-  std::vector<int> tokens(N), targets(N);
+  HostArray<Backend, int> tokens(be, N), targets(be, N);
   for (int n = 0; n < N; ++n) {
-    tokens[n] = int(uniform(2, 0, n) * s.model.vocab);
-    targets[n] = int(uniform(2, 1, n) * s.model.vocab);
+    tokens.data[n] = int(uniform(2, 0, n) * s.model.vocab);
+    targets.data[n] = int(uniform(2, 1, n) * s.model.vocab);
   }
-  std::vector<double> times;
-  const double begin = now();
-  for (int step = 1; step <= 4 || now() - begin < budget; ++step) {
+  int steps = 0;
+  auto seconds_of = [&](int count) {  // of a step, in a run of `count`
     const double start = now();
-    model.zero_gradients();
-    model.forward(tokens.data(), B, T);
-    model.backward(targets.data(), B, T, 1.0 / N, 0.0);
-    model.update({s.lr, s.beta1, s.beta2, s.eps, s.weight_decay, s.clip, step});
-    if (step > 1) times.push_back(now() - start);
-    if (step == 1) after_warm_up();
+    for (int i = 0; i < count; ++i) {
+      model.zero_gradients();
+      model.train_batch(tokens.data, targets.data, 1.0 / N, 0.0);
+      model.update({s.lr, s.beta1, s.beta2, s.eps, s.weight_decay, s.clip, ++steps});
+    }
+    end_run(be);
+    return (now() - start) / count;
+  };
+  int run = 1;
+  seconds_of(1);
+  if (!std::is_base_of_v<Cpu, Backend>) {  // on a GPU the second step is recorded, the third like all that follow
+    seconds_of(1);
+    const double third = seconds_of(1);
+    if (!kStepByStep<Backend>) run = std::max(1, int(0.2 / third));
+    seconds_of(run);
   }
-  if (steps_done) *steps_done = int(times.size());
+  const int warm_up = steps;
+  after_warm_up();
+  std::vector<double> times;
+  for (const double begin = now(); times.size() < 3 || now() - begin < budget;) times.push_back(seconds_of(run));
+  if (steps_done) *steps_done = steps - warm_up;
   return median(times);
 }
-double step_seconds(Settings& s, double budget) {
-  Cpu be;
-  return step_seconds(be, s, budget, [] {}, nullptr);
+
+// The mean time of each operation, in seconds per step, with what is left as "(between operations)": they add up to a
+// step that is waited for and timed piece by piece.
+template <class Real, class Base>
+std::map<std::string, double> operation_seconds(const Settings& s, double budget) {
+  Timed<Base> be;
+  double start = 0;
+  int steps = 0;
+  step_seconds<Real>(be, s, budget, [&] { be.seconds.clear(), start = now(); }, &steps);
+  double rest = (now() - start) / steps;
+  for (auto& [name, seconds] : be.seconds) rest -= seconds /= steps;
+  be.seconds["(between operations)"] = rest;
+  return be.seconds;
 }
 
-// What this machine reaches in fp32: one large Eigen product per thread at the same time, operations per second.
-double peak_flops() {
+void print_operations(const std::map<std::string, double>& operations) {
+  std::vector<std::pair<double, std::string>> sorted;
+  double total = 0;
+  for (const auto& [name, seconds] : operations) sorted.push_back({seconds, name}), total += seconds;
+  std::sort(sorted.rbegin(), sorted.rend());
+  for (const auto& [seconds, name] : sorted)
+    std::printf("  %-26s %10.3f ms/step %6.1f %%\n", name.c_str(), 1e3 * seconds, 100 * seconds / total);
+}
+
+// Floating-point operations of a step of N tokens in matrix products: 2 per multiply-add; forward, and twice that
+// backward. In linear layers every matrix meets every token (the embedding is no product); in causal attention every
+// query meets half of the T keys, in two products.
+double linear_flops(const Config& c, double N) {
+  double weights = c.tied ? 0 : -double(c.vocab) * c.width;
+  for (const ParameterRow& row : parameter_table(c).rows) weights += row.decays() ? double(row.count) : 0;
+  return 6 * N * weights;
+}
+double attention_flops(const Config& c, double N) { return 6.0 * N * c.layers * c.heads * c.head_size * c.context; }
+
+// What this machine reaches: operations per second of one large Eigen product per thread at the same time, in fp32.
+double peak_flops(Cpu&) {
 #ifdef EIGEN_WORLD_VERSION
   using Matrix = Eigen::Matrix<float, Eigen::Dynamic, Eigen::Dynamic, Eigen::RowMajor>;
   const int n = 1024, threads = omp_get_max_threads();
@@ -161,44 +259,35 @@ double peak_flops() {
 
 void print_tables(double budget, bool quick) {
   std::vector<Shape> shapes = {{"nano", 16, 256},   {"nano", 4, 1024},    {"small", 16, 256},
-                                     {"small", 4, 1024},  {"gpt-124m", 4, 128}, {"gpt-124m", 1, 1024}};
+                               {"small", 4, 1024},  {"gpt-124m", 4, 128}, {"gpt-124m", 1, 1024}};
   if (quick) shapes.resize(4);
+  Cpu cpu;
   std::printf("threads: %d\n\nA training step, fp32\n", omp_get_max_threads());
   std::printf("%-10s %6s %8s %12s %14s %12s\n", "shape", "batch", "context", "parameters", "tokens/s", "ms/step");
   for (const Shape& shape : shapes) {
     Settings s = settings_of(shape);
-    const double seconds = step_seconds(s, budget);
+    const double seconds = step_seconds<float>(cpu, s, budget);
     std::printf("%-10s %6d %8d %12zu %14.0f %12.1f\n", shape.preset.c_str(), shape.batch, shape.context,
                 parameter_table(s.model).parameters, shape.batch * shape.context / seconds, 1e3 * seconds);
     std::fflush(stdout);
   }
 
-  const double peak = peak_flops();
+  const double peak = peak_flops(cpu);
   for (size_t i = 0; i < shapes.size(); i += 2) {
     const Shape& shape = shapes[i];
     Settings s = settings_of(shape);
-    TimedCpu be;
-    double total = 0, start = 0;
-    int steps = 0;
-    step_seconds(be, s, budget, [&] { be.seconds.clear(), be.matmul_flops = 0, start = now(); }, &steps);
-    total = now() - start;
-    std::vector<std::pair<double, std::string>> operations;
-    double products = 0, rest = total;
-    for (const auto& [name, seconds] : be.seconds) {
-      operations.push_back({seconds, name});
-      rest -= seconds;
+    const auto operations = operation_seconds<float, Cpu>(s, budget);
+    double products = 0, rest = 0;
+    for (const auto& [name, seconds] : operations) {
       if (name.rfind("linear", 0) == 0) products += seconds;
+      else if (name.rfind("attention", 0) != 0) rest += seconds;
     }
-    operations.push_back({rest, "(between operations)"});
-    std::sort(operations.rbegin(), operations.rend());
     std::printf("\n%s, batch %d, context %d: time per operation\n", shape.preset.c_str(), shape.batch, shape.context);
-    for (const auto& [seconds, name] : operations)
-      std::printf("  %-26s %10.3f ms/step %6.1f %%\n", name.c_str(), 1e3 * seconds / steps, 100 * seconds / total);
-    std::printf("  linear layers: %.1f GFLOP/s", be.matmul_flops / products / 1e9);
-    if (peak > 0)
-      std::printf(", %.0f %% of a large Eigen product's %.1f", 100 * be.matmul_flops / products / peak, peak / 1e9);
-    std::printf("; everything but linear layers and attention: %.1f %% of the step\n",
-                100 * (total - products - be.seconds["attention_forward"] - be.seconds["attention_backward"]) / total);
+    print_operations(operations);
+    const double flops = linear_flops(s.model, shape.batch * shape.context) / products;
+    std::printf("  linear layers: %.1f GFLOP/s", flops / 1e9);
+    if (peak > 0) std::printf(", %.0f %% of a large Eigen product's %.1f", 100 * flops / peak, peak / 1e9);
+    std::printf("; everything but linear layers and attention: %.3f ms/step\n", 1e3 * rest);
   }
 
 #ifndef ROTARY_DIM
@@ -208,10 +297,10 @@ void print_tables(double budget, bool quick) {
     for (const char* flag : {"--rotary-dim=0", "--rotary-dim=2", "--rotary-fraction=0.1", "--rotary-fraction=0.25",
                              "--rotary-fraction=0.5", "--rotary-fraction=1"}) {
       Settings s = settings_of(shape, {flag});
-      TimedCpu be;
-      int steps = 0;
-      const double seconds = step_seconds(be, s, budget, [&] { be.seconds.clear(); }, &steps);
-      const double rope = (be.seconds["rope_forward"] + be.seconds["rope_backward"]) / steps;
+      auto operations = operation_seconds<float, Cpu>(s, budget);
+      double seconds = 0;
+      for (const auto& operation : operations) seconds += operation.second;
+      const double rope = operations["rope_forward"] + operations["rope_backward"];
       std::printf("%-10s %9.1f%% %6d %14.0f %14.3f %8.2f%% %14zu\n", shape.preset.c_str(),
                   100.0 * s.model.rotary_dim / s.model.head_size, s.model.rotary_dim,
                   shape.batch * shape.context / seconds, 1e3 * rope, 100 * rope / seconds,
@@ -221,15 +310,76 @@ void print_tables(double budget, bool quick) {
 #endif
 }
 
+// The GPU's: one product of 8192 x 8192 matrices of random numbers, in the model's type, the fastest of some.
+#ifdef __CUDACC__
+template <class Real>
+double peak_flops(Cuda& be, Real) {
+  const size_t n = 8192;
+  Buffer<Cuda> a(be, n * n * sizeof(Real)), b(be, n * n * sizeof(Real)), out(be, n * n * sizeof(Real));
+  std::vector<Real> host(n * n);
+  std::mt19937 random(1);
+  for (const Buffer<Cuda>* to : {&a, &b}) {
+    for (Real& x : host) x = Real(float(random()) * 0x1p-31f - 1);
+    be.upload(to->data, host.data(), to->bytes);
+    be.synchronize();
+  }
+  double best = 1e30;
+  for (int round = 0; round < 5; ++round) {
+    const int products = 10;
+    const double start = now();
+    for (int i = 0; i < products; ++i)
+      linear_forward(be, out.as<Real>(), a.as<Real>(), b.as<Real>(), (const Real*)nullptr, n, n, n);
+    be.synchronize();
+    best = std::min(best, (now() - start) / products);
+  }
+  return 2.0 * n * n * n / best;
+}
+#endif
+double peak_flops(Cpu& be, float) { return peak_flops(be); }
+
+// One shape in detail. --seconds 0 --json: the configuration only.
+template <class Backend, class Real>
+void measure(Backend& be, Real real, Settings& s, const std::string& shape, double budget, bool json) {
+  const double N = double(s.batch) * s.model.context, flops = linear_flops(s.model, N) + attention_flops(s.model, N);
+  double step = NAN, peak = NAN;
+  std::map<std::string, double> operations;
+  if (budget > 0) {
+    peak = peak_flops(be, real);
+    step = step_seconds<Real>(be, s, budget);
+    operations = operation_seconds<Real, Backend>(s, budget / 2);
+  }
+  if (json) {
+    nlohmann::ordered_json line = {{"shape", shape},
+                                   {"batch", s.batch},
+                                   {"context", s.model.context},
+                                   {"device", Backend::name},
+                                   {"threads", omp_get_max_threads()}};
+    line["tokens_per_second"] = N / step;
+    line["flops_per_token"] = flops / N;
+    line["peak_flops"] = peak;
+    line["operation_seconds"] = operations;
+    line["config"] = settings_json(s, {"Model"});
+    std::printf("%s\n", line.dump().c_str());
+    return;
+  }
+  std::printf("%s, batch %d, context %d, %s: %.0f tokens/s, %.2f ms/step, %.3g TFLOP/s in matrix products",
+              shape.c_str(), s.batch, s.model.context, Backend::name, N / step, 1e3 * step, flops / step * 1e-12);
+  if (peak > 0) std::printf(", %.0f %% of a large product's %.3g", 100 * flops / step / peak, peak * 1e-12);
+  std::printf("\n");
+  print_operations(operations);
+}
+
 int run(int argc, char** argv) {
-  std::string shape;
+  std::string shape, device = "cpu", dtype = "auto";
   int batch = 8, context = 256, threads = 0;
   double seconds = 3;
   bool json = false, quick = false;
-  CLI::App app("Measures the trainer on the CPU. Without --shape: all tables.", "bench");
+  CLI::App app("Measures the trainer. Without --shape: all tables for the CPU.", "bench");
   app.add_option("--shape", shape, "a preset of train: nano, small, gpt-124m, ...");
   app.add_option("--batch", batch, "windows in a step")->capture_default_str();
   app.add_option("--context", context, "positions in a window")->capture_default_str();
+  app.add_option("--device", device, "auto, cpu or cuda")->capture_default_str();
+  app.add_option("--dtype", dtype, "auto, fp32 or bf16")->capture_default_str();
   app.add_option("--threads", threads, "CPU threads; 0: all cores")->capture_default_str();
   app.add_option("--seconds", seconds, "time per figure")->capture_default_str();
   app.add_flag("--json", json, "one line of JSON");
@@ -246,18 +396,7 @@ int run(int argc, char** argv) {
     return 0;
   }
   Settings s = settings_of({shape, batch, context}, app.remaining());
-  const double step = seconds == 0 ? NAN : step_seconds(s, seconds);  // --seconds 0 --json: the configuration only
-  const double rate = batch * context / step;
-  if (json) {
-    nlohmann::ordered_json line = {
-        {"shape", shape}, {"batch", batch}, {"context", context}, {"threads", omp_get_max_threads()}};
-    line["tokens_per_second"] = rate;
-    line["config"] = settings_json(s, {"Model"});
-    std::printf("%s\n", line.dump().c_str());
-  } else {
-    std::printf("%s, batch %d, context %d: %.0f tokens/s, %.1f ms/step\n", shape.c_str(), batch, context, rate,
-                1e3 * step);
-  }
+  with_backend(device, dtype, [&](auto& be, auto real) { measure(be, real, s, shape, seconds, json); });
   return 0;
 }
 

@@ -75,6 +75,23 @@ refuse "line 1" "$programs/data" encode --input plain.txt --field text --out no
 refuse "did you mean --tokenizer" "$programs/data" encode --input plain.txt --tokeniser bytes --out no
 refuse "did you mean decode" "$programs/data" decoed data/train_000.bin
 
+# ---- Hugging Face's format, there and back, and on from there ---------------------------------------------------------
+check "export" "$programs/eval" export --run straight --out hf
+check "import" "$programs/eval" import --from hf --run back
+same "the same weights" runs/straight/checkpoint/model.safetensors runs/back/checkpoint/model.safetensors
+check "training on from an import" $train --run more --init back --steps 2
+same "a fresh start has not moved yet" runs/straight/checkpoint/model.safetensors runs/back/checkpoint/model.safetensors
+refuse "rotary.* is .* but was" $train --init back --rotary-dim 4
+refuse "no checkpoint" $train --init nothing
+refuse "hf: exists" "$programs/eval" export --run straight --out hf
+refuse "runs/back: exists" "$programs/eval" import --from hf --run back
+check "a model without a class" $train --run paper --block parallel --steps 1
+refuse "block parallel" "$programs/eval" export --run paper --out paper
+sed 's/"partial_rotary_factor": [0-9.]*/"partial_rotary_factor": 7/' hf/config.json >changed && mv changed hf/config.json
+refuse "partial_rotary_factor" "$programs/eval" import --from hf --run other
+rm hf/model.safetensors
+refuse "hf/" "$programs/eval" import --from hf --run other
+
 # ---- The same to the bit: threads, interruption, kill ------------------------------------------------------------------
 check "one thread" $train --run one --steps 20 --threads 1
 check "three threads" $train --run three --steps 20 --threads 3
