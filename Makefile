@@ -94,6 +94,12 @@ $(BUILD)/ready: scripts/install.sh
 	@sh scripts/install.sh "$(CXX)"
 	@mkdir -p $(BUILD) && touch $@
 
+# Python, for plots and notebooks only: in a directory of its own.
+PYTHON := build-python/bin/python
+build-python/ready: scripts/requirements.txt scripts/python.sh
+	@sh scripts/python.sh build-python
+	@touch $@
+
 clean:
 	rm -rf build build-*
 
