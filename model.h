@@ -365,6 +365,7 @@ struct Model {
   // for_training = false leaves out gradients and optimizer state.
   Model(Backend& backend, const Config& c, int batch, int length, bool for_training)
       : be(backend), config(c), table(parameter_table(c)), B(batch), T(length) {
+    check_head_size(be, c.head_size);
     weights_memory_ = Buffer<Backend>(be, table.total * sizeof(Real));
     weights_flat = weights_memory_.template as<Real>();
     if constexpr (std::is_same_v<Real, Acc<Real>>) {
