@@ -2,6 +2,7 @@
 # make test    builds and runs the tests
 #
 # make train ARGS="--rotary-fraction 1 --run full"     other flags: build/train --help
+# make notebooks       executes notebooks/*.ipynb in place; ARGS=notebooks/NAME.ipynb for one of them
 # make bench   tokens per second and the time of each operation on the CPU; with a GPU, also: make build/ops_gpu
 #
 # make ROTARY_DIM=6     the rotary dimension as a compile-time constant
@@ -43,7 +44,7 @@ endif
 # PCRE2 and utf8proc for tokenizers, libarchive for compressed text.
 LDLIBS += -lpcre2-8 -lutf8proc -larchive
 
-.PHONY: all train test bench compile-cuda clean
+.PHONY: all train test bench notebooks compile-cuda clean
 all: $(BUILD)/train $(BUILD)/data $(BUILD)/eval
 
 train: $(BUILD)/train $(BUILD)/data data/stories/meta.json
@@ -99,6 +100,12 @@ PYTHON := build-python/bin/python
 build-python/ready: scripts/requirements.txt scripts/python.sh
 	@sh scripts/python.sh build-python
 	@touch $@
+
+# Notebooks, run in the environment of Python, use these programs and the rotation as a library for Python's ctypes.
+notebooks: build-python/ready $(BUILD)/librope.so all data/stories/meta.json
+	@$(PYTHON) scripts/run_notebooks.py $(ARGS)
+$(BUILD)/librope.so: notebooks/rope_library.cpp $(BUILD)/ready
+	$(CXX) $(CPPFLAGS) $(CXXFLAGS) $(OPTIMISE) -MMD -MP -shared -fPIC -x c++ $< -o $@
 
 clean:
 	rm -rf build build-*
