@@ -4,6 +4,8 @@
 # make train ARGS="--rotary-fraction 1 --run full"     other flags: build/train --help
 # make sweep   how much rotation does a model need: trains several fractions and seeds, writes runs/sweep/report.html (GPU)
 # make sweep-cpu   the same in a quarter of an hour on 2 cores; both go on where they were stopped
+# make nope    what makes a model without position unstable, what cures it: runs/nope/report.html (GPU, 10 minutes; QUICK=1: 2)
+# make nope-cpu   how its attention logits grow; 20 minutes on 2 cores
 # make bench   tokens per second and the time of each operation on the CPU; with a GPU, also: make build/ops_gpu
 #
 # make ROTARY_DIM=6     the rotary dimension as a compile-time constant
@@ -45,7 +47,7 @@ endif
 # PCRE2 and utf8proc for tokenizers, libarchive for compressed text.
 LDLIBS += -lpcre2-8 -lutf8proc -larchive
 
-.PHONY: all train test bench sweep sweep-cpu compile-cuda clean
+.PHONY: all train test bench sweep sweep-cpu nope nope-cpu compile-cuda clean
 all: $(BUILD)/train $(BUILD)/data $(BUILD)/eval
 
 train: $(BUILD)/train $(BUILD)/data data/stories/meta.json
@@ -113,7 +115,13 @@ sweep: $(STUDY) data/stories-20M/meta.json
 	  --step-tokens 32768 --steps 1200 --seeds 5 $(ARGS)
 sweep-cpu: $(STUDY) data/stories/meta.json
 	@$(PYTHON) scripts/study.py
-	@BUILD=$(BUILD) $(PYTHON) scripts/sweep.py --name sweep-cpu --steps 600 $(ARGS) -- --device cpu
+	@BUILD=$(BUILD) $(PYTHON) scripts/sweep.py --name sweep-cpu --steps 1500 --positions 131072 $(ARGS) -- --device cpu
+nope: $(STUDY) data/stories-20M/meta.json
+	@$(PYTHON) scripts/study.py
+	@BUILD=$(BUILD) $(PYTHON) scripts/nope.py $(if $(QUICK),--recipe quick) $(if $(DATA),--data "$(DATA)") $(ARGS)
+nope-cpu: $(STUDY) data/stories/meta.json
+	@$(PYTHON) scripts/study.py
+	@BUILD=$(BUILD) $(PYTHON) scripts/nope.py --recipe cpu --data "$(or $(DATA),data/stories/train_*.bin)" $(ARGS) -- --device cpu
 
 clean:
 	rm -rf build build-*

@@ -45,8 +45,8 @@ def main(work):
 # ----------------------------------------------------------------------------------------------------------------------
 # Runs
 
-def joined(arguments):
-  """Flags of `train` as on a command line, each as one word: --flag=value or --flag."""
+def joined(arguments, own=()):
+  """Flags of `train` as on a command line, each as one word: --flag=value or --flag. The study's own are refused."""
   flags = []
   for word in arguments:
     if word == "--":
@@ -57,8 +57,8 @@ def joined(arguments):
       flags[-1] += "=" + word
     else:
       raise UserError(f"{word}: not a flag of train")
-    if flags[-1].partition("=")[0] in ("--run", "--steps", "--seed", "--rotary-dim", "--rotary-fraction", "--resume"):
-      raise UserError(f"-- {word}: the study sets this itself; see --help for its own flags")
+    if flags[-1][2:].partition("=")[0].removeprefix("no-") in own:
+      raise UserError(f"-- {word}: the study sets this itself; --help lists its own flags")
   return flags
 
 

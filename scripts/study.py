@@ -9,6 +9,7 @@ import html
 import io
 import json
 import math
+import re
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
@@ -40,7 +41,8 @@ def read_csv(path):
 def read_run(directory):
   """A run: name, arm {key: text}, seed, config, summary ({} unless finished), and the csv files as columns.
 
-  `state` is finished, diverged (the loss became inf or nan) or unfinished. `logit_step`, `logit`: the largest |attention
+  `state` is finished, diverged (the loss became inf or nan) or unfinished. `epochs`: how often all of its steps see the
+  training data; nan if unknown. `logit_step`, `logit`: the largest |attention
   logit| of all layers and heads, per diagnostics step.
   """
   directory = Path(directory)
@@ -50,6 +52,9 @@ def read_run(directory):
   run.seed = int(run.arm.get("seed", run.config.get("seed", 0)))
   for name in ("log", "val", "layers", "tensors", "spikes", "positions"):
     setattr(run, name, read_csv(directory / f"{name}.csv"))
+  output = Path(f"{directory}.txt")
+  found = re.search(r"so ([\d.]+) epochs", output.read_text(errors="replace")) if output.exists() else None
+  run.epochs = float(found[1]) if found else math.nan
   loss = run.log.get("loss", np.array([]))
   run.state = "finished" if run.summary else "diverged" if len(loss) and not np.isfinite(loss[-1]) else "unfinished"
   run.logit_step, run.logit = np.array([]), np.array([])
@@ -243,8 +248,10 @@ def plot_loss_curves(ax, groups):
   if floors:
     ax.axhline(floors[0], color="#555555", linestyle=(0, (1, 3)), label="lowest reachable")
   if len(visible):
-    bottom = min(visible.min(), *floors[:1] or [np.inf])
-    ax.set_ylim(bottom - 0.03 * (visible.max() - bottom), visible.max())
+    low, high = visible.min(), visible.max()
+    if floors and low - floors[0] < high - low:
+      low = floors[0]
+    ax.set_ylim(low - 0.03 * (high - low), high)
   ax.set(xlabel="training tokens, millions", ylabel="training loss, nats per token")
   ax.legend()
 

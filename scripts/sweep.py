@@ -19,6 +19,9 @@ from runner import UserError
 from study import number
 
 
+OWN = "run resume steps seed rotary-dim rotary-fraction preset context block data".split()  # not to be given behind --
+
+
 def parse(argv):
   own, passed = (argv[:argv.index("--")], argv[argv.index("--") + 1:]) if "--" in argv else (argv, [])
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
@@ -35,7 +38,7 @@ def parse(argv):
   parser.add_argument("--positions", type=int, default=2**18, metavar="N", help="tokens for the loss by position (default %(default)s)")
   parser.add_argument("--jobs", type=int, default=0, metavar="N", help="runs at a time; 0: what the machine takes (default)")
   parser.add_argument("--report", action="store_true", help="only write the report, of the runs that are there")
-  return parser.parse_args(own), runner.joined(passed)
+  return parser.parse_args(own), runner.joined(passed, OWN)
 
 
 def settings_of(args):
@@ -116,14 +119,14 @@ def report(name):
             "of any layer, head and seed; the spike score is the share of steps whose loss lies more than 7 standard deviations above the "
             "rolling mean of 128 or 1,000 steps. Tokens per second and the time in RoPE were measured alone, after the runs.")
   for setting, groups in zip(settings, models):
-    config = next(iter(groups.values()))[0].config
+    config, epochs = next(iter(groups.values()))[0].config, next(iter(groups.values()))[0].epochs
     key = setting.replace("=", "-").replace("_", "-")
     file = lambda kind: f"{key}-{kind}" if key else kind
     tokens = config["batch"] * config["context"] * config["accumulate"]
     page.heading(setting.replace("=", " ").replace("_", ", ") or f"{config['preset']}")
     page.text(f"{config['layers']} layers x {config['width']}, {config['heads']} heads of {config['head_size']}, {config['block']} block, "
               f"context {config['context']}, {config['steps']:,} steps of {tokens:,} tokens, peak learning rate {config['lr']:g}, "
-              f"on {config['data']}.")
+              f"on {config['data']}, which a run sees {number(epochs, 2)} times.")
     page.table(file("table"), HEADER, table(groups, speeds))
     figures = {
         "loss": ("Left: training loss, mean of the seeds and the band from the lowest to the highest. Right: the means less that of 100 %.",
