@@ -207,6 +207,11 @@ struct Cuda {
       if (graph) cudaGraphExecDestroy(graph);
     }
   };
+  bool recording() const {
+    cudaStreamCaptureStatus status;
+    check(cudaStreamIsCapturing(stream, &status), "cudaStreamIsCapturing");
+    return status == cudaStreamCaptureStatusActive;
+  }
   template <class Work>
   void replay(Recording& recording, Work work) {
     if (!recording.warm) {

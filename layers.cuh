@@ -227,8 +227,6 @@ void add_losses(Cpu&, double* sum, const Real* losses, int N) {
 #ifdef __CUDACC__
 
 #include <cub/device/device_radix_sort.cuh>
-#include <map>
-#include <tuple>
 
 // A thread copies W channels of one row.
 template <class Real, int W>
@@ -474,99 +472,6 @@ void norm_backward(Cuda& be, NormKind kind, Real* dx, Acc<Real>* dweight, Acc<Re
          warps * 32, warps * bytes, dx, partial, dresidual, dout, x, mean, rstd, weight, N, C);
   add_rows(be, dweight, partial, blocks, C, sums * C);
   if (kind == NormKind::layer) add_rows(be, dbias, partial + C, blocks, C, sums * C);
-}
-
-// One matrix product of cuBLASLt, which counts in columns: our row-major (rows, columns) is its (columns, rows).
-//     out (columns of b's, rows of a's) = a b, plus `add` when given; shapes as cuBLASLt sees them:
-// out (m, n) = op(a) op(b) [+ add (m, n)] [+ bias (m) to every column]. op(a) is (m, k), op(b) (k, n).
-template <class Out>
-struct Product {
-  Out* out;
-  const Out* add;  // may be out
-  const Out* bias;
-  int m, n, k;
-  bool transpose_a, transpose_b;
-};
-
-// How a product is to be done, found once per shape: asking cuBLASLt costs more than starting it.
-struct ProductPlan {
-  cublasLtMatmulDesc_t description = nullptr;
-  cublasLtMatrixLayout_t a = nullptr, b = nullptr, out = nullptr;
-  cublasLtMatmulAlgo_t algorithm;
-};
-
-template <class T>
-constexpr cudaDataType_t cuda_type() {
-  return std::is_same_v<T, bf16> ? CUDA_R_16BF : CUDA_R_32F;
-}
-inline int alignment(const void* p) {  // the largest power of two that divides the address, up to 256 bytes
-  return int(std::min<uintptr_t>(reinterpret_cast<uintptr_t>(p) & -reinterpret_cast<uintptr_t>(p), 256));
-}
-
-// Inputs in Real, sums in fp32 (never TF32), out in Out. cuBLASLt may split k among blocks, but only to add up partial
-// products from the workspace in a fixed order: no reduction scheme with atomics is let in.
-template <class Real, class Out>
-void multiply(Cuda& be, const Product<Out>& p, const Real* a, const Real* b) {
-  using Key = std::tuple<int, int, int, bool, bool, bool, bool, int, int, int, int>;
-  static std::map<std::pair<cublasLtHandle_t, Key>, ProductPlan> plans;
-  const Key key = {p.m,
-                   p.n,
-                   p.k,
-                   p.transpose_a,
-                   p.transpose_b,
-                   p.add != nullptr,
-                   p.bias != nullptr,
-                   alignment(a),
-                   alignment(b),
-                   alignment(p.out),
-                   p.add ? alignment(p.add) : 256};
-  ProductPlan& plan = plans[{be.blas, key}];
-  if (!plan.description) {
-    cublasLtMatmulDesc_t description;
-    check(cublasLtMatmulDescCreate(&description, CUBLAS_COMPUTE_32F, CUDA_R_32F), "cublasLtMatmulDescCreate");
-    auto set = [&](cublasLtMatmulDescAttributes_t name, auto value) {
-      check(cublasLtMatmulDescSetAttribute(description, name, &value, sizeof value), "cublasLtMatmulDescSetAttribute");
-    };
-    set(CUBLASLT_MATMUL_DESC_TRANSA, p.transpose_a ? CUBLAS_OP_T : CUBLAS_OP_N);
-    set(CUBLASLT_MATMUL_DESC_TRANSB, p.transpose_b ? CUBLAS_OP_T : CUBLAS_OP_N);
-    if (p.bias) set(CUBLASLT_MATMUL_DESC_EPILOGUE, CUBLASLT_EPILOGUE_BIAS);
-    if (p.bias) set(CUBLASLT_MATMUL_DESC_BIAS_POINTER, (const void*)p.bias);
-    auto layout = [&](cublasLtMatrixLayout_t& to, cudaDataType_t type, int rows, int columns) {
-      check(cublasLtMatrixLayoutCreate(&to, type, rows, columns, rows), "cublasLtMatrixLayoutCreate");
-    };
-    layout(plan.a, cuda_type<Real>(), p.transpose_a ? p.k : p.m, p.transpose_a ? p.m : p.k);
-    layout(plan.b, cuda_type<Real>(), p.transpose_b ? p.n : p.k, p.transpose_b ? p.k : p.n);
-    layout(plan.out, cuda_type<Out>(), p.m, p.n);
-    cublasLtMatmulPreference_t preference;
-    check(cublasLtMatmulPreferenceCreate(&preference), "cublasLtMatmulPreferenceCreate");
-    auto prefer = [&](cublasLtMatmulPreferenceAttributes_t name, auto value) {
-      check(cublasLtMatmulPreferenceSetAttribute(preference, name, &value, sizeof value),
-            "cublasLtMatmulPreferenceSetAttribute");
-    };
-    prefer(CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, Cuda::kWorkspaceBytes);
-    prefer(CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, uint32_t(CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE));
-    prefer(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, uint32_t(alignment(a)));
-    prefer(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES, uint32_t(alignment(b)));
-    prefer(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, uint32_t(p.add ? alignment(p.add) : alignment(p.out)));
-    prefer(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES, uint32_t(alignment(p.out)));
-    cublasLtMatmulHeuristicResult_t found;
-    int count = 0;
-    check(cublasLtMatmulAlgoGetHeuristic(be.blas, description, plan.a, plan.b, plan.out, plan.out, preference, 1,
-                                         &found, &count),
-          "cublasLtMatmulAlgoGetHeuristic");
-    cublasLtMatmulPreferenceDestroy(preference);
-    if (count == 0) throw std::runtime_error("cuBLASLt has no algorithm for a matrix product of this shape");
-    plan.algorithm = found.algo;
-    plan.description = description;
-  }
-  if (p.bias)
-    check(cublasLtMatmulDescSetAttribute(plan.description, CUBLASLT_MATMUL_DESC_BIAS_POINTER, &p.bias, sizeof p.bias),
-          "cublasLtMatmulDescSetAttribute");
-  const float one = 1, zero = 0;
-  check(
-      cublasLtMatmul(be.blas, plan.description, &one, a, plan.a, b, plan.b, p.add ? &one : &zero, p.add ? p.add : p.out,
-                     plan.out, p.out, plan.out, &plan.algorithm, be.workspace, Cuda::kWorkspaceBytes, be.stream),
-      "cublasLtMatmul");
 }
 
 template <class Real>

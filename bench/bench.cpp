@@ -61,13 +61,8 @@ struct Timed<Cuda> : Cuda {
   std::vector<Span> spans;
 
   void mark(cudaEvent_t event) {
-    check(cudaEventRecordWithFlags(event, stream, capturing() ? cudaEventRecordExternal : cudaEventRecordDefault),
+    check(cudaEventRecordWithFlags(event, stream, recording() ? cudaEventRecordExternal : cudaEventRecordDefault),
           "cudaEventRecord");
-  }
-  bool capturing() {
-    cudaStreamCaptureStatus status;
-    check(cudaStreamIsCapturing(stream, &status), "cudaStreamIsCapturing");
-    return status == cudaStreamCaptureStatusActive;
   }
   void end_step() {
     synchronize();
@@ -96,7 +91,7 @@ void timed(Timed<Cpu>& be, const char* operation, Work work) {
 #ifdef __CUDACC__
 template <class Work>
 void timed(Timed<Cuda>& be, const char* operation, Work work) {
-  Timed<Cuda>::Span span = {operation, nullptr, nullptr, be.capturing()};
+  Timed<Cuda>::Span span = {operation, nullptr, nullptr, be.recording()};
   check(cudaEventCreate(&span.begin), "cudaEventCreate");
   check(cudaEventCreate(&span.end), "cudaEventCreate");
   be.mark(span.begin);
