@@ -29,7 +29,7 @@ BUILD := build$(if $(DEBUG),-debug)$(if $(SAN),-san)$(if $(ROTARY_DIM),-rotary$(
 OPTIMISE := $(if $(DEBUG),-O0 -g,$(if $(SAN),-O1 -g,-O3 -march=native -fno-math-errno -fno-trapping-math))
 comma := ,
 SANITIZE := $(if $(SAN),-fsanitize=address$(comma)undefined -fno-sanitize-recover=all)
-CPPFLAGS += -I. $(addprefix -isystem ,/usr/include/eigen3 /usr/local/include/eigen3 /opt/homebrew/include/eigen3) $(if $(ROTARY_DIM),-DROTARY_DIM=$(ROTARY_DIM))
+CPPFLAGS += -I. -I$(BUILD) $(addprefix -isystem ,/usr/include/eigen3 /usr/local/include/eigen3 /opt/homebrew/include/eigen3) $(if $(ROTARY_DIM),-DROTARY_DIM=$(ROTARY_DIM))
 CXXFLAGS += -std=c++17 -Wall -Wextra -fopenmp $(SANITIZE)
 
 # One way to make a program from its sources, with the compiler that the machine has.
@@ -87,6 +87,11 @@ $(BUILD)/%.o: bench/%.cpp $(BUILD)/ready
 	$(COMPILE)
 $(BUILD)/%.o: bench/%.cu $(BUILD)/ready
 	$(COMPILE)
+# The Python files that `eval export --with-code` writes, as strings.
+$(BUILD)/eval.o $(BUILD)/tests-huggingface.o: $(BUILD)/python.h
+$(BUILD)/python.h: scripts/modeling_partial_rope.py scripts/reference.py $(BUILD)/ready
+	@for name in modeling_partial_rope reference; do \
+	  printf 'inline const char* const k_%s_py = R"PYTHON(' $$name; cat scripts/$$name.py; echo ')PYTHON";'; done >$@
 # Tests are compiled more often than they run: little optimisation, and doctest's assertions as function calls.
 $(BUILD)/tests-%.o: OPTIMISE := $(if $(SAN),-O1 -g,$(if $(DEBUG),-O0 -g,-O1 -march=native))
 $(BUILD)/tests-%.o: CPPFLAGS += -DDOCTEST_CONFIG_SUPER_FAST_ASSERTS

@@ -111,22 +111,16 @@ class Flags {
   template <class Enum>
   void add_choice(const std::string& name, Enum& value, const std::vector<std::string>& words,
                   const std::string& help) {
-    auto set = [&value, words](const std::string& word) {
+    std::string all;
+    for (const std::string& word : words) all += (all.empty() ? "" : "|") + word;
+    auto set = [&value, words, name, all](const std::string& word) {
       const auto found = std::find(words.begin(), words.end(), word);
-      if (found == words.end()) return false;
+      if (found == words.end()) throw UserError("--" + name + " " + word + ": must be one of " + all);
       value = Enum(found - words.begin());
-      return true;
     };
     table.push_back({name, group_, [&value, words] { return nlohmann::json(words[int(value)]); },
                      [set](const nlohmann::json& j) { set(j.get<std::string>()); }});
-    std::string all;
-    for (const std::string& word : words) all += (all.empty() ? "" : "|") + word;
-    app.add_option_function<std::string>(
-           "--" + name,
-           [set, name, all](const std::string& word) {
-             if (!set(word)) throw UserError("--" + name + " " + word + ": must be one of " + all);
-           },
-           help)
+    app.add_option_function<std::string>("--" + name, set, help)
         ->group(group_)
         ->type_name(all)
         ->default_str(words[int(value)]);

@@ -87,10 +87,38 @@ refuse "hf: exists" "$programs/eval" export --run straight --out hf
 refuse "runs/back: exists" "$programs/eval" import --from hf --run back
 check "a model without a class" $train --run paper --block parallel --steps 1
 refuse "block parallel" "$programs/eval" export --run paper --out paper
+check "with code" "$programs/eval" export --run paper --out paper --with-code
+check "import of it" "$programs/eval" import --from paper --run paper-back
+same "the same weights with code" runs/paper/checkpoint/model.safetensors runs/paper-back/checkpoint/model.safetensors
 sed 's/"partial_rotary_factor": [0-9.]*/"partial_rotary_factor": 7/' hf/config.json >changed && mv changed hf/config.json
 refuse "partial_rotary_factor" "$programs/eval" import --from hf --run other
 rm hf/model.safetensors
 refuse "hf/" "$programs/eval" import --from hf --run other
+
+# ---- Benchmarks ---------------------------------------------------------------------------------------------------
+cat >questions.jsonl <<'END'
+{"query": "Ann ran, Bob sat. Second? ", "choices": ["Bob.", "Ann."], "gold": 0}
+{"context_options": ["Pack rug", "Pack egg"], "continuation": "rug.", "gold": 1}
+END
+echo '{"context": "Ann ran, Bob", "continuation": "sat."}' | gzip >words.jsonl.gz
+check "choices" "$programs/eval" choices --run straight --data questions.jsonl --out choices.json
+check "choices: results" grep -q '"accuracy_per_byte":.*"log_likelihoods":\[\[-.*,-.*\],\[-.*,-.*\]\]' choices.json
+check "lambada, compressed" "$programs/eval" lambada --run straight --data words.jsonl.gz --out words.json
+check "lambada: results" grep -q '"perplexity":.*"log_likelihoods":\[\[-[0-9.]*\]\]' words.json
+check "positions" "$programs/eval" positions --run straight --tokens 1000 --out positions.csv
+check "positions: 1, 1, 2, 4, ... to 32" test "$(cut -d, -f3 positions.csv | tr '\n' ' ')" = "end 1 2 4 8 16 32 "
+check "length" "$programs/eval" length --run straight --tokens 1000 --out length.csv
+check "length: up to 8 times 32" test "$(tail -1 length.csv | cut -d, -f1-4)" = "256,128,256,3"
+refuse "one answer only; eval lambada" "$programs/eval" choices --run straight --data words.jsonl.gz
+refuse "several choices; eval choices" "$programs/eval" lambada --run straight --data questions.jsonl
+refuse "data \"nowhere\"" "$programs/eval" choices --run straight --data nowhere
+refuse "data \"\"" "$programs/eval" lambada --run straight
+echo '{"query": "Who?"' >>questions.jsonl
+refuse "questions.jsonl, line 3" "$programs/eval" choices --run straight --data questions.jsonl
+echo "{\"context\": \"A\", \"continuation\": \"$(head -c 40 /dev/zero | tr '\0' x)\"}" >long.jsonl
+refuse "41 tokens is longer than the model's context of 32" "$programs/eval" lambada --run straight --data long.jsonl
+refuse "context longer than the shard" "$programs/eval" length --run straight --data text/shards/train_000.bin
+refuse "tokens 0" "$programs/eval" positions --run straight --tokens 0
 
 # ---- The same to the bit: threads, interruption, kill ------------------------------------------------------------------
 check "one thread" $train --run one --steps 20 --threads 1
