@@ -128,8 +128,8 @@ def sensitivities(arm):
 
 
 def logit_at_end(runs):
-  """Geometric mean over the seeds of the largest logit at the last diagnostics step."""
-  logits = [run.logit[-1] for run in runs if len(run.logit)]
+  """Geometric mean over the seeds of the largest logit at the last diagnostics step, or the last before it was lost."""
+  logits = [kept[-1] for kept in (run.logit[np.isfinite(run.logit) & (run.logit > 0)] for run in runs) if len(kept)]
   return float(np.exp(np.mean(np.log(logits)))) if logits else math.nan
 
 
@@ -176,18 +176,13 @@ def difference_to_full(measured, label, groups):
   return study.paired_difference(values, full)
 
 
-def interval(difference):
-  mean, half, n = difference
-  return f"{number(mean, 3, sign=True)} ± {number(half, 3)} (n {n})" if n else "-"
-
-
 def summary_row(measured, label, groups):
   """An arm over several groups: means, geometric means where a quantity spans orders of magnitude."""
   of = [measured[group][label] for group in groups if label in measured[group]]
   mean = lambda key: float(np.mean([m[key] for m in of]))
   geometric = lambda key: float(np.exp(np.mean(np.log([m[key] for m in of]))))
   stable = [m["stable"] for m in of]
-  return [interval(difference_to_full(measured, label, groups)), number(mean("sensitivity"), 3),
+  return [study.interval_text(difference_to_full(measured, label, groups)), number(mean("sensitivity"), 3),
           "none" if any(map(math.isnan, stable)) else f"{min(stable):g}",
           number(geometric("logit"), 1), number(mean("growth"), 2, sign=True), f"{sum(m['unstable'] for m in of)} of {sum(m['runs'] for m in of)}"]
 
@@ -256,7 +251,7 @@ def report(name):
     page.heading(f"{key[0]} block, head size {key[1]}")
     rows = []
     for label, m in measured[key].items():
-      rows.append([label, number(m["loss"]), f"{m['best_lr']:g}", interval(difference_to_full(measured, label, [key])), number(m["sensitivity"], 3),
+      rows.append([label, number(m["loss"]), f"{m['best_lr']:g}", study.interval_text(difference_to_full(measured, label, [key])), number(m["sensitivity"], 3),
                    "none" if math.isnan(m["stable"]) else f"{m['stable']:g}", number(m["loss_here"]), number(m["logit"], 1), number(m["growth"], 2, sign=True),
                    f"{m['spiked']} of {m['here']}" + (f", from step {m['first_spike']:.0f}" if m["spiked"] else "")])
     at = f"at lr {reference[key]:g}: "

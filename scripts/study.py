@@ -16,7 +16,6 @@ from types import SimpleNamespace
 
 import matplotlib.pyplot as plt
 import numpy as np
-from matplotlib.ticker import ScalarFormatter
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Runs
@@ -345,7 +344,7 @@ def plot_loss_by_position(ax, groups, reference=None):
   if reference:
     ax.axhline(0, color="#000000", linewidth=1)
   ax.set_xscale("log", base=2)
-  ax.xaxis.set_major_formatter(ScalarFormatter())
+  ax.xaxis.set_major_formatter("{x:g}")
   ax.set(xlabel="position in the window", ylabel="loss" + (f" less that of {reference}" if reference else "") + ", nats per token")
   if ax.get_legend_handles_labels()[0]:
     ax.legend()
@@ -364,6 +363,12 @@ def number(value, digits=4, sign=False):
   if math.isinf(value):
     return "inf"
   return f"{value:{'+' if sign else ''},.{digits}f}"
+
+
+def interval_text(interval):
+  """What mean_interval or paired_difference gave, for a table."""
+  mean, half, n = interval
+  return f"{number(mean, sign=True)} ± {number(half)} (n {n})" if n else "-"
 
 
 class Report:

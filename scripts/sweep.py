@@ -85,8 +85,7 @@ def table(groups, speeds):
     losses = study.losses_of(runs)
     mean, _, n = study.mean_interval(list(losses.values()))
     spread = f" ± {study.np.std(list(losses.values()), ddof=1):.4f}" if n > 1 else ""
-    difference, half, pairs = study.paired_difference(losses, reference)
-    difference = "" if label == "100 %" else number(difference, sign=True) + ("" if study.math.isnan(half) else f" ± {half:.4f}")
+    difference = "-" if label == "100 %" else study.interval_text(study.paired_difference(losses, reference))
     most = lambda key: max((run.summary[key] for run in finished if key in run.summary), default=study.math.nan)
     average = lambda key: study.mean_interval([run.summary[key] for run in finished if key in run.summary])[0]
     tokens, rope = next((speeds[run.directory] for run in runs if run.directory in speeds), (study.math.nan, study.math.nan))
@@ -99,6 +98,10 @@ def table(groups, speeds):
 
 HEADER = ["rotated", "channels", "seeds", "validation loss ± sd", "less that of 100 % ± 95 % CI", "largest logit, end", "ever",
           "spike score 128 / 1,000, %", "RoPE table, bytes", "RoPE, ms/step", "tokens/s"]
+
+
+def title(setting):
+  return setting.replace("=", " ").replace("_", ", ")
 
 
 def report(name):
@@ -118,12 +121,19 @@ def report(name):
             "that holds 0 means that this sweep cannot tell the two apart. The logit is the largest |q.k|/sqrt(head size) "
             "of any layer, head and seed; the spike score is the share of steps whose loss lies more than 7 standard deviations above the "
             "rolling mean of 128 or 1,000 steps. Tokens per second and the time in RoPE were measured alone, after the runs.")
+  if len(settings) > 1:
+    page.heading("Validation loss less that of 100 %, ± 95 % interval")
+    labels = list(dict.fromkeys(label for groups in models for label in groups if label != "100 %"))
+    difference = lambda groups, label: study.interval_text(study.paired_difference(
+        study.losses_of(groups.get(label, [])), study.losses_of(groups.get("100 %", []))))
+    page.table("overview", ["setting", *labels], [[title(setting), *(difference(groups, label) for label in labels)]
+                                                  for setting, groups in zip(settings, models)])
   for setting, groups in zip(settings, models):
     config, epochs = next(iter(groups.values()))[0].config, next(iter(groups.values()))[0].epochs
     key = setting.replace("=", "-").replace("_", "-")
     file = lambda kind: f"{key}-{kind}" if key else kind
     tokens = config["batch"] * config["context"] * config["accumulate"]
-    page.heading(setting.replace("=", " ").replace("_", ", ") or f"{config['preset']}")
+    page.heading(title(setting) or config["preset"])
     page.text(f"{config['layers']} layers x {config['width']}, {config['heads']} heads of {config['head_size']}, {config['block']} block, "
               f"context {config['context']}, {config['steps']:,} steps of {tokens:,} tokens, peak learning rate {config['lr']:g}, "
               f"on {config['data']}, which a run sees {number(epochs, 2)} times.")
