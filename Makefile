@@ -2,6 +2,11 @@
 # make test    builds and runs the tests
 #
 # make train ARGS="--rotary-fraction 1 --run full"     other flags: build/train --help
+# make notebooks       executes notebooks/*.ipynb in place; ARGS=notebooks/NAME.ipynb for one of them
+# make sweep   how much rotation does a model need: trains several fractions and seeds, writes runs/sweep/report.html (GPU)
+# make sweep-cpu   the same in a quarter of an hour on 2 cores; both go on where they were stopped
+# make nope    what makes a model without position unstable, what cures it: runs/nope/report.html (GPU, 10 minutes; QUICK=1: 2)
+# make nope-cpu   how its attention logits grow; 20 minutes on 2 cores
 # make bench   tokens per second and the time of each operation on the CPU; with a GPU, also: make build/ops_gpu
 #
 # make ROTARY_DIM=6     the rotary dimension as a compile-time constant
@@ -43,7 +48,7 @@ endif
 # PCRE2 and utf8proc for tokenizers, libarchive for compressed text.
 LDLIBS += -lpcre2-8 -lutf8proc -larchive
 
-.PHONY: all train test bench compile-cuda clean
+.PHONY: all train test bench notebooks sweep sweep-cpu nope nope-cpu compile-cuda clean
 all: $(BUILD)/train $(BUILD)/data $(BUILD)/eval
 
 train: $(BUILD)/train $(BUILD)/data data/stories/meta.json
@@ -104,6 +109,30 @@ PYTHON := build-python/bin/python
 build-python/ready: scripts/requirements.txt scripts/python.sh
 	@sh scripts/python.sh build-python
 	@touch $@
+
+# Notebooks, run in the environment of Python, use these programs and the rotation as a library for Python's ctypes.
+notebooks: build-python/ready $(BUILD)/librope.so all data/stories/meta.json
+	@$(PYTHON) scripts/run_notebooks.py $(ARGS)
+$(BUILD)/librope.so: notebooks/rope_library.cpp $(BUILD)/ready
+	$(CXX) $(CPPFLAGS) $(CXXFLAGS) $(OPTIMISE) -MMD -MP -shared -fPIC -x c++ $< -o $@
+# Studies: Python starts the trainings and draws what comes out. Their own flags go through ARGS, train's behind --.
+STUDY := $(addprefix $(BUILD)/,train eval bench) build-python/ready
+data/stories-20M/meta.json: | $(BUILD)/data
+	$(BUILD)/data stories --bytes 20M --out data/stories-20M
+
+sweep: $(STUDY) data/stories-20M/meta.json
+	@$(PYTHON) scripts/study.py
+	@BUILD=$(BUILD) $(PYTHON) scripts/sweep.py --preset small --data "data/stories-20M/train_*.bin" --context 512 \
+	  --step-tokens 32768 --steps 1200 --seeds 5 $(ARGS)
+sweep-cpu: $(STUDY) data/stories/meta.json
+	@$(PYTHON) scripts/study.py
+	@BUILD=$(BUILD) $(PYTHON) scripts/sweep.py --name sweep-cpu --steps 1500 --positions 131072 $(ARGS) -- --device cpu
+nope: $(STUDY) data/stories-20M/meta.json
+	@$(PYTHON) scripts/study.py
+	@BUILD=$(BUILD) $(PYTHON) scripts/nope.py $(if $(QUICK),--recipe quick) $(if $(DATA),--data "$(DATA)") $(ARGS)
+nope-cpu: $(STUDY) data/stories/meta.json
+	@$(PYTHON) scripts/study.py
+	@BUILD=$(BUILD) $(PYTHON) scripts/nope.py --recipe cpu --data "$(or $(DATA),data/stories/train_*.bin)" $(ARGS) -- --device cpu
 
 clean:
 	rm -rf build build-*

@@ -491,7 +491,7 @@ int command_trace(const std::vector<std::string>& args) {
   Place place;
   std::string prompt;
   int token = -1, layer = 0, head = 0, against = -1;
-  bool all = false;
+  bool all = false, json = false;
   Flags f("One token, layer and head through partial RoPE, byte by byte (on the CPU, in fp32).", "eval trace");
   add_place_flags(f, place, false);
   f.group("Where to look");
@@ -501,6 +501,7 @@ int command_trace(const std::vector<std::string>& args) {
   f.add("head", head, "query head, from 0");
   f.add("against", against, "position of a key to meet; -1: the one that the query attends to most");
   f.add("all", all, "show every pair, channel and key");
+  f.add("json", json, "print the numbers as one JSON object instead");
   f.parse(args);
   if (prompt.empty()) throw UserError("--prompt: give a text to trace, such as --prompt \"Once upon a time\"");
   const Source source = open_source(place.run);
@@ -523,8 +524,11 @@ int command_trace(const std::vector<std::string>& args) {
   const Trace trace = trace_head(model, tokens, token < 0 ? T - 1 : token, layer, head, against);
   const char* no_colour = std::getenv("NO_COLOR");
   const bool colour = isatty(STDOUT_FILENO) && !(no_colour && *no_colour);
-  std::printf("%s\n%s", describe(source).c_str(),
-              print_trace(trace, model.config, tokens, source.tokenizer.get(), colour, all).c_str());
+  if (json)
+    std::printf("%s\n", trace_json(trace, model.config, tokens, source.tokenizer.get()).dump().c_str());
+  else
+    std::printf("%s\n%s", describe(source).c_str(),
+                print_trace(trace, model.config, tokens, source.tokenizer.get(), colour, all).c_str());
   if (trace.agrees()) return 0;
   std::fflush(stdout);
   std::fprintf(stderr, "error: the trace does not agree with the model's buffers (lines marked WRONG above)\n");
