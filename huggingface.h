@@ -326,10 +326,10 @@ inline Config imported_config(const std::string& path, const nlohmann::json& jso
     for (const auto& [key, value] : needed.items()) at(key.c_str());
     try {
       c = settings_from_json(json).model;
-    } catch (const nlohmann::json::exception& e) {
+      resolve(c);
+    } catch (const std::exception& e) {
       fail(e.what());
     }
-    resolve(c);
     return c;
   }
   const bool neox = type == "gpt_neox";
