@@ -262,6 +262,25 @@ __device__ __forceinline__ float warp_max(float x) {
   return x;
 }
 
+// Sum over the block, whose number of threads is a power of two, in double and in a fixed order; the result is the first
+// thread's.
+__device__ inline double block_sum(double x) {
+  __shared__ double sums[1024];
+  __syncthreads();  // another sum may still be read
+  sums[threadIdx.x] = x;
+  for (int half = blockDim.x / 2; half > 0; half /= 2) {
+    __syncthreads();
+    if (threadIdx.x < half) sums[threadIdx.x] += sums[threadIdx.x + half];
+  }
+  return sums[0];
+}
+
+// Raises *to to x if that is larger; neither may be negative. The order of such calls does not matter, so that the
+// result is the same in every run: numbers of one sign are ordered like their bits.
+__device__ __forceinline__ void raise_to(double* to, double x) {
+  atomicMax(reinterpret_cast<long long*>(to), __double_as_longlong(x));
+}
+
 inline size_t divide_up(size_t n, size_t by) { return (n + by - 1) / by; }
 
 // Starts a kernel on the backend's stream and checks the launch; no blocks, no launch. A kernel may use up to the

@@ -140,6 +140,12 @@ static void operations() {
   row("attention forward", milliseconds([&] { attention_forward(*be, out(), lse(), qkv(), s); }), 0, 2 * half);
   row("attention backward",
       milliseconds([&] { attention_backward(*be, dqkv(), delta(), dout(), qkv(), out(), lse(), s); }), 0, 5 * half);
+  Buffer<Cuda> sums_memory(*be, 2 * NH * sizeof(double));
+  double* sums = sums_memory.as<double>();
+  row("attention statistics",
+      milliseconds([&] { attention_statistics(*be, sums, sums + NH, delta(), qkv(), lse(), s); }), 0, half);
+  row("squares of queries and keys", milliseconds([&] { add_squares(*be, sums, qkv(), N, 2 * NH, HS, QKV); }),
+      double(n) * 2 * C * 2);
   const double tensor = double(n) * C * 2;
   row("embedding forward", milliseconds([&] { embedding_forward(*be, x(), tokens, head(), N, C); }), 2 * tensor);
   row("embedding backward", milliseconds([&] { embedding_backward(*be, gw(), x(), tokens, N, V, C); }), tensor);
@@ -159,7 +165,7 @@ static void operations() {
   row("gelu forward", milliseconds([&] { gelu_forward(*be, dup(), up(), N, 2 * F); }), double(n) * F * 2 * 4);
   row("gelu backward", milliseconds([&] { gelu_backward(*be, dup(), up(), up(), N, 2 * F); }), double(n) * F * 2 * 6);
   row("cross-entropy, 5312 rows",
-      milliseconds([&] { cross_entropy(*be, losses(), logits(), tokens, 1e-5, 0.0, rows, V); }),
+      milliseconds([&] { cross_entropy(*be, losses(), losses() + rows, logits(), tokens, 1e-5, 0.0, rows, V); }),
       double(rows) * V * 2 * 2);
   {
     const size_t count = size_t(162) << 20;
