@@ -83,12 +83,12 @@ class Job:
         self.error = ""
 
     def last_row(self):
-        """The last whole row of log.csv as (step, loss, tokens per second); None if there is none."""
+        """The last whole row of log.csv as (step, loss, gradient norm, tokens per second); None if there is none."""
         try:
             with open(self.directory / "log.csv", "rb") as file:
                 file.seek(max(0, os.fstat(file.fileno()).st_size - 1000))
                 row = file.read().decode().rpartition("\n")[0].rpartition("\n")[2].split(",")
-            return int(row[0]), float(row[2]), float(row[5])
+            return int(row[0]), float(row[2]), float(row[4]), float(row[5])
         except (OSError, ValueError, IndexError):
             return None
 
@@ -96,7 +96,7 @@ class Job:
         if (self.directory / "summary.json").exists():
             return "finished"
         row = self.last_row()
-        return "diverged" if row and not math.isfinite(row[1]) else "unfinished"
+        return "diverged" if row and not math.isfinite(row[1] + row[2]) else "unfinished"
 
     def step(self):
         state, row = self.state(), self.last_row()
@@ -216,7 +216,7 @@ class Display:
         for what, count in (("diverged", sum(job.state() == "diverged" for job in done)),
                             ("failed", sum(bool(job.error) for job in done))):
             head += f", {count} {what}" if count else ""
-        speed = sum(row[2] for _, row in rows if row)
+        speed = sum(row[3] for _, row in rows if row)
         head += f"; {len(running)} at work, {speed:,.0f} tokens/s; {duration(passed)} so far"
         head += f", {duration((total - steps) * passed / made)} left" if made else ""
         if not self.live:

@@ -43,7 +43,7 @@ def read_csv(path):
 def read_run(directory):
     """A run: name, arm {key: text}, seed, config, summary ({} unless finished), and the csv files as columns.
 
-    `state` is finished, diverged (the loss became inf or nan) or unfinished. `epochs`: how often all of its steps see
+    `state` is finished, diverged (loss or gradient became inf or nan) or unfinished. `epochs`: how often all of its steps see
     the training data; nan if unknown. `logit_step`, `logit`: the largest |attention logit| of all layers and heads, per
     diagnostics step.
     """
@@ -59,8 +59,8 @@ def read_run(directory):
     output = Path(f"{directory}.txt")
     found = re.search(r"so ([\d.]+) epochs", output.read_text(errors="replace")) if output.exists() else None
     run.epochs = float(found[1]) if found else math.nan
-    loss = run.log.get("loss", np.array([]))
-    run.state = "finished" if run.summary else "diverged" if len(loss) and not np.isfinite(loss[-1]) else "unfinished"
+    last = [run.log[name][-1] for name in ("loss", "grad_norm") if len(run.log.get(name, []))]
+    run.state = "finished" if run.summary else "unfinished" if np.isfinite(last).all() else "diverged"
     run.logit_step, run.logit = np.array([]), np.array([])
     if len(run.layers.get("step", [])):
         run.logit_step, row = np.unique(run.layers["step"], return_inverse=True)
