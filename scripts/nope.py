@@ -34,7 +34,7 @@ ONE_HEAD_SIZE = DEFAULT | dict(head_sizes=[128], lrs=["3e-3", "1e-2"], seeds=3, 
 RECIPES = {
     "default": DEFAULT,
     "quick": DEFAULT | dict(blocks=["parallel"], head_sizes=[128], lrs=["3e-3", "1e-2"]),
-    "cpu": DEFAULT | dict(blocks=["parallel"], head_sizes=[128], lrs=["3e-3", "1e-2"], width=128,
+    "cpu": DEFAULT | dict(blocks=["parallel"], head_sizes=[128], lrs=["3e-3", "1e-2"], width=128, steps=2500,
                           train="--layers 4 --context 256 --batch 4 --mlp-hidden 256"),
     # 65,536 tokens a step, for some 50 MB of text in 4,096 BPE tokens.
     "text": DEFAULT | dict(blocks=["parallel"], head_sizes=[128], lrs=["3e-3"], seeds=3, steps=3400,
