@@ -255,13 +255,13 @@ def report(name):
     page.heading("What cures it, and at what price in loss?")
     page.table("cures", ["rotated", *SUMMARY], [[label, *summary(measured, label, groups)] for label in labels])
     page.text(
-        "Means over blocks and head sizes. Loss: at each arm's best learning rate, paired by block, head size and seed, "
-        "with the 95 % interval of Student's t. LR sensitivity (Wortsman et al. 2023): mean over the learning rates of "
+        "Means over blocks and head sizes. Loss: at each arm's best learning rate, paired by block, head size and "
+        "seed, with the 95 % interval of Student's t. LR sensitivity (Wortsman et al. 2023): mean over the learning rates of "
         "the loss, at most the one at the start, less the best. Largest stable learning rate: up to it no seed became "
         f"nan or spiked, and none ended more than {TOLERANCE} nats above the best of the smaller ones; the smallest of "
         "all groups. Largest attention logit, at the end (geometric mean), and its growth, the slope of its logarithm "
-        "over the last half: at the learning rate that is best for 100 % rotation in the group. Spike: a loss more than "
-        "7 standard deviations above its rolling mean of 128 steps.")
+        "over the last half: at the learning rate that is best for 100 % rotation in the group. Spike: a loss more "
+        "than 7 standard deviations above its rolling mean of 128 steps.")
     page.heading("What makes it unstable?")
     rows = []
     for position, what in ((0, "block"), (1, "head size")):

@@ -2,7 +2,7 @@
 
 A run is a directory runs/STUDY/NAME, and beside it NAME.txt: its flags, its commands and what they printed. Runs that
 are finished are not repeated, one that was stopped goes on from its checkpoint. A run that diverged is a result and is
-not repeated either; one that failed for another reason is tried again at the next call. Ctrl-C lets all runs save first.
+not repeated either; one that failed for another reason is tried again by the next call. On Ctrl-C all runs save first.
 """
 import fcntl
 import functools
@@ -103,7 +103,8 @@ class Job:
         return self.steps if state != "unfinished" else row[0] if row else 0
 
     def next_command(self, threads):
-        """What is still to be done: train, or measure the loss by position; None: nothing."""
+        """What is still to be done: train, or measure the loss by position; None: nothing. Removes what is left of a
+        run without a checkpoint, which begins again."""
         state = self.state()
         if state == "unfinished":
             command = [f"{BUILD}/train", f"--run={self.run}"]
@@ -295,32 +296,36 @@ def train_all(jobs, most=0):
     failed = [job for job in done if job.error]
     for error in dict.fromkeys(job.error for job in failed):
         names = [job.directory.name for job in failed if job.error == error]
-        print(
-            f"failed: {', '.join(names[:3])}{f' and {len(names) - 3} more' * (len(names) > 3)}: {error}",
-            file=sys.stderr)
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        print(f"failed: {', '.join(names[:3])}{more}: {error}", file=sys.stderr)
     return failed
 
 
 def measure_speed(runs, seconds=3):
     """tokens/s and seconds in RoPE of a training step, by `bench` alone on the machine: one of each model in `runs`.
 
-    Returns {run directory: (tokens per second, RoPE seconds per step)}; kept in the run's bench.json.
+    Returns {run directory: (tokens per second, RoPE seconds per step)}, without those where bench fails. What bench
+    printed stays in the run's bench.json.
     """
     speeds = {}
     for run in runs:
         path = Path(run) / "bench.json"
         if not path.exists():
             config = json.loads((Path(run) / "config.json").read_text())
-            flags = []
+            command = [f"{BUILD}/bench", "--shape=nano", f"--batch={config['batch']}", f"--device={config['device']}",
+                       f"--dtype={config['dtype']}", f"--seconds={seconds}", "--json"]
             for flag in MODEL_FLAGS:
                 value = config[flag.replace("-", "_")]
-                if flag != "context":
-                    flags.append(f"--{flag}={value}" if not isinstance(value, bool)
-                                 else f"--{flag}" if value else f"--no-{flag}")
-            print(f"measuring speed: {Path(run).name}", flush=True)
-            path.write_text(output_of([f"{BUILD}/bench", "--shape=nano", f"--batch={config['batch']}",
-                                       f"--context={config['context']}", f"--device={config['device']}",
-                                       f"--dtype={config['dtype']}", f"--seconds={seconds}", "--json"] + flags))
+                if isinstance(value, bool):
+                    command.append(f"--{flag}" if value else f"--no-{flag}")
+                else:
+                    command.append(f"--{flag}={value}")
+            print(f"measuring speed: {path.parent.name}", flush=True)
+            try:
+                path.write_text(output_of(command))
+            except UserError as error:
+                print(f"no speed of {path.parent.name}: {error}", file=sys.stderr)
+                continue
         result = json.loads(path.read_text())
         rope = sum(value for name, value in result["operation_seconds"].items() if "rope" in name)
         speeds[run] = result["tokens_per_second"], rope

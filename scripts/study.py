@@ -391,8 +391,8 @@ def interval_text(interval):
 
 
 class Report:
-    """A page of headings, text, tables and figures: report.html, which is self-contained, and report.md. Beside them lie
-    the figures as PNG files and the tables as csv files."""
+    """A page of headings, text, tables and figures: report.html, which is self-contained, and report.md. Beside them
+    lie the figures as PNG files and the tables as csv files."""
 
     def __init__(self, directory, title):
         self.directory, self.title = Path(directory), title
