@@ -43,9 +43,9 @@ def read_csv(path):
 def read_run(directory):
     """A run: name, arm {key: text}, seed, config, summary ({} unless finished), and the csv files as columns.
 
-    `state` is finished, diverged (loss or gradient became inf or nan) or unfinished. `epochs`: how often all of its steps see
-    the training data; nan if unknown. `logit_step`, `logit`: the largest |attention logit| of all layers and heads, per
-    diagnostics step.
+    `state` is finished, diverged (loss or gradient became inf or nan) or unfinished. `epochs`: how often all of its
+    steps see the training data; nan if unknown. `logit_step`, `logit`: the largest |attention logit| of all layers and
+    heads, per diagnostics step.
     """
     directory = Path(directory)
     run = SimpleNamespace(name=directory.name, directory=directory)
