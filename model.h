@@ -479,7 +479,7 @@ struct Model {
 
   // After forward(): logits, host (rows, V), of the last `rows` positions of a batch of one.
   void logits(Acc<Real>* out, int length, int rows) {
-    const int C = config.width, V = config.vocab, run = loss_rows<Backend>(config, size_t(B) * T);
+    const int C = config.width, V = config.vocab, run = std::min(rows, loss_rows<Backend>(config, size_t(B) * T));
     std::vector<Real> host(size_t(run) * V);
     for (int n = length - rows; n < length; n += run) {
       const int count = std::min(run, length - n);
