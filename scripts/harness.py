@@ -74,8 +74,8 @@ def compare(name, path, options, work):
         rows = [json.loads(line) for line in file if line.strip()]
     rows = rows[:options.limit] if options.limit else rows
     _, _, command, metrics = COMPARED[name]
-    if subprocess.run([options.program, *command, "--run", options.run, "--data", path, "--limit", str(len(rows)), "--out",
-                       str(work / "ours.json")]).returncode:
+    if subprocess.run([options.program, *command, "--run", options.run, "--data", path, "--limit", str(len(rows)),
+                       "--out", str(work / "ours.json")]).returncode:
         sys.exit(2)  # it has said why
     ours = json.loads((work / "ours.json").read_text())
     results, theirs = harness(name, rows, options.model, work)
