@@ -368,7 +368,8 @@ void command_questions(const std::vector<std::string>& args, bool lambada) {
       const size_t n = request.context.size() + request.continuation.size() - 1;
       if (request.continuation.size() > context)
         throw UserError("--data " + path + ": an answer of " + std::to_string(request.continuation.size()) +
-                        " tokens is longer than the model's context of " + std::to_string(context));
+                        " tokens is longer than the model's context of " + std::to_string(context) +
+                        "; leave it out, or take another model");
       requests.push_back(&request);
       longest = std::max(longest, std::min(n, context));
       cut += n > context;

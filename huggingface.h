@@ -465,8 +465,8 @@ inline Settings import_model(const std::string& from, const std::string& run_dir
     used.insert(part.theirs);
   }
   for (const auto& [tensor, where] : theirs) {
-    auto ends = [&](const std::string& end) {
-      return tensor.size() >= end.size() && tensor.compare(tensor.size() - end.size(), end.size(), end) == 0;
+    auto ends = [&name = tensor](const std::string& end) {
+      return name.size() >= end.size() && name.compare(name.size() - end.size(), end.size(), end) == 0;
     };
     const bool buffer = ends("rotary_emb.inv_freq") || ends("attention.bias") || ends("attention.masked_bias");
     const bool tied = s.model.tied && (tensor == "lm_head.weight" || tensor == "embed_out.weight");

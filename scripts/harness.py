@@ -74,8 +74,9 @@ def compare(name, path, options, work):
         rows = [json.loads(line) for line in file if line.strip()]
     rows = rows[:options.limit] if options.limit else rows
     _, _, command, metrics = COMPARED[name]
-    subprocess.run([options.program, *command, "--run", options.run, "--data", path, "--limit", str(len(rows)), "--out",
-                    str(work / "ours.json")], check=True)
+    if subprocess.run([options.program, *command, "--run", options.run, "--data", path, "--limit", str(len(rows)),
+                       "--out", str(work / "ours.json")]).returncode:
+        sys.exit(2)  # it has said why
     ours = json.loads((work / "ours.json").read_text())
     results, theirs = harness(name, rows, options.model, work)
     pairs = [(a, b) for mine, other in zip(ours["log_likelihoods"], theirs) for a, b in zip(mine, other)]
