@@ -183,14 +183,14 @@ class Diagnostics {
     std::vector<double> host(sums_memory_.bytes / sizeof(double));
     model_.be.download(host.data(), sums_memory_.data, sums_memory_.bytes);
     StepDiagnostics d;
-    const int group = c_.heads / c_.kv_heads;
     for (int l = 0; l < c_.layers; ++l) {
       const LayerSums sums = of_layer(host.data(), l);
       auto rms = [&](double squares, int width) { return unsigned_nan(std::sqrt(squares / tokens_ / width)); };
       for (int h = 0; h < c_.heads; ++h)
         d.heads.push_back({l, h, sums.max_logit[h], unsigned_nan(sums.entropy[h] / tokens_),
                            rms(sums.qk_squares[h], c_.head_size),
-                           rms(sums.qk_squares[c_.heads + h / group], c_.head_size), rms(sums.x_squares[0], c_.width)});
+                           rms(sums.qk_squares[c_.heads + h / (c_.heads / c_.kv_heads)], c_.head_size),
+                           rms(sums.x_squares[0], c_.width)});
     }
     const TensorStatistics* t = reinterpret_cast<const TensorStatistics*>(host.data() + sums_count());
     for (const ParameterRow& row : model_.table.rows) {

@@ -196,7 +196,7 @@ inline void add_run_flags(Flags& f, Settings& s) {
   f.add("recompute", s.model.recompute, "less memory: make cheap activations again in the backward pass");
   f.add("init", s.init, "start from the model and weights of this run or checkpoint")->type_name("NAME");
   f.add("resume", s.resume, "go on from the run's checkpoint");
-  f.add("replay-step", s.replay_step, "repeat a step of --run and look into it; nothing is trained");
+  f.add("replay-step", s.replay_step, "repeat a step of --run and look into it; -1: train");
 }
 
 // The two ways to say how much is rotated must agree; what a flag says later overrides what a preset said.

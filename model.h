@@ -506,8 +506,8 @@ struct Model {
   }
 
   // After forward() on the same tokens: adds to the gradients those of scale * (sum of the losses + z-loss), leaves
-  // the losses per token in acts.losses and adds their sum to result->loss, and that of log Z to result->log_z. scale is
-  // 1 / (tokens of the whole step).
+  // the losses per token in acts.losses, and adds their sum to result->loss and that of log Z to result->log_z. scale
+  // is 1 / (tokens of the whole step).
   void backward(const int* targets, int batch, int length, double scale, double z_loss) {
     be.upload(acts.targets, targets, size_t(batch) * length * sizeof(int));
     backward_uploaded(batch, length, scale, z_loss);

@@ -109,15 +109,16 @@ void tensor_statistics(Cpu&, TensorStatistics* out, const TensorPlace* places, i
     std::vector<TensorStatistics> partial((at.count + run - 1) / run);
 #pragma omp parallel for
     for (size_t r = 0; r < partial.size(); ++r) {
-      TensorStatistics sum = {0, 0, 0, 0};
+      double gradient = 0, weight = 0, update = 0, nonfinite = 0;
+#pragma omp simd reduction(+ : gradient, weight, update, nonfinite)
       for (size_t i = at.offset + r * run; i < at.offset + std::min(at.count, (r + 1) * run); ++i) {
-        const double g = gradients[i], w = master[i], u = changed ? change(master[i], m[i], v[i], at.decays) : 0;
-        sum.gradient += g * g;
-        sum.weight += w * w;
-        sum.update += u * u;
-        sum.nonfinite += !std::isfinite(g);
+        const double g = gradients[i], w = master[i], u = change(master[i], m[i], v[i], at.decays);
+        gradient += g * g;
+        weight += w * w;
+        update += u * u;
+        nonfinite += std::isfinite(g) ? 0 : 1;
       }
-      partial[r] = sum;
+      partial[r] = {gradient, weight, changed ? update : 0, nonfinite};
     }
     out[tensor] = {0, 0, 0, 0};
     for (const TensorStatistics& p : partial) {

@@ -258,7 +258,7 @@ struct Trainer {
   Backend& be;
   const Run& run;
   const Settings& s;
-  const int N = s.batch * s.model.context;                   // tokens of a micro-batch
+  const int N = s.batch * s.model.context;  // tokens of a micro-batch
   const size_t tokens_per_step = size_t(N) * s.accumulate;
   Model<Backend, Real> model;
   Diagnostics<Backend, Real> diagnostics;
@@ -529,7 +529,8 @@ int replay(Backend& be, Run& run) {
 
   auto logged = read_csv(run.directory + "/log.csv");
   const std::string directory = run.directory + "/replay-" + std::to_string(last);
-  fs::create_directories(directory);
+  std::error_code error;
+  fs::create_directories(directory, error);  // if it fails, so does the first file
   CsvLog log(directory + "/log.csv", "step,tokens,loss,lr,grad_norm,log_z", 0);
   CsvLog windows(directory + "/windows.csv", "micro_batch,window,loss", 0);
   DiagnosticsLog inside_log(directory, 0);

@@ -127,23 +127,36 @@ check "three threads" $train --run three --steps 20 --threads 3
 same "threads do not change the weights" runs/one/checkpoint/model.safetensors runs/three/checkpoint/model.safetensors
 same "nor do checkpoints on the way" runs/one/checkpoint/model.safetensors runs/straight/checkpoint/model.safetensors
 
-# Ends a run by a signal once its log has a few rows, and goes on with it to the end.
+# Text with a few lines of what nobody would expect at its end: their windows make the loss spike.
+{
+  cat plain.txt
+  i=0
+  while [ $i -lt 4 ]; do
+    printf '##@@%%%%^^&&**~~``||__==++<<>>$$QQXXZZ'
+    i=$((i + 1))
+  done
+} >spiky.txt
+check "encode" "$programs/data" encode --input spiky.txt --out spiky --val-fraction 0
+spiky="$train --data spiky/train_000.bin --val data/val_000.bin"
+
+# Ends a run by a signal halfway, after 200 of 400 rows of its log and before the loss spikes, and goes on with it to the end.
 interrupt() { # interrupt NAME SIGNAL STEPS
-  $train --run "$1" --steps "$3" --checkpoint-every 1 --diagnostics-every 30 >out 2>err &
+  $spiky --run "$1" --steps "$3" --checkpoint-every 1 --diagnostics-every 30 >out 2>err &
   pid=$!
   tries=0
-  while [ "$(cat "runs/$1/log.csv" 2>/dev/null | wc -l)" -lt 6 ] && [ $tries -lt 400 ]; do
+  while [ "$(cat "runs/$1/log.csv" 2>/dev/null | wc -l)" -lt 200 ] && [ $tries -lt 400 ]; do
     sleep 0.02
     tries=$((tries + 1))
   done
   kill "-$2" $pid 2>/dev/null
   wait $pid 2>/dev/null
 }
-check "400 steps straight" $train --run long --steps 400
-check "400 steps with diagnostics" $train --run looked --steps 400 --diagnostics-every 30
+check "400 steps straight" $spiky --run long --steps 400
+check "400 steps with diagnostics" $spiky --run looked --steps 400 --diagnostics-every 30
 same "diagnostics change nothing" runs/looked/checkpoint/model.safetensors runs/long/checkpoint/model.safetensors
 same "nor the optimizer" runs/looked/checkpoint/optimizer.safetensors runs/long/checkpoint/optimizer.safetensors
 check "14 diagnostics of 2 layers with 2 heads" test "$(wc -l <runs/looked/layers.csv)" -eq $((14 * 4 + 1))
+check "spikes, after the half" test "$(sed -n 2p runs/looked/spikes.csv | cut -d, -f1)" -gt 250
 check "of 15 tensors" test "$(wc -l <runs/looked/tensors.csv)" -eq $((14 * 15 + 1))
 for signal in INT TERM KILL; do
   interrupt "stop$signal" $signal 400
@@ -180,6 +193,10 @@ for file in layers tensors; do
   same "$file.csv of step 30" runs/looked/replay-30/$file.csv wanted
   same "$file.csv of all steps" runs/looked/replay-400/$file.csv runs/looked/$file.csv
 done
+rm -r runs/looked/replay-*
+spike=$(tail -n 1 runs/looked/spikes.csv | cut -d, -f1)
+check "replay of a spike" replay looked "$spike"
+check "an odd line is in the window with the largest loss" sh -c "grep -A 1 'largest loss' replayed | grep -q '##@@\|QQXX\|<<>>'"
 rm -r runs/looked/replay-*
 check "a replay changes nothing of the run" diff -r before runs/looked
 rm -r before

@@ -171,8 +171,9 @@ TEST_CASE("diagnostics: gradients that are not finite are counted, and change no
 }
 
 TEST_CASE("diagnostics: training is the same with and without, to the bit, and so are they for any number of threads") {
-  const Config c = small_config();
-  auto run = [&](bool look) {
+  auto run = [&](bool look, bool recompute = false) {
+    Config c = small_config();
+    c.recompute = recompute;
     Cpu be;
     Model<Cpu, float> model(be, c, 3, 9, true);
     model.initialise_weights(7);
@@ -197,6 +198,7 @@ TEST_CASE("diagnostics: training is the same with and without, to the bit, and s
     return std::make_pair(std::vector<float>(model.master, model.master + model.table.total), seen);
   };
   CHECK(same_bits(run(true).first, run(false).first));
+  CHECK(same_bits(run(true, true).second, run(true).second));
   CHECK(same_for_any_threads([&] { return run(true).second; }));
 }
 
