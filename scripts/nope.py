@@ -257,11 +257,11 @@ def report(name):
     page.text(
         "Means over blocks and head sizes. Loss: at each arm's best learning rate, paired by block, head size and "
         "seed, with the 95 % interval of Student's t. LR sensitivity (Wortsman et al. 2023): mean over the learning "
-        "rates of the loss, at most the one at the start, less the best. Largest stable learning rate: up to it no seed "
-        f"became nan or spiked, and none ended more than {TOLERANCE} nats above the best of the smaller ones; the "
-        "smallest of all groups. Largest attention logit, at the end (geometric mean), and its growth, the slope of its "
-        "logarithm over the last half: at the learning rate that is best for 100 % rotation in the group. Spike: a loss "
-        "more than 7 standard deviations above its rolling mean of 128 steps.")
+        "rates of the loss, at most the one at the start, less the best. Largest stable learning rate: up to it no "
+        f"seed became nan or spiked, and none ended more than {TOLERANCE} nats above the best of the smaller ones; "
+        "the smallest of all groups. Largest attention logit, at the end (geometric mean), and its growth, the slope "
+        "of its logarithm over the last half: at the learning rate that is best for 100 % rotation in the group. "
+        "Spike: a loss more than 7 standard deviations above its rolling mean of 128 steps.")
     page.heading("What makes it unstable?")
     rows = []
     for position, what in ((0, "block"), (1, "head size")):

@@ -83,12 +83,12 @@ class Job:
         self.error = ""
 
     def last_row(self):
-        """The last whole row of log.csv as (step, loss, gradient norm, tokens per second); None if there is none."""
+        """The last whole row of log.csv as (step, tokens, loss, gradient norm); None if there is none."""
         try:
             with open(self.directory / "log.csv", "rb") as file:
                 file.seek(max(0, os.fstat(file.fileno()).st_size - 1000))
                 row = file.read().decode().rpartition("\n")[0].rpartition("\n")[2].split(",")
-            return int(row[0]), float(row[2]), float(row[4]), float(row[5])
+            return int(row[0]), int(row[1]), float(row[2]), float(row[4])
         except (OSError, ValueError, IndexError):
             return None
 
@@ -96,7 +96,7 @@ class Job:
         if (self.directory / "summary.json").exists():
             return "finished"
         row = self.last_row()
-        return "diverged" if row and not math.isfinite(row[1] + row[2]) else "unfinished"
+        return "diverged" if row and not math.isfinite(row[2] + row[3]) else "unfinished"
 
     def step(self):
         state, row = self.state(), self.last_row()
@@ -217,15 +217,18 @@ class Display:
         for what, count in (("diverged", sum(job.state() == "diverged" for job in done)),
                             ("failed", sum(bool(job.error) for job in done))):
             head += f", {count} {what}" if count else ""
-        speed = sum(row[3] for _, row in rows if row)
-        head += f"; {len(running)} at work, {speed:,.0f} tokens/s; {duration(passed)} so far"
+        head += f"; {len(running)} at work"
+        started = [row for _, row in rows if row]
+        if started:  # all steps that were made, in the tokens that a step has now
+            head += f", {made / passed * sum(row[1] / row[0] for row in started) / len(started):,.0f} tokens/s"
+        head += f"; {duration(passed)} so far"
         head += f", {duration((total - steps) * passed / made)} left" if made else ""
         if not self.live:
             return print(head, flush=True)
         height, width = shutil.get_terminal_size()[::-1]
         text = [head]
         for job, row in rows[:height - 3]:
-            progress = f"step {row[0]}/{job.steps}  loss {row[1]:.4f}" if row else "starting"
+            progress = f"step {row[0]}/{job.steps}  loss {row[2]:.4f}" if row else "starting"
             text.append(f"  {job.directory.name:44} {progress}")
         up = f"\033[{self.lines}A" if self.lines else ""
         print(up + "\033[J" + "\n".join(line[:width - 1] for line in text), flush=True)

@@ -137,12 +137,15 @@ def final_loss(run):
 
 
 def lr_sensitivity(losses, at_start):
-    """Mean over learning rates of min(loss, loss at initialisation), less the best loss.
+    """Mean over learning rates of min(loss, loss at initialisation), less the best loss; nan if all of them diverged.
 
-    Wortsman et al. 2023, arXiv 2309.14322, section 2.2: 0 if the learning rate does not matter. nan counts as diverged.
+    Wortsman et al. 2023, arXiv 2309.14322, section 2.2: 0 if the learning rate does not matter. A diverged run's loss is
+    inf or nan.
     """
-    clipped = np.fmin(np.asarray(losses, dtype=float), at_start)
-    return float(clipped.mean() - clipped.min())
+    losses = np.asarray(losses, dtype=float)
+    if not np.isfinite(losses).any():
+        return math.nan
+    return float(np.fmin(losses, at_start).mean() - np.fmin.reduce(losses))
 
 
 def largest_stable(lrs, stable):
@@ -178,6 +181,7 @@ def self_test():
     near(mean, 0.5), near(half, 4.303 * 0.5 / math.sqrt(3)), near(n, 3)
     near(lr_sensitivity([3.0, 2.0, 2.5], 5.0), 0.5)
     near(lr_sensitivity([2.0, math.inf, math.nan, 7.0], 5.0), (2 + 3 * 5) / 4 - 2)
+    assert math.isnan(lr_sensitivity([math.inf, math.nan], 5.0))
     near(largest_stable([0.1, 0.001, 0.01], [True, True, True]), 0.1)
     near(largest_stable([0.1, 0.001, 0.01], [True, True, False]), 0.001)
     assert math.isnan(largest_stable([1, 2], [False, True]))
