@@ -128,12 +128,8 @@ static Run prepare(const std::vector<std::string>& args) {
     run.directory = "runs/" + asked.run;
     run.checkpoint = find_checkpoint(run.directory);
     run.state = read_json_file(run.checkpoint + "/state.json");
-    try {
-      s = settings_from_json(run.state.at("settings"));
-      run.state.at("step").get<int>();
-    } catch (const nlohmann::json::exception& e) {
-      throw UserError(run.checkpoint + "/state.json: not a checkpoint's state: " + e.what());
-    }
+    s = settings_from_state(run.checkpoint + "/state.json", run.state);
+    check_weights(s.model, run.checkpoint);
   } else {
     apply_flags(s, preset_flags(asked.preset));
   }
@@ -141,9 +137,9 @@ static Run prepare(const std::vector<std::string>& args) {
     run.init = locate_checkpoint(asked.init);
     if (run.init.empty())
       throw UserError("--init " + asked.init + ": no checkpoint in runs/" + asked.init + " or " + asked.init);
-    const nlohmann::json state = read_json_file(run.init + "/state.json");
-    if (!state.contains("settings")) throw UserError(run.init + "/state.json: not a checkpoint's state");
-    s.model = settings_from_json(state["settings"]).model;
+    const std::string state = run.init + "/state.json";
+    s.model = settings_from_state(state, read_json_file(state)).model;
+    check_weights(s.model, run.init);
     s.rotary_fraction = NAN;
   }
   Settings before = s;
