@@ -90,16 +90,15 @@ static void prepare_replay(Run& run, const Settings& asked) {
   if (asked.replay_step < 1 || asked.replay_step > logged.back())
     throw UserError(flag + ": must be one of the steps 1 to " + std::to_string(int(logged.back())) + " of " +
                     run.directory + "/log.csv");
-  try {
-    run.s = settings_from_json(read_json_file(run.directory + "/config.json"));
-    run.checkpoint = locate_checkpoint(run.directory);
-    if (!run.checkpoint.empty()) {
-      run.state = read_json_file(run.checkpoint + "/state.json");
-      run.kept_step = run.state.at("step").get<int>();
-      if (run.kept_step >= asked.replay_step) run.checkpoint = "";
-    }
-  } catch (const nlohmann::json::exception& e) {
-    throw UserError(run.directory + ": config.json or the checkpoint's state.json is not valid: " + e.what());
+  const std::string config = run.directory + "/config.json";
+  run.s = settings_from_json(config, read_json_file(config));
+  run.checkpoint = locate_checkpoint(run.directory);
+  if (!run.checkpoint.empty()) {
+    const std::string state = run.checkpoint + "/state.json";
+    run.state = read_json_file(state);
+    settings_from_state(state, run.state);  // refuses what is no state
+    run.kept_step = run.state["step"];
+    if (run.kept_step >= asked.replay_step) run.checkpoint = "";
   }
   if (run.checkpoint.empty() && !run.s.init.empty()) {
     run.init = locate_checkpoint(run.s.init);
@@ -119,12 +118,8 @@ static Run prepare(const std::vector<std::string>& args) {
     run.directory = "runs/" + asked.run;
     run.checkpoint = find_checkpoint(run.directory);
     run.state = read_json_file(run.checkpoint + "/state.json");
-    try {
-      s = settings_from_json(run.state.at("settings"));
-      run.state.at("step").get<int>();
-    } catch (const nlohmann::json::exception& e) {
-      throw UserError(run.checkpoint + "/state.json: not a checkpoint's state: " + e.what());
-    }
+    s = settings_from_state(run.checkpoint + "/state.json", run.state);
+    check_weights(s.model, run.checkpoint);
   } else if (replay) {
     prepare_replay(run, asked);
   } else {
@@ -134,9 +129,9 @@ static Run prepare(const std::vector<std::string>& args) {
     run.init = locate_checkpoint(asked.init);
     if (run.init.empty())
       throw UserError("--init " + asked.init + ": no checkpoint in runs/" + asked.init + " or " + asked.init);
-    const nlohmann::json state = read_json_file(run.init + "/state.json");
-    if (!state.contains("settings")) throw UserError(run.init + "/state.json: not a checkpoint's state");
-    s.model = settings_from_json(state["settings"]).model;
+    const std::string state = run.init + "/state.json";
+    s.model = settings_from_state(state, read_json_file(state)).model;
+    check_weights(s.model, run.init);
     s.rotary_fraction = NAN;
   }
   Settings before = s;
