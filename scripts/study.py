@@ -139,8 +139,8 @@ def final_loss(run):
 def lr_sensitivity(losses, at_start):
     """Mean over learning rates of min(loss, loss at initialisation), less the best loss; nan if all of them diverged.
 
-    Wortsman et al. 2023, arXiv 2309.14322, section 2.2: 0 if the learning rate does not matter. A diverged run's loss is
-    inf or nan.
+    Wortsman et al. 2023, arXiv 2309.14322, section 2.2: 0 if the learning rate does not matter. A diverged run's loss
+    is inf or nan.
     """
     losses = np.asarray(losses, dtype=float)
     if not np.isfinite(losses).any():
