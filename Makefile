@@ -7,12 +7,14 @@
 # make sweep-cpu   the same in a quarter of an hour on 2 cores; both go on where they were stopped
 # make nope    what makes a model without position unstable, what cures it: runs/nope/report.html (GPU, 10 minutes; QUICK=1: 2)
 # make nope-cpu   how its attention logits grow; 20 minutes on 2 cores
+# make shakespeare     fetches a data set and trains on it: shakespeare, tinystories, wikitext, fineweb, fineweb-edu
 # make bench   tokens per second and the time of each operation on the CPU; with a GPU, also: make build/ops_gpu
 #
 # make ROTARY_DIM=6     the rotary dimension as a compile-time constant
 # make DEBUG=1          -O0 -g, for stepping through
 # make test SAN=1       under AddressSanitizer and UndefinedBehaviorSanitizer
 # make ARCH=90          builds the CUDA part for compute capability 9.0; without ARCH, for the GPU of this machine
+# make fuzz              every parser of files against libFuzzer, FUZZ_SECONDS=60 each: needs clang++
 # make compile-cuda     compiles the CUDA part for several GPUs, without running it: needs nvcc, but no GPU
 
 MAKEFLAGS += --jobs=$(shell nproc 2>/dev/null || echo 2)
@@ -48,7 +50,7 @@ endif
 # PCRE2 and utf8proc for tokenizers, libarchive for compressed text.
 LDLIBS += -lpcre2-8 -lutf8proc -larchive
 
-.PHONY: all train test bench notebooks sweep sweep-cpu nope nope-cpu compile-cuda clean
+.PHONY: all train test bench notebooks sweep sweep-cpu nope nope-cpu fuzz compile-cuda clean
 all: $(BUILD)/train $(BUILD)/data $(BUILD)/eval
 
 train: $(BUILD)/train $(BUILD)/data data/stories/meta.json
@@ -57,10 +59,35 @@ train: $(BUILD)/train $(BUILD)/data data/stories/meta.json
 data/stories/meta.json: | $(BUILD)/data
 	$(BUILD)/data stories --out data/stories
 
+# Flags of `data fetch` go through FETCH, those of `train` through ARGS.
+DATA_SETS := shakespeare tinystories wikitext fineweb fineweb-edu
+.PHONY: $(DATA_SETS)
+$(DATA_SETS): %: $(BUILD)/train data/%/meta.json
+	@$(BUILD)/train --data "data/$*/*train_*.bin" $(ARGS)
+$(DATA_SETS:%=data/%/meta.json): data/%/meta.json: | $(BUILD)/data
+	$(BUILD)/data fetch $* --out data/$* $(FETCH)
+
 TESTS := $(patsubst tests/%.cpp,$(BUILD)/tests-%.o,$(wildcard tests/*.cpp))
 test: $(BUILD)/tests $(BUILD)/train $(BUILD)/data $(BUILD)/eval
 	@OMP_WAIT_POLICY=passive $(BUILD)/tests $(ARGS)
 	@OMP_WAIT_POLICY=passive BUILD=$(BUILD) sh tests/commands.sh
+
+# What a fuzzer finds to be new it adds to build-fuzz/NAME/; a crash ends it, and leaves its input in build-fuzz/.
+FUZZ_PARSERS ?= $(notdir $(wildcard tests/fuzz_corpus/*))
+FUZZ_SECONDS ?= 60
+fuzz: build-fuzz/fuzz
+	@for parser in $(FUZZ_PARSERS); do \
+	  mkdir -p build-fuzz/$$parser && echo "$$parser:" && \
+	  PARSER=$$parser OMP_NUM_THREADS=1 build-fuzz/fuzz \
+	    -max_total_time=$(FUZZ_SECONDS) -timeout=60 -max_len=8192 -print_final_stats=1 \
+	    -artifact_prefix=build-fuzz/$$parser- build-fuzz/$$parser tests/fuzz_corpus/$$parser 2>build-fuzz/$$parser.log || \
+	    { tail -30 build-fuzz/$$parser.log; exit 1; }; \
+	  grep -E "^#.*DONE|number_of_executed" build-fuzz/$$parser.log; \
+	done
+build-fuzz/fuzz: tests/fuzz.cpp $(wildcard *.h *.cuh) | $(BUILD)/ready
+	@mkdir -p build-fuzz
+	clang++ $(CPPFLAGS) -DLIBFUZZER -DDOCTEST_CONFIG_DISABLE -std=c++17 -O1 -g -fopenmp \
+	  -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=all tests/fuzz.cpp -o $@ $(LDLIBS)
 
 # That all of it still compiles: the trainer and the CUDA tests, in whose objects every kernel is. The host code counts
 # as little as possible here.

@@ -16,12 +16,11 @@
 #include <cerrno>
 #include <cstring>
 #include <filesystem>
-#include <fstream>
 #include <set>
-#include <sstream>
 
 #include <nlohmann/json.hpp>
 
+#include "files.h"
 #include "model.h"
 
 // Writes a file from pieces of memory and syncs it. UserError (disk full, not writable) with the file's name.
@@ -138,15 +137,21 @@ class SafeTensors {
       fail("truncated: the header claims " + std::to_string(length) + " bytes, the file has " + std::to_string(bytes_));
     const char* data = file + 8 + length;
     const size_t data_bytes = bytes_ - 8 - length;
-    std::set<std::string> names;
+    std::vector<std::set<std::string>> keys;  // of the objects that are open
     nlohmann::json header;
+    auto whole = [&](const nlohmann::json& number) {
+      if (!number.is_number_unsigned()) fail("the header is not valid: " + number.dump() + " is not a whole number");
+      return number.get<size_t>();
+    };
     try {
       header = nlohmann::json::parse(file + 8, data,
                                      [&](int depth, nlohmann::json::parse_event_t event, nlohmann::json& value) {
+                                       using Event = nlohmann::json::parse_event_t;
                                        if (depth > 3) fail("header is nested too deeply");
-                                       if (depth == 1 && event == nlohmann::json::parse_event_t::key &&
-                                           !names.insert(value.get<std::string>()).second)
-                                         fail("tensor " + value.get<std::string>() + " stands in the header twice");
+                                       if (event == Event::object_start) keys.emplace_back();
+                                       if (event == Event::object_end) keys.pop_back();
+                                       if (event == Event::key && !keys.back().insert(value.get<std::string>()).second)
+                                         fail(value.get<std::string>() + " stands in the header twice");
                                        return true;
                                      });
       std::map<size_t, size_t> ranges;  // begin -> end
@@ -159,13 +164,15 @@ class SafeTensors {
                                                             {"U8", 1},  {"BOOL", 1}};
         const auto size = sizes.find(t.dtype);
         if (size == sizes.end()) fail("tensor " + name + " has the unknown type " + t.dtype);
-        const auto& offsets = entry.at("data_offsets");
-        const size_t begin = offsets.at(0).get<size_t>(), end = offsets.at(1).get<size_t>();
+        const auto &offsets = entry.at("data_offsets"), &shape = entry.at("shape");
+        if (!shape.is_array() || !offsets.is_array() || offsets.size() != 2)
+          fail("tensor " + name + ": its shape or its byte range is not one");
+        const size_t begin = whole(offsets[0]), end = whole(offsets[1]);
         if (begin > end || end > data_bytes) fail("truncated: tensor " + name + " ends behind the end of the file");
         t.count = 1;
-        for (const auto& extent : entry.at("shape")) {
-          const size_t n = extent.get<size_t>();
-          if (!extent.is_number_unsigned() || (n && t.count > data_bytes / n))
+        for (const auto& extent : shape) {
+          const size_t n = whole(extent);
+          if (n && t.count > data_bytes / n)
             fail("tensor " + name + " is larger than the file");
           t.count *= n;
           t.shape.push_back(n);
@@ -205,16 +212,6 @@ inline std::string locate_checkpoint(const std::string& run) {
       return find_checkpoint(directory);
   }
   return "";
-}
-
-inline nlohmann::json read_json_file(const std::string& path) {
-  std::ifstream file(path);
-  if (!file) throw UserError(path + ": cannot read: " + std::strerror(errno));
-  try {
-    return nlohmann::json::parse(file);
-  } catch (const nlohmann::json::exception& e) {
-    throw UserError(path + ": not valid JSON: " + e.what());
-  }
 }
 
 inline void sync_directory(const std::string& path) {
@@ -283,6 +280,13 @@ void read_tensors(Backend& be, float* flat, const SafeTensors& file, const Param
     be.upload(flat + row.offset, file.get(prefix + row.name, row.shape), row.count * sizeof(float));
     be.synchronize();
   }
+}
+
+// Refuses weights that are not those of the configuration, before memory of the size that it claims is taken.
+inline void check_weights(Config c, const std::string& checkpoint) {
+  resolve(c);
+  const SafeTensors file(checkpoint + "/model.safetensors");
+  for (const ParameterRow& row : parameter_table(c).rows) file.get(row.name, row.shape);
 }
 
 template <class Backend, class Real>

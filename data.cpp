@@ -2,24 +2,22 @@
 //
 //   data stories                    the built-in corpus
 //   data encode --input FILE...     any text
-//   data fetch shakespeare          a download
+//   data fetch NAME                 a data set from the net
 //   data info PATTERN               what shards hold
 //   data decode FILE                tokens back to text
-#include <fcntl.h>
-#include <sys/wait.h>
 #include <unistd.h>
 
 #include <algorithm>
 #include <chrono>
 #include <cstdio>
 #include <cstdlib>
-#include <filesystem>
 #include <string>
 #include <vector>
 
 #include "command_line.h"
 #include "data.h"
 #include "encode.h"
+#include "fetch.h"
 #include "stories.h"
 
 namespace {
@@ -38,8 +36,9 @@ uint64_t parse_count(const std::string& flag, const std::string& text) {
 
 void print_split(const char* name, const Meta::Split& split) {
   if (split.tokens == 0) return;
-  std::printf("%-5s  %llu documents, %llu bytes of text, %llu tokens", name, (unsigned long long)split.documents,
-              (unsigned long long)split.bytes, (unsigned long long)split.tokens);
+  std::printf("%-5s  %llu documents, ", name, (unsigned long long)split.documents);
+  if (split.bytes > 0) std::printf("%llu bytes of text, ", (unsigned long long)split.bytes);
+  std::printf("%llu tokens", (unsigned long long)split.tokens);
   if (!std::isnan(split.entropy)) std::printf(", lowest reachable loss %.4f nats per token", split.entropy);
   std::printf("\n");
 }
@@ -63,10 +62,13 @@ std::unique_ptr<Tokenizer> open_tokenizer(const std::string& tokenizer) {
   return std::make_unique<BpeTokenizer>(tokenizer);
 }
 
-void encode(const std::vector<std::string>& inputs, const std::string& directory, const std::string& tokenizer,
-            const TextFormat& format, uint64_t shard_tokens) {
+// Makes shards of text files. Those of `val` are for validation as a whole.
+void encode(std::vector<std::string> inputs, const std::vector<std::string>& val, const std::string& directory,
+            const std::string& tokenizer, TextFormat format, uint64_t shard_tokens) {
   if (!(format.val_fraction >= 0 && format.val_fraction < 1))
     throw UserError("--val-fraction " + std::to_string(format.val_fraction) + ": should be from 0 to below 1");
+  const size_t first_val = inputs.size();
+  inputs.insert(inputs.end(), val.begin(), val.end());
   std::vector<uint64_t> sizes;
   uint64_t total = 0, before = 0;
   for (const std::string& input : inputs) {
@@ -79,6 +81,7 @@ void encode(const std::vector<std::string>& inputs, const std::string& directory
   uint64_t shown = 0;
   for (size_t i = 0; i < inputs.size(); i++) {
     uint64_t size = 0;
+    if (i == first_val) format.val_fraction = 1;
     encode_file(corpus, inputs[i], sizes[i], format, [&](uint64_t position) {
       size = position;
       const uint64_t done = before + position;
@@ -100,7 +103,7 @@ void encode(const std::vector<std::string>& inputs, const std::string& directory
 void decode(const std::string& path, uint64_t offset, uint64_t count, const std::string& separator) {
   Shard shard(path);
   std::string name = read_meta(path).tokenizer;
-  if (name.empty()) throw UserError(path + ": no meta.json beside it, so its tokenizer is not known");
+  if (name.empty()) throw UserError(path + ": no meta.json beside it that names a tokenizer");
   if (offset > shard.size())
     throw UserError("--offset " + std::to_string(offset) + ": the shard has " + std::to_string(shard.size()) +
                     " tokens");
@@ -135,7 +138,7 @@ void info(const std::string& pattern, int documents_shown) {
   }
   std::printf("%zu shards, %zu tokens, all checked\n", data.shards().size(), data.tokens());
   if (!tokenizer) {
-    std::printf("no meta.json beside them, so the tokenizer is not known; the first ids:");
+    std::printf("no meta.json beside them that names a tokenizer; the first ids:");
     for (size_t i = 0; i < std::min<size_t>(16, data.shards()[0].size()); i++)
       std::printf(" %d", data.shards()[0][i]);
     std::printf("\n");
@@ -159,119 +162,56 @@ void info(const std::string& pattern, int documents_shown) {
   }
 }
 
-// ---------------------------------------------------------------------------------------------------------------------
-// Downloads
-
-// Runs a program without a shell, so that no argument can be taken for anything else. Its standard output is added to
-// `output`, its standard error is ours. The exit status; 127 if there is no such program.
-int run_program(const std::vector<std::string>& arguments, std::string& output) {
-  std::vector<char*> argv;
-  for (const std::string& argument : arguments) argv.push_back(const_cast<char*>(argument.c_str()));
-  argv.push_back(nullptr);
-  int ends[2];
-  if (::pipe(ends) != 0) throw UserError(std::string("cannot make a pipe: ") + std::strerror(errno));
-  std::fflush(stdout);
-  pid_t child = ::fork();
-  if (child < 0) throw UserError(std::string("cannot start a program: ") + std::strerror(errno));
-  if (child == 0) {
-    ::dup2(ends[1], STDOUT_FILENO);
-    ::close(ends[0]);
-    ::close(ends[1]);
-    ::execvp(argv[0], argv.data());
-    ::_exit(127);
+// Downloads what is not there yet, and makes shards of it where it is text.
+void fetch(const std::string& name, const std::string& url, std::string directory, const std::string& sha256,
+           int shards, const std::string& tokenizer) {
+  std::vector<std::string> names;
+  const DataSet* found = nullptr;
+  for (const DataSet& set : data_sets()) {
+    names.push_back(set.name);
+    if (set.name == name) found = &set;
   }
-  ::close(ends[1]);
-  char buffer[4096];
-  ssize_t got;
-  while ((got = ::read(ends[0], buffer, sizeof buffer)) > 0 || (got < 0 && errno == EINTR))
-    if (got > 0) output.append(buffer, size_t(got));
-  ::close(ends[0]);
-  int status = 0;
-  while (::waitpid(child, &status, 0) < 0 && errno == EINTR) {
+  if (!found) {
+    std::string all;
+    for (const std::string& known : names) all += " " + known;
+    const std::string guess = closest(name, names);
+    throw UserError("fetch " + name + ": no such data set; " +
+                    (guess.empty() ? "there are:" + all : "did you mean " + guess + "?"));
   }
-  return WIFEXITED(status) ? WEXITSTATUS(status) : 128 + WTERMSIG(status);
-}
-
-std::string sha256(const std::string& path) {
-  std::string file = path[0] == '-' ? "./" + path : path;
-  std::string output;
-  if (run_program({"sha256sum", file}, output) != 0) {
-    output.clear();
-    if (run_program({"shasum", "-a", "256", file}, output) != 0)
-      throw UserError(path + ": cannot take its SHA-256: neither sha256sum nor shasum works here");
-  }
-  if (output[0] == '\\') output.erase(0, 1);  // sha256sum marks unusual file names so
-  return output.substr(0, 64);
-}
-
-struct Download {
-  std::string name, url, sha256;
-};
-
-const std::vector<Download> downloads = {
-    {"shakespeare", "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
-     "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"},
-};
-
-// Downloads to DIR/NAME.txt unless that is there already, then encodes it. An interrupted download stays as
-// NAME.txt.part and is continued; only a file with the right checksum gets the name.
-void fetch(const std::string& name, std::string url, std::string directory) {
-  const Download* wanted = nullptr;
-  std::string names;
-  for (const Download& download : downloads) {
-    if (download.name == name) wanted = &download;
-    names += (names.empty() ? "" : ", ") + download.name;
-  }
-  if (!wanted) throw UserError("fetch " + name + ": no such data set; there are: " + names);
-  if (url.empty()) url = wanted->url;
+  DataSet set = *found;
+  if (!sha256.empty()) set.sha256 = sha256;
   if (directory.empty()) directory = "data/" + name;
-  std::error_code error;
-  std::filesystem::create_directories(directory, error);
-  if (error) throw UserError(directory + ": cannot make the directory: " + error.message());
-  const std::string path = directory + "/" + name + ".txt", part = path + ".part";
-
-  if (!std::filesystem::exists(path)) {
-    // A partial file that is complete after all would make some servers refuse to continue it.
-    bool complete = std::filesystem::exists(part) && sha256(part) == wanted->sha256;
-    if (!complete) {
-      std::vector<std::string> curl = {"curl", "--fail", "--location", "--proto", "=https,http,file", "--retry", "3",
-                                       "--connect-timeout", "20", "--continue-at", "-", "--output", part, "--url", url,
-                                       "--write-out", "%{errormsg}"};
-      curl.push_back(::isatty(STDERR_FILENO) ? "--progress-bar" : "--silent");
-      std::string message;
-      int status = run_program(curl, message);
-      if (message.empty() || message.find('\n') != std::string::npos || message.find("errormsg") != std::string::npos)
-        message = "curl's exit code is " + std::to_string(status);  // curl before 7.75 has no %{errormsg}
-      if (status != 0)
-        throw UserError(
-            "cannot download " + url + " (" +
-            (status == 127 ? "there is no curl program" : message) +
-            "); offline: get the file elsewhere, put it at " + path + " and run this again, or use --url file:///PATH");
-    }
-    std::string sum = sha256(part);
-    if (sum != wanted->sha256) {
-      ::unlink(part.c_str());
-      throw UserError(url + ": wrong file: its SHA-256 is " + sum + ", should be " + wanted->sha256 +
-                      "; the download was removed");
-    }
-    if (std::rename(part.c_str(), path.c_str()) != 0)
-      throw UserError(path + ": cannot write: " + std::strerror(errno));
-  } else if (std::string sum = sha256(path); sum != wanted->sha256) {
-    throw UserError(path + ": wrong file: its SHA-256 is " + sum + ", should be " + wanted->sha256 +
-                    "; remove it and run this again");
+  if (set.shards > 0) {
+    if (shards < 1 || shards > set.shards)
+      throw UserError("--shards " + std::to_string(shards) + ": " + name + " has 1 to " + std::to_string(set.shards));
+    if (!tokenizer.empty()) throw UserError("--tokenizer " + tokenizer + ": " + name + " comes as GPT-2's tokens");
   }
-  encode({path}, directory, "bytes", {"", "", 0.05}, default_shard_tokens);
+  fetch_files(set, url, directory, shards);
+  if (set.shards > 0) {
+    std::string note;
+    print_written(directory, describe_gpt2_shards(set, url, directory, note));
+    if (!note.empty()) std::fprintf(stderr, "note: tokens cannot be shown as text: %s\n", note.c_str());
+    return;
+  }
+  TextFormat format;
+  std::vector<std::string> val;
+  if (!set.val.empty()) {
+    format.val_fraction = 0;
+    val.push_back(directory + "/" + set.val);
+  }
+  encode({directory + "/" + set.train}, val, directory, tokenizer.empty() ? "bytes" : tokenizer, format,
+         default_shard_tokens);
 }
 
 int command(int argc, char** argv) {
   CLI::App app("Makes token shards from text, and shows what is in them.", "data");
   app.require_subcommand(1);
   std::string out, stories_out = "data/stories", bytes = "5M", shard_tokens = "100M", tokens, offset;
-  std::string tokenizer = "bytes", name, url, path;
+  std::string tokenizer = "bytes", fetch_tokenizer, name, url, sha256, path;
   TextFormat format;
   std::vector<std::string> inputs;
   uint64_t seed = 1;
-  int documents = 2;
+  int documents = 2, shards = 1;
 
   app.option_defaults()->always_capture_default();  // --help shows them
   CLI::App* stories = app.add_subcommand("stories", "write the built-in corpus, in which order matters");
@@ -298,9 +238,14 @@ int command(int argc, char** argv) {
   informer->add_option("pattern", path, "shards, such as 'data/stories/train_*.bin'")->required();
   informer->add_option("--documents", documents, "how many documents to show the beginning of");
 
-  CLI::App* fetcher = app.add_subcommand("fetch", "download a data set, check and encode it");
-  fetcher->add_option("name", name, "shakespeare")->required();
-  fetcher->add_option("--url", url, "another place to get the same file from; file:///PATH works");
+  std::string sets;
+  for (const DataSet& set : data_sets()) sets += (sets.empty() ? "" : ", ") + set.name;
+  CLI::App* fetcher = app.add_subcommand("fetch", "download a data set, check it, and make shards of it");
+  fetcher->add_option("name", name, sets)->required();
+  fetcher->add_option("--shards", shards, "fineweb, fineweb-edu: training shards, of 100 M tokens and 200 MB each");
+  fetcher->add_option("--tokenizer", fetch_tokenizer, "of text: bytes (the default), or the path of a tokenizer.json");
+  fetcher->add_option("--url", url, "another directory with the same files; file:///DIRECTORY works");
+  fetcher->add_option("--sha256", sha256, "checksum, where the file at --url is another one");
   fetcher->add_option("--out", out, "directory to write to (default data/NAME)");
 
   if (argc < 2) throw UserError("data: which command? stories, encode, decode, info or fetch (see data --help)");
@@ -314,12 +259,12 @@ int command(int argc, char** argv) {
   if (*stories) {
     print_written(stories_out, write_stories(stories_out, parse_count("--bytes", bytes), seed));
   }
-  if (*encoder) encode(inputs, out, tokenizer, format, parse_count("--shard-tokens", shard_tokens));
+  if (*encoder) encode(inputs, {}, out, tokenizer, format, parse_count("--shard-tokens", shard_tokens));
   if (*decoder)
     decode(path, offset.empty() || offset == "0" ? 0 : parse_count("--offset", offset),
            tokens.empty() ? UINT64_MAX : parse_count("--tokens", tokens), format.separator);
   if (*informer) info(path, documents);
-  if (*fetcher) fetch(name, url, out);
+  if (*fetcher) fetch(name, url, out, sha256, shards, fetch_tokenizer);
   if (std::fflush(stdout) != 0)
     throw UserError(std::string("cannot write to standard output: ") + std::strerror(errno));
   return 0;

@@ -14,7 +14,6 @@
 #include <cstdint>
 #include <cstdio>
 #include <cstring>
-#include <fstream>
 #include <memory>
 #include <nlohmann/json.hpp>
 #include <stdexcept>
@@ -22,7 +21,7 @@
 #include <utility>
 #include <vector>
 
-#include "error.h"
+#include "files.h"
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Shards. llm.c's format: 256 int32 of header (magic, version, number of tokens, zeros), then the tokens as uint16.
@@ -268,18 +267,24 @@ inline std::string directory_of(const std::string& pattern) {
 inline Meta read_meta(const std::string& pattern) {
   const std::string path = directory_of(pattern) + "/meta.json";
   Meta meta;
-  std::ifstream file(path);
-  if (!file) return meta;
+  if (::access(path.c_str(), F_OK) != 0) return meta;
+  const nlohmann::json json = read_json_file(path);
   try {
-    nlohmann::json json = nlohmann::json::parse(file);
-    auto read = [](const nlohmann::json& from, Meta::Split& split) {
-      split.documents = from.value("documents", split.documents);
-      split.bytes = from.value("bytes", split.bytes);
-      split.tokens = from.value("tokens", split.tokens);
+    auto read = [&](const nlohmann::json& from, Meta::Split& split) {
+      using Count = std::pair<const char*, uint64_t*>;
+      for (auto [key, value] :
+           {Count("documents", &split.documents), Count("bytes", &split.bytes), Count("tokens", &split.tokens)}) {
+        const nlohmann::json number = from.value(key, nlohmann::json(0u));
+        if (!number.is_number_unsigned())
+          throw UserError(path + ": " + key + " is " + number.dump() + ", should be a whole number");
+        *value = number.get<uint64_t>();
+      }
       split.entropy = from.value("entropy_nats_per_token", split.entropy);
     };
     meta.tokenizer = json.at("tokenizer").get<std::string>();
-    meta.vocabulary = json.at("vocabulary").get<int>();
+    if (!json.at("vocabulary").is_number_unsigned() || json["vocabulary"] > 65536)
+      throw UserError(path + ": vocabulary is " + json["vocabulary"].dump() + ", should be 0 to 65536");
+    meta.vocabulary = json["vocabulary"].get<int>();
     if (json.contains("train")) read(json["train"], meta.train);
     if (json.contains("val")) read(json["val"], meta.val);
   } catch (const nlohmann::json::exception& e) {

@@ -310,7 +310,7 @@ class TextInput {
 struct TextFormat {
   std::string separator = "<|endoftext|>";  // a line of this alone stands between documents; empty: one document
   std::string field;                        // not empty: every line is a JSON object, and this key holds its text
-  double val_fraction = 0.05;
+  double val_fraction = 0.05;               // for validation: the last part of each file; 1: all of it
 };
 
 constexpr size_t most_document = 16u << 20;  // bytes of a document that are encoded as a whole
@@ -337,7 +337,7 @@ inline void encode_file(CorpusWriter& corpus, const std::string& path, uint64_t 
   std::string text;  // of the document that is being read
   size_t line = 0;   // where in it the last line begins; npos: before what is left of it
   uint64_t documents = 0, lines = 0, position = 0;  // position: bytes of text read
-  bool val = false, opens = true;
+  bool val = format.val_fraction >= 1, opens = true;
   auto add = [&](std::string part) {
     if (part.empty()) return;
     corpus.document(val, std::move(part), opens);

@@ -59,9 +59,9 @@ Source open_source(const std::string& run) {
   }
   const std::string path = source.checkpoint + "/state.json";
   const nlohmann::json state = read_json_file(path);
+  source.settings = settings_from_state(path, state);
+  source.step = state["step"].get<int>();
   try {
-    source.settings = settings_from_json(state.at("settings"));
-    source.step = state.at("step").get<int>();
     source.vocabulary = state.value("vocabulary", source.settings.model.vocab);
     const std::string tokenizer = state.value("tokenizer", "");
     const std::string beside = fs::exists(source.checkpoint + "/tokenizer.json") ? "" : "/..";
@@ -73,6 +73,7 @@ Source open_source(const std::string& run) {
   if (source.vocabulary < 1 || source.vocabulary > source.settings.model.vocab)
     throw UserError(path + ": vocabulary " + std::to_string(source.vocabulary) + " does not fit the model's " +
                     std::to_string(source.settings.model.vocab));
+  check_weights(source.settings.model, source.checkpoint);
   return source;
 }
 

@@ -96,7 +96,12 @@ class Flags {
   template <class T>
   CLI::Option* add(const std::string& name, T& value, const std::string& help) {
     table.push_back({name, group_, [&value] { return nlohmann::json(value); },
-                     [&value](const nlohmann::json& j) { value = j.get<T>(); }});
+                     [&value, name](const nlohmann::json& j) {
+                       const bool whole = j.is_number_integer() && nlohmann::json(j.get<T>()) == j;
+                       const bool fits = std::is_integral_v<T> ? whole : j.is_number();
+                       if (!fits) throw UserError("--" + name + " " + j.dump() + ": not such a number");
+                       value = j.get<T>();
+                     }});
     return app.add_option("--" + name, value, help)->group(group_)->capture_default_str();
   }
   CLI::Option* add(const std::string& name, std::string& value, const std::string& help) {
@@ -115,14 +120,14 @@ class Flags {
                   const std::string& help) {
     std::string all;
     for (const std::string& word : words) all += (all.empty() ? "" : "|") + word;
-    auto set = [&value, words, name, all](const std::string& word) {
+    auto choose = [&value, words, name, all](const std::string& word) {
       const auto found = std::find(words.begin(), words.end(), word);
       if (found == words.end()) throw UserError("--" + name + " " + word + ": must be one of " + all);
       value = Enum(found - words.begin());
     };
     table.push_back({name, group_, [&value, words] { return nlohmann::json(words[int(value)]); },
-                     [set](const nlohmann::json& j) { set(j.get<std::string>()); }});
-    app.add_option_function<std::string>("--" + name, set, help)
+                     [choose](const nlohmann::json& j) { choose(j.get<std::string>()); }});
+    app.add_option_function<std::string>("--" + name, choose, help)
         ->group(group_)
         ->type_name(all)
         ->default_str(words[int(value)]);
@@ -274,7 +279,9 @@ inline nlohmann::ordered_json settings_json(Settings& s,
   return json;
 }
 
-inline Settings settings_from_json(const nlohmann::json& json) {
+// The inverse. UserError, naming the file `path`, if that is not an object, or a flag does not take its value.
+inline Settings settings_from_json(const std::string& path, const nlohmann::json& json) {
+  if (!json.is_object()) throw UserError(path + ": no settings there");
   Settings s;
   Flags f("", "");
   add_model_flags(f, s.model, s.rotary_fraction);
@@ -283,8 +290,22 @@ inline Settings settings_from_json(const nlohmann::json& json) {
   for (const Flag& flag : f.table) {
     std::string key = flag.name;
     std::replace(key.begin(), key.end(), '-', '_');
-    if (json.contains(key)) flag.set(json[key]);
+    try {
+      if (json.contains(key)) flag.set(json[key]);
+    } catch (const nlohmann::json::exception&) {
+      throw UserError(path + ": " + key + " is " + json[key].dump());
+    } catch (const UserError& e) {
+      throw UserError(path + ": " + e.what());
+    }
   }
   s.rotary_fraction = NAN;  // what counts is rotary_dim
   return s;
+}
+
+// The settings in a checkpoint's state.json, which `path` names.
+inline Settings settings_from_state(const std::string& path, const nlohmann::json& state) {
+  if (!state.contains("settings") || !state.contains("step") || !state["step"].is_number_unsigned() ||
+      state["step"] > INT32_MAX || (state.contains("vocabulary") && !state["vocabulary"].is_number_unsigned()))
+    throw UserError(path + ": not a checkpoint's state");
+  return settings_from_json(path, state["settings"]);
 }

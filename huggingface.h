@@ -310,6 +310,11 @@ inline Config imported_config(const std::string& path, const nlohmann::json& jso
       fail(std::string(key) + " is " + value.dump() + "; it must be a number from 1 up");
     return value.get<int>();
   };
+  auto truth = [&](const char* key, bool otherwise) {
+    if (!json.contains(key)) return otherwise;
+    if (!json[key].is_boolean()) fail(std::string(key) + " is " + json[key].dump() + "; it must be true or false");
+    return json[key].get<bool>();
+  };
   // What must have one value, or be missing or null.
   auto only = [&](const char* key, const nlohmann::json& value) {
     if (json.contains(key) && !json[key].is_null() && json[key] != value)
@@ -324,10 +329,10 @@ inline Config imported_config(const std::string& path, const nlohmann::json& jso
     Settings s;
     const nlohmann::ordered_json needed = settings_json(s, {"Model"});
     for (const auto& [key, value] : needed.items()) at(key.c_str());
+    c = settings_from_json(path, json).model;
     try {
-      c = settings_from_json(json).model;
       resolve(c);
-    } catch (const std::exception& e) {
+    } catch (const UserError& e) {
       fail(e.what());
     }
     return c;
@@ -341,14 +346,14 @@ inline Config imported_config(const std::string& path, const nlohmann::json& jso
   c.head_size = has_head_dim ? whole("head_dim") : 0;
   if (!c.head_size && c.width % c.heads) fail("num_attention_heads does not divide hidden_size");
   if (!c.head_size) c.head_size = c.width / c.heads;
-  c.tied = json.value("tie_word_embeddings", type == "smollm3");
+  c.tied = truth("tie_word_embeddings", type == "smollm3");
   only("rope_scaling", nullptr);
   only(neox ? "layer_norm_eps" : "rms_norm_eps", Config::norm_eps);
   if (!json.contains(neox ? "layer_norm_eps" : "rms_norm_eps")) fail("does not say the norm's eps");
   only("hidden_act", neox ? "gelu" : "silu");
   if (neox) {
     c.norm = NormKind::layer, c.mlp = MlpKind::gelu, c.bias = true;
-    c.block = json.value("use_parallel_residual", true) ? BlockKind::parallel : BlockKind::sequential;
+    c.block = truth("use_parallel_residual", true) ? BlockKind::parallel : BlockKind::sequential;
     only("attention_bias", true);
   } else {
     only("attention_bias", false);
@@ -357,14 +362,14 @@ inline Config imported_config(const std::string& path, const nlohmann::json& jso
     if (type == "phi3" && json.contains("sliding_window") && !json["sliding_window"].is_null() &&
         whole("sliding_window") < c.context)
       fail("sliding_window is shorter than max_position_embeddings; attention here sees everything");
-    c.qk_norm = type == "glm4_moe" && json.value("use_qk_norm", false);
-    if (type == "glm4_moe" && json.value("first_k_dense_replace", 1) < c.layers)
+    c.qk_norm = type == "glm4_moe" && truth("use_qk_norm", false);
+    if (type == "glm4_moe" && (json.contains("first_k_dense_replace") ? whole("first_k_dense_replace") : 1) < c.layers)
       fail("first_k_dense_replace is below num_hidden_layers: mixtures of experts cannot be imported");
   }
 
   // The rotation: rope_parameters (Transformers 5) and older flat keys may stand side by side, and must then agree.
   const nlohmann::json parameters = json.value("rope_parameters", nlohmann::json());
-  if (parameters.is_object() && parameters.value("rope_type", "default") != "default")
+  if (parameters.is_object() && parameters.contains("rope_type") && parameters["rope_type"] != "default")
     fail("rope_type " + parameters["rope_type"].dump() + " cannot be imported; only \"default\" can");
   auto number = [&](const char* name, std::vector<const char*> flat, double otherwise) {
     double found = NAN;
@@ -387,7 +392,11 @@ inline Config imported_config(const std::string& path, const nlohmann::json& jso
   c.rotary_dim = int(fraction * c.head_size);
   if (type == "smollm3") {
     const nlohmann::json layers = json.value("no_rope_layers", nlohmann::json::array());
-    const bool none = layers == std::vector<int>(c.layers, 0), all = layers == std::vector<int>(c.layers, 1);
+    auto every = [&](int value) {
+      return layers.is_array() && layers.size() == size_t(c.layers) &&
+             std::all_of(layers.begin(), layers.end(), [&](const nlohmann::json& layer) { return layer == value; });
+    };
+    const bool none = every(0), all = every(1);
     if (!none && !all) fail("no_rope_layers rotates some layers and not others, which cannot be imported");
     c.rotary_dim = none ? 0 : c.head_size;
   }
@@ -464,14 +473,15 @@ inline Settings import_model(const std::string& from, const std::string& run_dir
       throw UserError(file + ": tensor " + part.theirs + " is " + tensor->dtype + "; F32, F16 and BF16 can be read");
     used.insert(part.theirs);
   }
-  for (const auto& [tensor, where] : theirs) {
-    auto ends = [&name = tensor](const std::string& end) {
-      return name.size() >= end.size() && name.compare(name.size() - end.size(), end.size(), end) == 0;
+  for (const auto& entry : theirs) {
+    const std::string &tensor = entry.first, &file = entry.second.second;
+    auto ends = [&](const std::string& end) {
+      return tensor.size() >= end.size() && tensor.compare(tensor.size() - end.size(), end.size(), end) == 0;
     };
     const bool buffer = ends("rotary_emb.inv_freq") || ends("attention.bias") || ends("attention.masked_bias");
     const bool tied = s.model.tied && (tensor == "lm_head.weight" || tensor == "embed_out.weight");
     if (!used.count(tensor) && !buffer && !tied)
-      throw UserError(where.second + ": tensor " + tensor + " has no place in this model");
+      throw UserError(file + ": tensor " + tensor + " has no place in this model");
   }
 
   std::vector<float> flat(table.total);

@@ -55,10 +55,13 @@ struct Config {
 
 // Fills in what was left to be derived, and refuses what cannot be.
 inline void resolve(Config& c) {
-  auto positive = [](const char* flag, int value) {
+  // The upper bounds are above any model, and keep what is computed from files and flags within an int.
+  auto positive = [](const char* flag, int value, int most = 1 << 20) {
     if (value <= 0) throw UserError(std::string(flag) + " " + std::to_string(value) + ": must be at least 1");
+    if (value > most)
+      throw UserError(std::string(flag) + " " + std::to_string(value) + ": must be at most " + std::to_string(most));
   };
-  positive("--layers", c.layers);
+  positive("--layers", c.layers, 4096);
   positive("--width", c.width);
   positive("--heads", c.heads);
   positive("--context", c.context);
@@ -72,8 +75,8 @@ inline void resolve(Config& c) {
   }
   if (c.mlp_hidden == 0) c.mlp_hidden = c.mlp == MlpKind::swiglu ? (c.width * 8 / 3 + 63) / 64 * 64 : 4 * c.width;
   positive("--kv-heads", c.kv_heads);
-  positive("--head-size", c.head_size);
-  positive("--mlp-hidden", c.mlp_hidden);
+  positive("--head-size", c.head_size, (1 << 20) / c.heads);
+  positive("--mlp-hidden", c.mlp_hidden, 1 << 23);
   if (c.heads % c.kv_heads)
     throw UserError("--kv-heads " + std::to_string(c.kv_heads) + ": must divide --heads " + std::to_string(c.heads));
   if (!(c.rope_base > 1 && std::isfinite(c.rope_base)))

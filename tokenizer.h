@@ -14,10 +14,8 @@
 
 #include <algorithm>
 #include <array>
-#include <cerrno>
 #include <cstdint>
 #include <cstring>
-#include <fstream>
 #include <memory>
 #include <nlohmann/json.hpp>
 #include <queue>
@@ -25,7 +23,7 @@
 #include <unordered_map>
 #include <vector>
 
-#include "error.h"
+#include "files.h"
 
 struct Tokenizer {
   virtual ~Tokenizer() = default;
@@ -35,7 +33,7 @@ struct Tokenizer {
   virtual std::string file() const { return ""; }  // what it was read from, and what goes with shards and models
   // Appends the ids of one document's text; never end_of_text, whatever the text says. Threads may call it together.
   virtual void encode(const char* text, size_t bytes, std::vector<uint16_t>& tokens) const = 0;
-  // Appends the bytes of one id; nothing for end_of_text.
+  // Appends the bytes of one id; nothing for end_of_text and for what is no id.
   virtual void decode(int token, std::string& text) const = 0;
 };
 
@@ -48,17 +46,9 @@ struct ByteTokenizer : Tokenizer {
     for (size_t i = 0; i < bytes; i++) tokens.push_back(static_cast<unsigned char>(text[i]));
   }
   void decode(int token, std::string& text) const override {
-    if (token < 256) text += char(token);
+    if (token >= 0 && token < 256) text += char(token);
   }
 };
-
-// The bytes of a file. UserError if it cannot be read.
-inline std::string read_text_file(const std::string& path) {
-  std::ifstream file(path, std::ios::binary);
-  std::string bytes{std::istreambuf_iterator<char>(file), {}};
-  if (!file.is_open() || file.bad()) throw UserError(path + ": cannot read: " + std::strerror(errno));
-  return bytes;
-}
 
 // ---------------------------------------------------------------------------------------------------------------------
 // UTF-8
@@ -156,22 +146,12 @@ class BpeTokenizer : public Tokenizer {
   // Reads a Hugging Face tokenizer.json with a byte-level BPE model. UserError, naming the file and the key, for anything
   // in it that this class would not do exactly as Hugging Face's library does.
   explicit BpeTokenizer(const std::string& path) : path_(path), threads_(size_t(omp_get_max_threads())) {
-    const std::string file = read_text_file(path);
     try {
-      load(nlohmann::json::parse(file, [&](int depth, nlohmann::json::parse_event_t, nlohmann::json&) {
-        if (depth > 16) fail("is nested too deeply");
-        return true;
-      }));
+      load(read_json_file(path));
     } catch (const nlohmann::json::exception& e) {
       fail(std::string("is not a tokenizer: ") + e.what());
     }
   }
-  ~BpeTokenizer() override {
-    for (pcre2_code* pattern : patterns_) pcre2_code_free(pattern);
-  }
-  BpeTokenizer(const BpeTokenizer&) = delete;
-  BpeTokenizer& operator=(const BpeTokenizer&) = delete;
-
   std::string name() const override { return "tokenizer.json"; }
   std::string file() const override { return path_; }
   int vocabulary() const override { return int(bytes_of_.size()); }
@@ -185,7 +165,7 @@ class BpeTokenizer : public Tokenizer {
   }
 
   void decode(int token, std::string& text) const override {
-    if (token != end_of_text_) text += bytes_of_[size_t(token)];
+    if (token != end_of_text_ && size_t(token) < bytes_of_.size()) text += bytes_of_[size_t(token)];
   }
 
  private:
@@ -218,7 +198,11 @@ class BpeTokenizer : public Tokenizer {
   std::array<uint16_t, 256> id_of_byte_{};
   std::unordered_map<uint32_t, Merge> merges_;  // by left << 16 | right
   std::vector<Added> raw_added_, added_;        // longest first; looked for before and after normalising
-  std::vector<pcre2_code*> patterns_;           // applied one after the other, each to the pieces of the one before
+  struct FreePattern {
+    void operator()(pcre2_code* code) const { pcre2_code_free(code); }
+  };
+  using Pattern = std::unique_ptr<pcre2_code, FreePattern>;
+  std::vector<Pattern> patterns_;               // applied one after the other, each to the pieces of the one before
   bool normalise_ = false, prefix_space_ = false;
   int end_of_text_ = -1;
   mutable std::vector<Scratch> threads_;
@@ -354,16 +338,37 @@ class BpeTokenizer : public Tokenizer {
     }
   }
 
-  // PCRE2's \s has one character, U+180E, that Unicode's White_Space, which Hugging Face's library goes by, has not.
-  static std::string with_unicode_spaces(const std::string& pattern) {
+  // The pattern with classes that hold what they hold in Hugging Face's library. PCRE2's \s has U+180E, which Unicode's
+  // White_Space has not; and letters and numbers that came with Unicode 15 and 16 are none to a PCRE2 before 10.45.
+  static std::string with_unicode_16(const std::string& pattern) {
     const std::string spaces =
         "\\t-\\r \\x{85}\\x{A0}\\x{1680}\\x{2000}-\\x{200A}\\x{2028}\\x{2029}\\x{202F}\\x{205F}\\x{3000}";
+    const std::string letters =
+        "\\p{L}"
+        "\\x{1C89}-\\x{1C8A}\\x{A7CB}-\\x{A7CD}\\x{A7DA}-\\x{A7DC}\\x{105C0}-\\x{105F3}\\x{10D4A}-\\x{10D65}"
+        "\\x{10D6F}-\\x{10D85}\\x{10EC2}-\\x{10EC4}\\x{1123F}-\\x{11240}\\x{11380}-\\x{11389}\\x{1138B}"
+        "\\x{1138E}\\x{11390}-\\x{113B5}\\x{113B7}\\x{113D1}\\x{113D3}\\x{11BC0}-\\x{11BE0}\\x{11F02}"
+        "\\x{11F04}-\\x{11F10}\\x{11F12}-\\x{11F33}\\x{1342F}\\x{13441}-\\x{13446}\\x{13460}-\\x{143FA}"
+        "\\x{16100}-\\x{1611D}\\x{16D40}-\\x{16D6C}\\x{18CFF}\\x{1B132}\\x{1B155}\\x{1DF25}-\\x{1DF2A}"
+        "\\x{1E030}-\\x{1E06D}\\x{1E4D0}-\\x{1E4EB}\\x{1E5D0}-\\x{1E5ED}\\x{1E5F0}\\x{2B739}"
+        "\\x{2EBF0}-\\x{2EE5D}\\x{31350}-\\x{323AF}";
+    const std::string numbers =
+        "\\p{N}"
+        "\\x{10D40}-\\x{10D49}\\x{116D0}-\\x{116E3}\\x{11BF0}-\\x{11BF9}\\x{11F50}-\\x{11F59}"
+        "\\x{16130}-\\x{16139}\\x{16D70}-\\x{16D79}\\x{1CCF0}-\\x{1CCF9}\\x{1D2C0}-\\x{1D2D3}"
+        "\\x{1E4F0}-\\x{1E4F9}\\x{1E5F1}-\\x{1E5FA}";
     std::string out;
     bool in_class = false;
     for (size_t i = 0; i < pattern.size(); i++) {
       const char c = pattern[i], next = i + 1 < pattern.size() ? pattern[i + 1] : 0;
-      if (c == '\\' && next == 's') out += in_class ? spaces : "[" + spaces + "]", i++;
-      else if (c == '\\' && next == 'S' && !in_class) out += "[^" + spaces + "]", i++;
+      auto put = [&](const std::string& members, size_t length) {
+        out += in_class ? members : "[" + members + "]";
+        i += length - 1;
+      };
+      if (c == '\\' && next == 's') put(spaces, 2);
+      else if (c == '\\' && next == 'S' && !in_class) put("^" + spaces, 2);
+      else if (pattern.compare(i, 5, "\\p{L}") == 0) put(letters, 5);
+      else if (pattern.compare(i, 5, "\\p{N}") == 0) put(numbers, 5);
       else if (c == '\\') out += {c, next}, i++;
       else out += c, in_class = c == '[' || (in_class && c != ']');
     }
@@ -371,7 +376,7 @@ class BpeTokenizer : public Tokenizer {
   }
 
   void add_pattern(const std::string& pattern) {
-    const std::string text = with_unicode_spaces(pattern);
+    const std::string text = with_unicode_16(pattern);
     int error = 0;
     PCRE2_SIZE at = 0;
     pcre2_code* code = pcre2_compile(reinterpret_cast<PCRE2_SPTR>(text.data()), text.size(), PCRE2_UTF | PCRE2_UCP, &error,
@@ -382,7 +387,7 @@ class BpeTokenizer : public Tokenizer {
       fail("pre_tokenizer: pattern " + pattern + ": " + reinterpret_cast<char*>(message));
     }
     pcre2_jit_compile(code, PCRE2_JIT_COMPLETE);  // where there is no just-in-time compiler, pcre2_match interprets
-    patterns_.push_back(code);
+    patterns_.emplace_back(code);
   }
 
   // ---- Encoding
@@ -423,7 +428,8 @@ class BpeTokenizer : public Tokenizer {
       scratch.context = pcre2_match_context_create(nullptr);
       scratch.stack = pcre2_jit_stack_create(32 << 10, 16 << 20, nullptr);
       pcre2_jit_stack_assign(scratch.context, nullptr, scratch.stack);
-      for (pcre2_code* pattern : patterns_) scratch.matches.push_back(pcre2_match_data_create_from_pattern(pattern, nullptr));
+      for (const Pattern& pattern : patterns_)
+        scratch.matches.push_back(pcre2_match_data_create_from_pattern(pattern.get(), nullptr));
     }
     const bool last = level + 1 == patterns_.size();
     auto piece = [&](size_t begin, size_t end) {
@@ -434,7 +440,7 @@ class BpeTokenizer : public Tokenizer {
     pcre2_match_data* match = scratch.matches[level];
     size_t done = 0;
     for (size_t at = 0; at < text.size();) {
-      const int found = pcre2_match(patterns_[level], reinterpret_cast<PCRE2_SPTR>(text.data()), text.size(), at,
+      const int found = pcre2_match(patterns_[level].get(), reinterpret_cast<PCRE2_SPTR>(text.data()), text.size(), at,
                                     PCRE2_NO_UTF_CHECK, match, scratch.context);
       if (found == PCRE2_ERROR_NOMATCH) break;
       if (found < 0) {
@@ -471,18 +477,22 @@ class BpeTokenizer : public Tokenizer {
       int id, previous, next;  // id -1: joined to the one before
     };
     struct Candidate {
-      int rank, left, right, left_id, right_id;
+      int rank, left, right;
+      uint16_t left_id, right_id;
       bool operator<(const Candidate& other) const {  // the queue's first is the largest
         return rank != other.rank ? rank > other.rank : left > other.left;
       }
     };
     std::vector<Symbol> symbols(length);
-    std::priority_queue<Candidate> queue;
+    std::vector<Candidate> memory;
+    memory.reserve(length);  // a word may have megabytes: without this, growing takes twice of what is needed
+    std::priority_queue<Candidate> queue({}, std::move(memory));
     auto consider = [&](int left, int right) {
       if (left < 0 || right < 0) return;
       const auto found = merges_.find(uint32_t(symbols[size_t(left)].id) << 16 | uint32_t(symbols[size_t(right)].id));
       if (found != merges_.end())
-        queue.push({found->second.rank, left, right, symbols[size_t(left)].id, symbols[size_t(right)].id});
+        queue.push({found->second.rank, left, right, uint16_t(symbols[size_t(left)].id),
+                    uint16_t(symbols[size_t(right)].id)});
     };
     for (size_t i = 0; i < length; i++)
       symbols[i] = {id_of_byte_[static_cast<unsigned char>(word[i])], int(i) - 1, i + 1 < length ? int(i) + 1 : -1};

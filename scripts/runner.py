@@ -169,8 +169,9 @@ def memory_of(flags):
 
 def slots_of(jobs, most):
     """Where runs can go at the same time, as a list with a GPU's number for each, None on the CPU; and the CPU threads
-    of a run. `most`: as many at a time; 0: a run per core, or on a GPU as many as its free memory holds but at most 4,
-    because what more of them can still use of it is little.
+    of a run. `most`: as many at a time; 0: a run per core, or two on a GPU if its free memory holds them, so that one
+    trains while the other starts or ends. They take turns: 5.2 M tokens/s for one run of 6 layers x 256 on an H100, 4.6 M
+    for three and for six together.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     if device_of(jobs[0].flags) == "cpu":
@@ -183,7 +184,7 @@ def slots_of(jobs, most):
         needed = max(memory_of(tuple(flag for flag in job.flags if not flag.startswith(same_for_all))) for job in jobs)
         needed = 1.2 * needed + 2**30  # CUDA itself and cuBLAS's workspace come on top
         room = int(min(free.get(gpu, 0) for gpu in gpus) / needed)
-        each = -(-most // len(gpus)) if most else max(1, min(room, 4, cores // len(gpus)))
+        each = -(-most // len(gpus)) if most else max(1, min(room, 2, cores // len(gpus)))
         slots = (gpus * each)[:most or None]
     slots = slots[:len(jobs)]
     return slots, max(1, cores // len(slots))

@@ -46,6 +46,7 @@ def texts():
                 f"not the end: {END_OF_TEXT} of text", "|||IP||| and |||IP||| |||IP", "<e\u0301> <\u00e9>",
                 "e\u0301 \u00e9 A\u030A \u212B \u0344 \u1100\u1161\u11A8 \u0061\u0323\u0307 \u0061\u0307\u0323",
                 "\u0627\u0651\u064E \u05E9\u05C1\u05BC", "\U0001F468\u200D\U0001F469\u200D\U0001F467 \U0001F1E9\U0001F1EA",
+                "a\u1C89b \U00011F04 1\U00011F50 \U0001E5F1\u0661 x\U0002EBF0",  # letters and numbers of Unicode 15 and 16
                 "\u0E01\u0E33 \u0EB8\u0EBA a\u0898\u0899 \U00011070", "\U00010000\U0010FFFF\uE000\uFFFD\u0000\u0001"]
     yield "".join(space + letter for space in SPACES for letter in ("", "b", "1", "!", "\u00e9"))
     yield "".join(space + space for space in SPACES)

@@ -12,7 +12,6 @@ import gzip
 import io
 import json
 import lzma
-import sys
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -21,25 +20,33 @@ END_OF_TEXT = "<|endoftext|>"
 
 def open_text(path):
     """A text file as lines, unpacked on the way."""
+    text = dict(encoding="utf-8", errors="replace", newline="\n")
     if path.endswith(".gz"):
-        return gzip.open(path, "rt", encoding="utf-8", errors="replace", newline="")
+        return gzip.open(path, "rt", **text)
     if path.endswith(".xz"):
-        return lzma.open(path, "rt", encoding="utf-8", errors="replace", newline="")
+        return lzma.open(path, "rt", **text)
     if path.endswith(".zst"):
         import zstandard
 
         stream = zstandard.ZstdDecompressor().stream_reader(open(path, "rb"))
-        return io.TextIOWrapper(stream, encoding="utf-8", errors="replace", newline="")
-    return open(path, encoding="utf-8", errors="replace", newline="")
+        return io.TextIOWrapper(stream, **text)
+    return open(path, **text)
 
 
 def documents(paths, separator, field):
     for path in paths:
         with open_text(path) as file:
             lines = []
-            for line in file:
+            for number, line in enumerate(file, 1):
                 if field:
-                    yield json.loads(line)[field]
+                    if line.isspace():
+                        continue
+                    try:
+                        text = json.loads(line)[field]
+                        assert isinstance(text, str)
+                    except (ValueError, KeyError, TypeError, AssertionError):
+                        raise ValueError(f'{path}, line {number}: no text in "{field}"') from None
+                    yield text
                 elif line.rstrip("\r\n") == separator:
                     yield "".join(lines)
                     lines = []
@@ -73,8 +80,8 @@ def main():
         parser.error(f"--vocab {options.vocab}: should be 258 to 65535")
     try:
         tokenizer = train(documents(options.input, options.separator, options.field), options.vocab)
-    except (OSError, KeyError, ValueError) as problem:
-        sys.exit(f"error: {problem}")
+    except (OSError, EOFError, ValueError, lzma.LZMAError) as problem:
+        parser.exit(2, f"error: {problem}\n")
     tokenizer.save(options.out)
     print(f"{options.out}: {tokenizer.get_vocab_size()} tokens")
 

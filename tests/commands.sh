@@ -76,6 +76,46 @@ refuse "line 1" "$programs/data" encode --input plain.txt --field text --out no
 refuse "did you mean --tokenizer" "$programs/data" encode --input plain.txt --tokeniser bytes --out no
 refuse "did you mean decode" "$programs/data" decoed data/train_000.bin
 
+# ---- Data sets by name, from a mirror that stands in for the net -------------------------------------------------------
+mkdir mirror
+mirror="file://$work/mirror"
+sum() { sha256sum "$1" | cut -c1-64; }
+cat plain.txt >mirror/input.txt
+refuse "SHA-256" "$programs/data" fetch shakespeare --url "$mirror"
+check "nothing is left of a wrong file" test ! -e data/shakespeare/input.txt.part
+check "shakespeare" "$programs/data" fetch shakespeare --url "$mirror" --sha256 "$(sum mirror/input.txt)"
+check "training on it" $train --data "data/shakespeare/train_*.bin" --run shakespeare --steps 1
+cat plain.txt >mirror/TinyStoriesV2-GPT4-train.txt
+printf 'for validation\n' >mirror/TinyStoriesV2-GPT4-valid.txt
+mkdir -p data/tinystories && head -c 10000 plain.txt >data/tinystories/TinyStoriesV2-GPT4-train.txt.part
+check "tinystories, continued" "$programs/data" fetch tinystories --url "$mirror" --tokenizer "$fixtures/tokenizer.json"
+same "the whole file" data/tinystories/TinyStoriesV2-GPT4-train.txt plain.txt
+"$programs/data" decode data/tinystories/val_000.bin >decoded 2>err
+same "the file for validation" decoded mirror/TinyStoriesV2-GPT4-valid.txt
+refuse "offline: .*--url" "$programs/data" fetch wikitext --url "$mirror" --out nowhere
+truncate -s 15T mirror/TinyStoriesV2-GPT4-train.txt 2>/dev/null &&
+  refuse "not enough space" "$programs/data" fetch tinystories --url "$mirror" --out nowhere
+check "nothing written" test ! -e nowhere
+
+# GPT-2's tokens in somebody else's shards; a tokenizer of GPT-2's size stands in for its own.
+cp data/val_000.bin mirror/fineweb_val_000000.bin
+for i in 1 2; do cp data/train_000.bin mirror/fineweb_train_00000$i.bin; done
+check "fineweb" "$programs/data" fetch fineweb --url "$mirror" --shards 2
+refuse "no meta.json beside it that names" "$programs/data" decode data/fineweb/fineweb_val_000000.bin
+awk '{ at = index($0, "\"vocab\":{") + 8
+       printf "%s", substr($0, 1, at)
+       for (i = 419; i < 50256; i++) printf "\"token%d\":%d,", i, i
+       print substr($0, at + 1) }' "$fixtures/tokenizer.json" | sed 's/"id":419/"id":50256/' >mirror/tokenizer.json
+check "fineweb's tokenizer" "$programs/data" fetch fineweb --url "$mirror" --shards 2
+check "fineweb as text" "$programs/data" decode data/fineweb/fineweb_val_000000.bin
+check "info" "$programs/data" info "data/fineweb/fineweb_train_*.bin"
+check "training on fineweb" $train --data "data/fineweb/fineweb_train_*.bin" --run fineweb --steps 1
+rm data/fineweb/meta.json
+refuse "vocab: needed" $train --data "data/fineweb/fineweb_train_*.bin" --run other --steps 1
+check "training without meta.json" $train --data "data/fineweb/fineweb_train_*.bin" --run other --steps 1 --vocab 50304
+refuse "shards 104: fineweb has 1 to 103" "$programs/data" fetch fineweb --shards 104
+refuse "did you mean fineweb-edu" "$programs/data" fetch finewebedu
+
 # ---- Hugging Face's format, there and back, and on from there ---------------------------------------------------------
 check "export" "$programs/eval" export --run straight --out hf
 check "import" "$programs/eval" import --from hf --run back

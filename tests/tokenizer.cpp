@@ -105,6 +105,19 @@ TEST_CASE("tokenizer: the end of text is never made from text") {
   CHECK(tokenizer->end_of_text() == 419);
 }
 
+TEST_CASE("tokenizer: merges that lead back to a part of themselves, or stand there twice, end all the same") {
+  nlohmann::json vocab = fixture("tokenizer.json")["model"]["vocab"];
+  vocab[""] = 418;  // with the empty token, a + "" is a again
+  for (const char* text : {R"([["a", ""], ["", "a"], ["", ""]])", R"([["a", "a"], ["a", "a"]])"}) {
+    const nlohmann::json merges = nlohmann::json::parse(text);
+    vocab["aa"] = 417;
+    for (const char* key : {"\u0120sh", "\u0120cor"}) vocab.erase(key);
+    const std::unique_ptr<BpeTokenizer> tokenizer = with({{"model", {{"vocab", vocab}, {"merges", merges}}}});
+    CHECK(text_of(*tokenizer, ids(*tokenizer, "aaaaa")) == "aaaaa");
+    CHECK(ids(*tokenizer, "aaaaa").size() == (merges[0][1] == "a" ? 3 : 5));
+  }
+}
+
 TEST_CASE("tokenizer: a file that is not understood in full is refused") {
   using Json = nlohmann::json;
   auto error = [](const Json& changes) { return error_of([&] { with(changes); }); };
@@ -126,6 +139,7 @@ TEST_CASE("tokenizer: a file that is not understood in full is refused") {
   CHECK(contains(error({{"added_tokens", Json::array()}}), "endoftext"));
   const Json stripped = {{{"id", 419}, {"content", "<|endoftext|>"}, {"special", true}, {"lstrip", true}}};
   CHECK(contains(error({{"added_tokens", stripped}}), "lstrip"));
+  CHECK(contains(error({{"model", {{"merges", Json::parse(R"([["zzzz", "a"]])")}}}}), "zzzz"));
   // A file that is cut short, at a good many places.
   TemporaryDirectory directory;
   const std::string whole = fixture("tokenizer.json").dump();
