@@ -1,7 +1,7 @@
 """One look for every plot: `import plots` sets it, and plots.COLOURS is its palette.
 
-The palette is Okabe and Ito's and a grey, which the colour-blind tell apart; lines also differ in their dashes, so that a copy in
-black and white can be read. Figures are 6.3 inches wide, the text of an A4 page.
+The palette is Okabe and Ito's and a grey, which the colour-blind tell apart; lines also differ in their dashes, so that
+a copy in black and white can be read. Figures are 6.3 inches wide, the text of an A4 page.
 """
 import matplotlib.pyplot as plt
 from cycler import cycler
