@@ -116,7 +116,7 @@ $(BUILD)/%.o: bench/%.cpp $(BUILD)/ready
 $(BUILD)/%.o: bench/%.cu $(BUILD)/ready
 	$(COMPILE)
 # The Python files that `eval export --with-code` writes, as strings.
-$(BUILD)/eval.o $(BUILD)/tests-huggingface.o: $(BUILD)/python.h
+$(BUILD)/eval.o $(BUILD)/tests-huggingface.o $(BUILD)/tests-fuzz.o build-fuzz/fuzz: $(BUILD)/python.h
 $(BUILD)/python.h: scripts/modeling_partial_rope.py scripts/reference.py $(BUILD)/ready
 	@for name in modeling_partial_rope reference; do \
 	  printf 'inline const char* const k_%s_py = R"PYTHON(' $$name; cat scripts/$$name.py; echo ')PYTHON";'; done >$@
