@@ -3,6 +3,11 @@
 #
 # make train ARGS="--rotary-fraction 1 --run full"     other flags: build/train --help
 # make shakespeare     fetches a data set and trains on it: shakespeare, tinystories, wikitext, fineweb, fineweb-edu
+# make notebooks       executes notebooks/*.ipynb in place; ARGS=notebooks/NAME.ipynb for one of them
+# make sweep   how much rotation does a model need: trains several fractions and seeds, writes runs/sweep/report.html (GPU)
+# make sweep-cpu   the same in a quarter of an hour on 2 cores; both go on where they were stopped
+# make nope    what makes a model without position unstable, what cures it: runs/nope/report.html (GPU, 10 minutes; QUICK=1: 2)
+# make nope-cpu   how its attention logits grow; 20 minutes on 2 cores
 # make bench   tokens per second and the time of each operation on the CPU; with a GPU, also: make build/ops_gpu
 #
 # make ROTARY_DIM=6     the rotary dimension as a compile-time constant
@@ -27,7 +32,7 @@ BUILD := build$(if $(DEBUG),-debug)$(if $(SAN),-san)$(if $(ROTARY_DIM),-rotary$(
 OPTIMISE := $(if $(DEBUG),-O0 -g,$(if $(SAN),-O1 -g,-O3 -march=native -fno-math-errno -fno-trapping-math))
 comma := ,
 SANITIZE := $(if $(SAN),-fsanitize=address$(comma)undefined -fno-sanitize-recover=all)
-CPPFLAGS += -I. $(addprefix -isystem ,/usr/include/eigen3 /usr/local/include/eigen3 /opt/homebrew/include/eigen3) $(if $(ROTARY_DIM),-DROTARY_DIM=$(ROTARY_DIM))
+CPPFLAGS += -I. -I$(BUILD) $(addprefix -isystem ,/usr/include/eigen3 /usr/local/include/eigen3 /opt/homebrew/include/eigen3) $(if $(ROTARY_DIM),-DROTARY_DIM=$(ROTARY_DIM))
 CXXFLAGS += -std=c++17 -Wall -Wextra -fopenmp $(SANITIZE)
 
 # One way to make a program from its sources, with the compiler that the machine has.
@@ -45,7 +50,7 @@ endif
 # PCRE2 and utf8proc for tokenizers, libarchive for compressed text.
 LDLIBS += -lpcre2-8 -lutf8proc -larchive
 
-.PHONY: all train test fuzz bench compile-cuda clean
+.PHONY: all train test fuzz bench notebooks sweep sweep-cpu nope nope-cpu compile-cuda clean
 all: $(BUILD)/train $(BUILD)/data $(BUILD)/eval
 
 train: $(BUILD)/train $(BUILD)/data data/stories/meta.json
@@ -79,7 +84,7 @@ fuzz: build-fuzz/fuzz
 	    { tail -30 build-fuzz/$$parser.log; exit 1; }; \
 	  grep -E "^#.*DONE|number_of_executed" build-fuzz/$$parser.log; \
 	done
-build-fuzz/fuzz: tests/fuzz.cpp $(wildcard *.h *.cuh) | $(BUILD)/ready
+build-fuzz/fuzz: tests/fuzz.cpp $(wildcard *.h *.cuh) | $(BUILD)/python.h
 	@mkdir -p build-fuzz
 	clang++ $(CPPFLAGS) -DLIBFUZZER -DDOCTEST_CONFIG_DISABLE -std=c++17 -O1 -g -fopenmp \
 	  -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=all tests/fuzz.cpp -o $@ $(LDLIBS)
@@ -110,6 +115,11 @@ $(BUILD)/%.o: bench/%.cpp $(BUILD)/ready
 	$(COMPILE)
 $(BUILD)/%.o: bench/%.cu $(BUILD)/ready
 	$(COMPILE)
+# The Python files that `eval export --with-code` writes, as strings.
+$(addprefix $(BUILD)/,eval.o tests-huggingface.o tests-fuzz.o): $(BUILD)/python.h
+$(BUILD)/python.h: scripts/modeling_partial_rope.py scripts/reference.py $(BUILD)/ready
+	@for name in modeling_partial_rope reference; do \
+	  printf 'inline const char* const k_%s_py = R"PYTHON(' $$name; cat scripts/$$name.py; echo ')PYTHON";'; done >$@
 # Tests are compiled more often than they run: little optimisation, and doctest's assertions as function calls.
 $(BUILD)/tests-%.o: OPTIMISE := $(if $(SAN),-O1 -g,$(if $(DEBUG),-O0 -g,-O1 -march=native))
 $(BUILD)/tests-%.o: CPPFLAGS += -DDOCTEST_CONFIG_SUPER_FAST_ASSERTS
@@ -126,6 +136,30 @@ PYTHON := build-python/bin/python
 build-python/ready: scripts/requirements.txt scripts/python.sh
 	@sh scripts/python.sh build-python
 	@touch $@
+
+# Notebooks, run in the environment of Python, use these programs and the rotation as a library for Python's ctypes.
+notebooks: build-python/ready $(BUILD)/librope.so all data/stories/meta.json
+	@$(PYTHON) scripts/run_notebooks.py $(ARGS)
+$(BUILD)/librope.so: notebooks/rope_library.cpp $(BUILD)/ready
+	$(CXX) $(CPPFLAGS) $(CXXFLAGS) $(OPTIMISE) -MMD -MP -shared -fPIC -x c++ $< -o $@
+# Studies: Python starts the trainings and draws what comes out. Their own flags go through ARGS, train's behind --.
+STUDY := $(addprefix $(BUILD)/,train eval bench) build-python/ready
+data/stories-20M/meta.json: | $(BUILD)/data
+	$(BUILD)/data stories --bytes 20M --out data/stories-20M
+
+sweep: $(STUDY) data/stories-20M/meta.json
+	@$(PYTHON) scripts/study.py
+	@BUILD=$(BUILD) $(PYTHON) scripts/sweep.py --preset small --data "data/stories-20M/train_*.bin" --context 512 \
+	  --step-tokens 32768 --steps 1200 --seeds 5 $(ARGS)
+sweep-cpu: $(STUDY) data/stories/meta.json
+	@$(PYTHON) scripts/study.py
+	@BUILD=$(BUILD) $(PYTHON) scripts/sweep.py --name sweep-cpu --steps 1500 --positions 131072 $(ARGS) -- --device cpu
+nope: $(STUDY) data/stories-20M/meta.json
+	@$(PYTHON) scripts/study.py
+	@BUILD=$(BUILD) $(PYTHON) scripts/nope.py $(if $(QUICK),--recipe quick) $(if $(DATA),--data "$(DATA)") $(ARGS)
+nope-cpu: $(STUDY) data/stories/meta.json
+	@$(PYTHON) scripts/study.py
+	@BUILD=$(BUILD) $(PYTHON) scripts/nope.py --recipe cpu --data "$(or $(DATA),data/stories/train_*.bin)" $(ARGS) -- --device cpu
 
 clean:
 	rm -rf build build-*

@@ -1,18 +1,23 @@
 // eval: what a trained model knows, says and does.
 //
-//   eval loss      nats per token and bits per byte on a shard
-//   eval sample    text from the model
-//   eval logits    token ids in, a .npy file of logits out
-//   eval trace     one token through partial RoPE, byte by byte
-//   eval memory    every tensor's bytes for a configuration
-//   eval export    a directory that Hugging Face's library loads
-//   eval import    a run from such a directory
-//   eval gradients token ids in, gradients out
+//   eval loss       nats per token and bits per byte on a shard
+//   eval sample     text from the model
+//   eval trace      one token through partial RoPE, byte by byte
+//   eval choices    multiple choice by log-likelihood
+//   eval lambada    the last word of a passage
+//   eval positions  loss by position in the window
+//   eval length     the same beyond the training context
+//   eval memory     every tensor's bytes for a configuration
+//   eval export     a directory that Hugging Face's library loads
+//   eval import     a run from such a directory
+//   eval logits     token ids in, a .npy file of logits out
+//   eval gradients  token ids in, a safetensors file of gradients out
 
 #include <cstdio>
 #include <filesystem>
 #include <iostream>
 
+#include "benchmarks.h"
 #include "checkpoint.h"
 #include "data.h"
 #include "eval.h"
@@ -105,6 +110,32 @@ void set_threads(int threads) {
   if (threads) omp_set_num_threads(threads);
 }
 
+// Progress on a terminal: a line that is written over and over, and taken away at the end.
+struct ProgressLine {
+  const char* what;
+  size_t of;
+  bool live = isatty(STDERR_FILENO);
+  ~ProgressLine() {
+    if (live) std::fprintf(stderr, "\r\033[K");
+  }
+  void operator()(size_t done) const {
+    if (live) std::fprintf(stderr, "\r%s of %s %s\033[K", grouped(done).c_str(), grouped(of).c_str(), what);
+  }
+};
+
+// The shards that match `pattern`; where it is empty, the run's validation data, whose pattern it becomes. UserError if
+// they are not of the model's tokenizer and vocabulary.
+Dataset open_data(const Source& source, std::string& pattern) {
+  if (pattern.empty()) pattern = source.settings.val;
+  if (pattern.empty()) throw UserError("--data: name shards; the model does not say what it was trained on");
+  Dataset data(pattern);
+  const std::string theirs = read_meta(pattern).tokenizer, ours = source.tokenizer ? source.tokenizer->name() : "";
+  if (!theirs.empty() && !ours.empty() && theirs != ours)
+    throw UserError("--data " + pattern + ": its tokenizer is \"" + theirs + "\", the model's is \"" + ours + "\"");
+  data.check_tokens(source.vocabulary);
+  return data;
+}
+
 // Makes the model for batches of B x T tokens, loads its weights and calls work(model).
 template <class Work>
 void with_model(const Place& place, const Source& source, int B, int T, Work work) {
@@ -134,14 +165,8 @@ void command_loss(const std::vector<std::string>& args) {
   expect_positive("batch", batch);
   const Source source = open_source(place.run);
   const Config& c = source.settings.model;
-  if (pattern.empty()) pattern = source.settings.val;
-  const Dataset data(pattern);
+  const Dataset data = open_data(source, pattern);
   const Meta meta = read_meta(pattern);
-  const Tokenizer* tokenizer = source.tokenizer.get();
-  if (tokenizer && !meta.tokenizer.empty() && meta.tokenizer != tokenizer->name())
-    throw UserError("--data " + pattern + ": its tokenizer is \"" + meta.tokenizer + "\", the model's is \"" +
-                    tokenizer->name() + "\"");
-  data.check_tokens(source.vocabulary);
   size_t most = 0;
   for (const Shard& shard : data.shards()) most += shard.size() - 1;
   if (most == 0) throw UserError("--data " + pattern + ": one token alone predicts nothing; two or more are needed");
@@ -149,11 +174,7 @@ void command_loss(const std::vector<std::string>& args) {
   LossReport report;
   const int B = int(std::min<size_t>(batch, (most + c.context - 1) / c.context));
   with_model(place, source, B, c.context, [&](auto& model) {
-    const bool live = isatty(STDERR_FILENO);
-    report = evaluate_loss(model, data, tokenizer, size_t(tokens), [&](size_t done) {
-      if (live) std::fprintf(stderr, "\r%s of %s tokens\033[K", grouped(done).c_str(), grouped(most).c_str());
-    });
-    if (live) std::fprintf(stderr, "\r\033[K");
+    report = evaluate_loss(model, data, source.tokenizer.get(), size_t(tokens), ProgressLine{"tokens", most});
   });
   // The floor of the split that the shards are of, by their name.
   const std::string name = fs::path(pattern).filename().string();
@@ -314,17 +335,140 @@ void command_gradients(const std::vector<std::string>& args) {
 
 // ---------------------------------------------------------------------------------------------------------------------
 
+// choices and lambada, which differ in what they print.
+void command_questions(const std::vector<std::string>& args, bool lambada) {
+  Place place;
+  std::string path, out, delimiter = " ";
+  int batch = 16;
+  int64_t limit = 0;
+  Flags f(lambada ? "LAMBADA: will the model say the last word? Accuracy and perplexity."
+                  : "Multiple choice by log-likelihood: accuracy, the same per byte, bits per byte of the answer.",
+          lambada ? "eval lambada" : "eval choices");
+  add_place_flags(f, place, true);
+  f.group("Questions");
+  f.add("data", path, lambada ? "JSON lines (or .gz, .xz, .zst): context, continuation; or text"
+                              : "JSON lines (or .gz, .xz, .zst): query, choices, gold; or WinoGrande's form");
+  if (!lambada) f.add("delimiter", delimiter, "stands before every choice; for PIQA and ARC \"\\nAnswer: \"");
+  f.add("limit", limit, "only the first so many questions; 0: all");
+  f.add("batch", batch, "choices worked on together");
+  f.add("out", out, "a .json file for the results, with the log-likelihood of every choice");
+  f.parse(args);
+  if (!fs::is_regular_file(path)) throw UserError("--data \"" + path + "\": no such file; name one of JSON lines");
+  expect_positive("limit", double(limit), true);
+  expect_positive("batch", batch);
+  for (size_t at; (at = delimiter.find("\\n")) != std::string::npos;) delimiter.replace(at, 2, "\n");
+  const Source source = open_source(place.run);
+  const std::vector<Question> questions = read_questions(path, tokenizer_of(source), delimiter, size_t(limit));
+  std::vector<const Request*> requests;
+  size_t longest = 0, context = size_t(source.settings.model.context), cut = 0;
+  for (const Question& question : questions) {
+    if ((question.choices.size() == 1) != lambada)
+      throw UserError("--data " + path + (lambada ? ": has several choices; eval choices is for them"
+                                                  : ": has a question with one answer only; eval lambada is for it"));
+    for (const Request& request : question.choices) {
+      const size_t n = request.context.size() + request.continuation.size() - 1;
+      if (request.continuation.size() > context)
+        throw UserError("--data " + path + ": an answer of " + std::to_string(request.continuation.size()) +
+                        " tokens is longer than the model's context of " + std::to_string(context) +
+                        "; leave it out, or take another model");
+      requests.push_back(&request);
+      longest = std::max(longest, std::min(n, context));
+      cut += n > context;
+    }
+  }
+  std::vector<Score> scores;
+  with_model(place, source, int(std::min<size_t>(batch, requests.size())), int(longest), [&](auto& model) {
+    scores = score(model, requests, ProgressLine{"choices", requests.size()});
+  });
+  const Report r = report(questions, scores);
+  nlohmann::ordered_json results = {{"data", path}, {"model", describe(source)}, {"questions", questions.size()}};
+  std::printf("%s, on %s: %s questions\n", describe(source).c_str(), path.c_str(), grouped(questions.size()).c_str());
+  auto row = [&](const char* name, const std::string& key, double value, double error) {
+    std::printf("  %-28s %10.4f +- %.4f\n", name, value, error);
+    results[key] = value;
+    results[key + "_stderr"] = error;
+  };
+  row("accuracy", "accuracy", r.accuracy.mean(), r.accuracy.error());
+  if (lambada) {
+    const double perplexity = std::exp(-r.log_likelihood.mean());
+    row("perplexity of the last word", "perplexity", perplexity, perplexity * r.log_likelihood.error());
+  } else {
+    row("accuracy, per byte", "accuracy_per_byte", r.accuracy_per_byte.mean(), r.accuracy_per_byte.error());
+  }
+  row("bits per byte, right answer", "bits_per_byte", r.bits_per_byte.mean(), r.bits_per_byte.error());
+  if (cut) std::printf("  %s were longer than %zu tokens and lost their beginning\n", grouped(cut).c_str(), context);
+  results["contexts_cut"] = cut;
+  const Score* next = scores.data();
+  for (const Question& question : questions) {
+    nlohmann::ordered_json likelihoods;
+    for (size_t i = 0; i < question.choices.size(); ++i) likelihoods.push_back(next++->log_likelihood);
+    results["log_likelihoods"].push_back(likelihoods);
+  }
+  if (!out.empty()) write_text_file(out, results.dump() + "\n");
+}
+
+// positions and length: the loss by position, at the training context or at several times it.
+void command_by_position(const std::vector<std::string>& args, const std::vector<int>& lengths,
+                         const std::string& description, const std::string& program) {
+  Place place;
+  std::string pattern, out;
+  int64_t tokens = 1 << 18;
+  int batch = 8;
+  Flags f(description, program);
+  add_place_flags(f, place, true);
+  f.group("Data");
+  f.add("data", pattern, "shards, a glob pattern; default: the run's validation data");
+  f.add("tokens", tokens, "about how many to predict, at each length");
+  f.add("batch", batch, "windows of the training context worked on together; fewer longer ones");
+  f.add("out", out, "a .csv file of the table; scripts/plot_positions.py draws it");
+  f.parse(args);
+  expect_positive("tokens", double(tokens));
+  expect_positive("batch", batch);
+  const Source source = open_source(place.run);
+  const int context = source.settings.model.context;
+  const Dataset data = open_data(source, pattern);
+  data.windows(context * lengths.back());  // a shard that is too short is refused now
+  std::string csv = "context,begin,end,windows,loss,stderr\n";
+  std::printf("%s, on %s, trained at %d positions\n", describe(source).c_str(), pattern.c_str(), context);
+  for (int times : lengths) {
+    const int T = context * times;
+    std::vector<PositionBin> bins;
+    with_model(place, source, std::max(1, batch / times), T, [&](auto& model) {
+      bins = loss_by_position(model, data, size_t(tokens), ProgressLine{"tokens", size_t(tokens)});
+    });
+    std::printf("\n  %s windows of %d\n", grouped(bins[0].loss.n).c_str(), T);
+    std::printf("  %-15s %s\n", "positions", "nats per token");
+    double all = 0;
+    for (const PositionBin& bin : bins) {
+      const double mean = bin.loss.mean(), error = bin.loss.error();
+      const std::string last = bin.end - bin.begin > 1 ? " to " + std::to_string(bin.end - 1) : "";
+      std::printf("  %-15s %.4f +- %.4f%s\n", (std::to_string(bin.begin) + last).c_str(), mean, error,
+                  bin.begin >= context ? "   beyond the training context" : "");
+      for (size_t n : {size_t(T), size_t(bin.begin), size_t(bin.end), bin.loss.n}) csv += std::to_string(n) + ",";
+      csv += format("%.6f", mean) + "," + format("%.6f", error) + "\n";
+      all += mean * (bin.end - bin.begin) / T;
+    }
+    std::printf("  %-15s %.4f\n", "all", all);
+  }
+  if (!out.empty()) write_text_file(out, csv);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+
 void command_export(const std::vector<std::string>& args) {
   std::string run, out;
+  bool with_code = false;
   Flags f("Writes a model as a directory that Hugging Face's AutoModelForCausalLM loads.", "eval export");
   f.group("Model");
   add_run_flag(f, run);
   f.add("out", out, "the directory to make");
+  f.add("with-code", with_code, "for any model: our own class goes with it; load with trust_remote_code=True");
   f.parse(args);
   if (out.empty()) throw UserError("--out: name the directory to write to");
   const Source source = open_source(run);
-  export_model(out, source.settings.model, source.checkpoint, source.tokenizer.get());
-  std::printf("%s: %s from %s%s\n", out.c_str(), model_type_of(source.settings.model).c_str(), describe(source).c_str(),
+  const std::string type =
+      export_model(out, source.settings.model, source.checkpoint, source.tokenizer.get(), with_code);
+  std::printf("%s: %s from %s%s\n", out.c_str(), type.c_str(), describe(source).c_str(),
               source.tokenizer ? "" : "; its tokenizer is not known, so there is none in it");
 }
 
@@ -349,7 +493,7 @@ int command_trace(const std::vector<std::string>& args) {
   Place place;
   std::string prompt;
   int token = -1, layer = 0, head = 0, against = -1;
-  bool all = false;
+  bool all = false, json = false;
   Flags f("One token, layer and head through partial RoPE, byte by byte (on the CPU, in fp32).", "eval trace");
   add_place_flags(f, place, false);
   f.group("Where to look");
@@ -359,6 +503,7 @@ int command_trace(const std::vector<std::string>& args) {
   f.add("head", head, "query head, from 0");
   f.add("against", against, "position of a key to meet; -1: the one that the query attends to most");
   f.add("all", all, "show every pair, channel and key");
+  f.add("json", json, "print the numbers as one JSON object instead");
   f.parse(args);
   if (prompt.empty()) throw UserError("--prompt: give a text to trace, such as --prompt \"Once upon a time\"");
   const Source source = open_source(place.run);
@@ -381,8 +526,11 @@ int command_trace(const std::vector<std::string>& args) {
   const Trace trace = trace_head(model, tokens, token < 0 ? T - 1 : token, layer, head, against);
   const char* no_colour = std::getenv("NO_COLOR");
   const bool colour = isatty(STDOUT_FILENO) && !(no_colour && *no_colour);
-  std::printf("%s\n%s", describe(source).c_str(),
-              print_trace(trace, model.config, tokens, source.tokenizer.get(), colour, all).c_str());
+  if (json)
+    std::printf("%s\n", trace_json(trace, model.config, tokens, source.tokenizer.get()).dump().c_str());
+  else
+    std::printf("%s\n%s", describe(source).c_str(),
+                print_trace(trace, model.config, tokens, source.tokenizer.get(), colour, all).c_str());
   if (trace.agrees()) return 0;
   std::fflush(stdout);
   std::fprintf(stderr, "error: the trace does not agree with the model's buffers (lines marked WRONG above)\n");
@@ -540,14 +688,18 @@ void command_memory(const std::vector<std::string>& args) {
 const char* const kHelp =
     "What a trained model knows, says and does.\n"
     "Usage: eval COMMAND [flags]\n\n"
-    "  loss      nats per token and bits per byte on a shard\n"
-    "  sample    text from the model\n"
-    "  logits    token ids in, a .npy file of logits out\n"
-    "  trace     one token through partial RoPE, byte by byte\n"
-    "  memory    every tensor's bytes for a configuration\n"
-    "  export    a directory that Hugging Face's library loads\n"
-    "  import    a run from such a directory\n"
-    "  gradients token ids in, a safetensors file of gradients out\n\n"
+    "  loss       nats per token and bits per byte on a shard\n"
+    "  sample     text from the model\n"
+    "  trace      one token through partial RoPE, byte by byte\n"
+    "  choices    multiple choice by log-likelihood\n"
+    "  lambada    the last word of a passage\n"
+    "  positions  loss by position in the window\n"
+    "  length     the same at 1, 2, 4 and 8 times the training context\n"
+    "  memory     every tensor's bytes for a configuration\n"
+    "  export     a directory that Hugging Face's library loads\n"
+    "  import     a run from such a directory\n"
+    "  logits     token ids in, a .npy file of logits out\n"
+    "  gradients  token ids in, a safetensors file of gradients out\n\n"
     "eval COMMAND --help lists the flags of a command.\n";
 
 int command(const std::vector<std::string>& args) {
@@ -555,11 +707,25 @@ int command(const std::vector<std::string>& args) {
   auto always_0 = [](void (*work)(const std::vector<std::string>&)) {
     return Command([=](const std::vector<std::string>& rest) { return work(rest), 0; });
   };
+  using Args = std::vector<std::string>;
   const std::vector<std::pair<std::string, Command>> commands = {
-      {"loss", always_0(command_loss)},     {"sample", always_0(command_sample)},
-      {"logits", always_0(command_logits)}, {"gradients", always_0(command_gradients)},
-      {"trace", command_trace},             {"memory", always_0(command_memory)},
-      {"export", always_0(command_export)}, {"import", always_0(command_import)},
+      {"loss", always_0(command_loss)},
+      {"sample", always_0(command_sample)},
+      {"trace", command_trace},
+      {"choices", always_0([](const Args& rest) { command_questions(rest, false); })},
+      {"lambada", always_0([](const Args& rest) { command_questions(rest, true); })},
+      {"positions", always_0([](const Args& rest) {
+         command_by_position(rest, {1}, "Loss by position in the training window.", "eval positions");
+       })},
+      {"length", always_0([](const Args& rest) {
+         command_by_position(rest, {1, 2, 4, 8}, "Loss at 1, 2, 4 and 8 times the training context, by position.",
+                             "eval length");
+       })},
+      {"memory", always_0(command_memory)},
+      {"export", always_0(command_export)},
+      {"import", always_0(command_import)},
+      {"logits", always_0(command_logits)},
+      {"gradients", always_0(command_gradients)},
   };
   std::vector<std::string> names;
   std::string all;

@@ -32,6 +32,8 @@ struct Settings {
   int val_every = 0, val_tokens = 65536, sample_every = 0,
       checkpoint_every = 0;  // 0: eight validations, no samples, four checkpoints
   int threads = 0;                                                                // 0: all cores
+  int diagnostics_every = 0;  // 0: never
+  int replay_step = -1;       // -1: train
   bool resume = false;
 };
 
@@ -118,14 +120,14 @@ class Flags {
                   const std::string& help) {
     std::string all;
     for (const std::string& word : words) all += (all.empty() ? "" : "|") + word;
-    auto choose = [&value, words, name, all](const std::string& word) {
+    auto set = [&value, words, name, all](const std::string& word) {
       const auto found = std::find(words.begin(), words.end(), word);
       if (found == words.end()) throw UserError("--" + name + " " + word + ": must be one of " + all);
       value = Enum(found - words.begin());
     };
     table.push_back({name, group_, [&value, words] { return nlohmann::json(words[int(value)]); },
-                     [choose](const nlohmann::json& j) { choose(j.get<std::string>()); }});
-    app.add_option_function<std::string>("--" + name, choose, help)
+                     [set](const nlohmann::json& j) { set(j.get<std::string>()); }});
+    app.add_option_function<std::string>("--" + name, set, help)
         ->group(group_)
         ->type_name(all)
         ->default_str(words[int(value)]);
@@ -194,10 +196,12 @@ inline void add_run_flags(Flags& f, Settings& s) {
   f.add("val-tokens", s.val_tokens, "tokens of a validation");
   f.add("sample-every", s.sample_every, "steps between samples of text; 0: none");
   f.add("checkpoint-every", s.checkpoint_every, "steps between checkpoints; 0: four in a run");
+  f.add("diagnostics-every", s.diagnostics_every, "steps between rows of layers.csv and tensors.csv; 0: none");
   f.add("threads", s.threads, "CPU threads; 0: all cores");
   f.add("recompute", s.model.recompute, "less memory: make cheap activations again in the backward pass");
   f.add("init", s.init, "start from the model and weights of this run or checkpoint")->type_name("NAME");
   f.add("resume", s.resume, "go on from the run's checkpoint");
+  f.add("replay-step", s.replay_step, "repeat a step of --run and look into it; -1: train");
 }
 
 // The two ways to say how much is rotated must agree; what a flag says later overrides what a preset said.
@@ -266,7 +270,8 @@ inline nlohmann::ordered_json settings_json(Settings& s,
   add_run_flags(f, s);
   nlohmann::ordered_json json;
   for (const Flag& flag : f.table) {
-    if (std::find(groups.begin(), groups.end(), flag.group) == groups.end() || flag.name == "resume") continue;
+    if (std::find(groups.begin(), groups.end(), flag.group) == groups.end()) continue;
+    if (flag.name == "resume" || flag.name == "replay-step") continue;
     std::string key = flag.name;
     std::replace(key.begin(), key.end(), '-', '_');
     json[key] = key == "rotary_fraction" ? nlohmann::json(double(s.model.rotary_dim) / s.model.head_size) : flag.get();

@@ -772,6 +772,71 @@ __global__ __launch_bounds__(C::kThreads, C::kBlocks) void key_kernel(bf16* dqkv
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
+// Statistics of the weights, for diagnostics: a block per tile of queries, over the tiles of keys. entropies (B, NH, T)
+// and max_logit (NH) as in attention_statistics().
+
+template <int HS, class C>
+constexpr size_t statistics_bytes() {
+  return Tile<C::kTile, HS>::kBytes + 2 * Tile<C::kN, HS>::kBytes;
+}
+
+template <int HS, class C>
+__global__ __launch_bounds__(C::kThreads, C::kBlocks) void statistics_kernel(double* max_logit, float* entropies,
+                                                                             const bf16* qkv, const float* lse, int T,
+                                                                             int NH, int NKV, float scale) {
+  constexpr int M = C::kTile, N = C::kN;
+  const Place at = place((T + M - 1) / M, NH);
+  const int q0 = ((T + M - 1) / M - 1 - at.tile) * M;
+  const size_t stride = size_t(NH + 2 * NKV) * HS, rows = (size_t(at.b) * NH + at.head) * T;
+  const bf16* q = qkv + size_t(at.b) * T * stride + at.head * HS;
+  const bf16* k = qkv + size_t(at.b) * T * stride + (NH + at.head / (NH / NKV)) * HS;
+
+  const Tile<M, HS> q_tile{shared_start()};
+  auto k_tile = [&](int j) { return Tile<N, HS>{q_tile.at + q_tile.kBytes + j % 2 * Tile<N, HS>::kBytes}; };
+  auto load = [&](int j) {
+    load_tile<C::kThreads>(k_tile(j), k, stride, j * N, T);
+    commit_loads();
+  };
+  load_tile<C::kThreads>(q_tile, q, stride, q0, T);
+  load(0);
+  wait_loads();
+  const Operand<C::kRegisters, M, HS> Q(q_tile, group() * kRows);
+
+  const int row0 = q0 + group() * kRows, row = row0 + own_row();
+  const float scale2 = scale * kLog2e;
+  float lse2[2], top = 0, sum[2] = {0, 0};
+#pragma unroll
+  for (int h = 0; h < 2; ++h) lse2[h] = row + 8 * h < T ? lse[rows + row + 8 * h] * kLog2e : 0;
+
+  const int tiles = (min(q0 + M, T) + N - 1) / N;
+  for (int j = 0; j < tiles; ++j) {
+    if (j > 0) wait_loads();
+    if (j + 1 < tiles) load(j + 1);
+    if (j * N > row0 + kRows - 1) continue;
+    float S[N / 8][4];
+    Q.template times<N>(S, k_tile(j));
+    wait_products<0>(S);
+    const bool diagonal = j * N + N - 1 > row0;
+#pragma unroll
+    for (int n = 0; n < N / 8; ++n)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        if (diagonal && j * N + n * 8 + lane() % 4 * 2 + i % 2 > row + i / 2 * 8) continue;  // the future
+        const float d = lse2[i / 2] - S[n][i] * scale2;  // -log2 p
+        top = fmaxf(top, fabsf(S[n][i]));  // 0 in rows from T on, whose queries are zeros
+        sum[i / 2] += exp2_(-d) * d;
+      }
+  }
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    sum[h] = row_sum(sum[h]) * kLn2;
+    if (lane() % 4 == 0 && row + 8 * h < T) entropies[rows + row + 8 * h] = sum[h];
+  }
+  top = warp_max(top);
+  if (lane() == 0) raise_to(max_logit + at.head, top * scale);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
 // Launches
 
 template <int HS>
@@ -799,6 +864,14 @@ void backward(Cuda& be, bf16* dqkv, float* D, const bf16* dout, const bf16* qkv,
     keys(key_kernel<HS, K, true, false>);
     keys(key_kernel<HS, K, false, true>);
   }
+}
+
+template <int HS>
+void statistics(Cuda& be, double* max_logit, float* entropies, const bf16* qkv, const float* lse, int B, int T, int NH,
+                int NKV) {
+  using C = ForwardConfig<HS>;
+  launch(be, "flash_attention_statistics", statistics_kernel<HS, C>, divide_up(T, C::kTile) * B * NH, C::kThreads,
+         statistics_bytes<HS, C>(), max_logit, entropies, qkv, lse, T, NH, NKV, 1 / std::sqrt(float(HS)));
 }
 
 }  // namespace flash
@@ -830,6 +903,18 @@ inline void flash_attention_backward(Cuda& be, bf16* dqkv, float* D, const bf16*
     case 128: return flash::backward<128>(be, dqkv, D, dout, qkv, out, lse, B, T, NH, NKV);
     case 256: return flash::backward<256>(be, dqkv, D, dout, qkv, out, lse, B, T, NH, NKV);
     default: throw std::runtime_error("flash_attention_backward: head size must be 32, 64, 128 or 256");
+  }
+}
+
+// attention_statistics() of attention.cuh without the sum of the entropies.
+inline void flash_attention_statistics(Cuda& be, double* max_logit, float* entropies, const bf16* qkv, const float* lse,
+                                       int B, int T, int NH, int NKV, int HS) {
+  switch (HS) {
+    case 32: return flash::statistics<32>(be, max_logit, entropies, qkv, lse, B, T, NH, NKV);
+    case 64: return flash::statistics<64>(be, max_logit, entropies, qkv, lse, B, T, NH, NKV);
+    case 128: return flash::statistics<128>(be, max_logit, entropies, qkv, lse, B, T, NH, NKV);
+    case 256: return flash::statistics<256>(be, max_logit, entropies, qkv, lse, B, T, NH, NKV);
+    default: throw std::runtime_error("flash_attention_statistics: head size must be 32, 64, 128 or 256");
   }
 }
 

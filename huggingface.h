@@ -7,20 +7,22 @@
 //     the same with QK-Norm                                   Glm4MoeForCausalLM, with dense layers only
 //     the same, R = 0 (NoPE), no QK-Norm                      SmolLM3ForCausalLM, with no layer rotated
 //     LayerNorm, GELU, biases, R > 0, as many key as query heads    GPTNeoXForCausalLM
+//     any, with code                                          ours: scripts/modeling_partial_rope.py
 //     read only: full rotation                                LlamaForCausalLM
 //
-// None of them holds interleaved pairs, nor the parallel block with RMSNorm. A fraction is written as partial_rotary_factor
-// in rope_parameters (Transformers 5) and under the older flat keys, because loaders have quietly taken their default where
-// the one that they look for was missing.
+// None of theirs holds interleaved pairs, nor the parallel block with RMSNorm. A fraction is written as
+// partial_rotary_factor in rope_parameters (Transformers 5) and under the older flat keys, because loaders have quietly
+// taken their default where the one that they look for was missing.
 
 #include <list>
 
 #include "checkpoint.h"
 #include "flags.h"
+#include "python.h"  // made by the Makefile: files of scripts/ as strings
 #include "tokenizer.h"
 
-// Their tensor `theirs` is rows [row, row + rows) of our tensor `ours`; all of them where rows is 0. per_head: query, key
-// and value rows of a head stand together there, as in GPT-NeoX.
+// Their tensor `theirs` is rows [row, row + rows) of our tensor `ours`; all of them where rows is 0. per_head: query,
+// key and value rows of a head stand together there, as in GPT-NeoX.
 struct TensorPart {
   std::string theirs, ours;
   size_t row = 0, rows = 0;
@@ -30,6 +32,10 @@ struct TensorPart {
 // All tensors of a model of their class `type` (a model_type of config.json) with our configuration.
 inline std::vector<TensorPart> tensor_parts(const std::string& type, const Config& c) {
   std::vector<TensorPart> parts;
+  if (type == "partial_rope") {  // our class has our names
+    for (const ParameterRow& row : parameter_table(c).rows) parts.push_back({row.name, row.name});
+    return parts;
+  }
   const size_t Q = size_t(c.heads) * c.head_size, K = size_t(c.kv_heads) * c.head_size, F = c.mlp_hidden;
   const bool neox = type == "gpt_neox", fused = type == "phi3";
   parts.push_back({neox ? "gpt_neox.embed_in.weight" : "model.embed_tokens.weight", "embedding.weight"});
@@ -73,7 +79,7 @@ inline std::vector<TensorPart> tensor_parts(const std::string& type, const Confi
   return parts;
 }
 
-// Our row of the qkv matrix that is row r of theirs, whose rows run over heads, then query, key and value, then channels.
+// Our row of the qkv matrix that is row r of theirs, whose rows run over heads, then query, key, value, then channels.
 inline size_t per_head_row(const Config& c, size_t r) {
   const size_t HS = c.head_size, head = r / (3 * HS), part = r / HS % 3;
   return (part * c.heads + head) * HS + r % HS;
@@ -82,10 +88,11 @@ inline size_t per_head_row(const Config& c, size_t r) {
 // ---------------------------------------------------------------------------------------------------------------------
 // Export
 
-// The model_type that holds this configuration unchanged. UserError with the reason if there is none.
+// The model_type of theirs that holds this configuration unchanged. UserError with the reason if there is none.
 inline std::string model_type_of(const Config& c) {
   auto none = [](const std::string& why) -> std::string {
-    throw UserError("export: no Hugging Face class holds this model: " + why);
+    throw UserError("export: no class of Hugging Face's library holds this model: " + why +
+                    "; --with-code writes it with a class of its own");
   };
   if (c.rope_pairs == RopePairs::interleaved && c.rotary_dim > 0) return none("--rope-pairs interleaved");
   if (c.norm == NormKind::layer) {
@@ -103,6 +110,12 @@ inline std::string model_type_of(const Config& c) {
   return c.qk_norm ? "glm4_moe" : c.rotary_dim == 0 ? "smollm3" : "phi3";
 }
 
+// end_of_text: an id, or -1.
+inline void add_special_tokens(nlohmann::ordered_json& json, int end_of_text) {
+  for (const char* token : {"bos_token_id", "eos_token_id", "pad_token_id"})
+    json[token] = end_of_text >= 0 ? nlohmann::ordered_json(end_of_text) : nlohmann::ordered_json();
+}
+
 // R / HS as a number f for which int(f * HS), which is what their library computes, is R.
 inline double exported_fraction(int R, int HS) {
   double f = double(R) / HS;
@@ -110,8 +123,24 @@ inline double exported_fraction(int R, int HS) {
   return f;
 }
 
-inline nlohmann::ordered_json exported_config(const Config& c, int end_of_text) {
-  const std::string type = model_type_of(c);
+// config.json of our own class: the model's flags, as in a run's config.json.
+inline nlohmann::ordered_json exported_config_with_code(const Config& c, int end_of_text) {
+  Settings s;
+  s.model = c;
+  nlohmann::ordered_json json = settings_json(s, {"Model"});
+  json.update({{"architectures", {"PartialRopeForCausalLM"}},
+               {"model_type", "partial_rope"},
+               {"auto_map", {{"AutoConfig", "modeling_partial_rope.PartialRopeConfig"},
+                             {"AutoModelForCausalLM", "modeling_partial_rope.PartialRopeForCausalLM"}}},
+               {"torch_dtype", "float32"},
+               {"tie_word_embeddings", false},  // the class does that itself
+               {"use_cache", false}});
+  add_special_tokens(json, end_of_text);
+  return json;
+}
+
+// config.json of a class of theirs that holds this configuration.
+inline nlohmann::ordered_json exported_config(const Config& c, const std::string& type, int end_of_text) {
   const std::map<std::string, const char*> classes = {{"phi3", "Phi3ForCausalLM"},
                                                       {"glm4_moe", "Glm4MoeForCausalLM"},
                                                       {"smollm3", "SmolLM3ForCausalLM"},
@@ -130,8 +159,7 @@ inline nlohmann::ordered_json exported_config(const Config& c, int end_of_text) 
                                  {"initializer_range", 0.02},
                                  {"rope_theta", c.rope_base},
                                  {"rope_parameters", {{"rope_type", "default"}, {"rope_theta", c.rope_base}}}};
-  for (const char* token : {"bos_token_id", "eos_token_id", "pad_token_id"})
-    json[token] = end_of_text >= 0 ? nlohmann::ordered_json(end_of_text) : nlohmann::ordered_json();
+  add_special_tokens(json, end_of_text);
   if (type != "smollm3") json["partial_rotary_factor"] = json["rope_parameters"]["partial_rotary_factor"] = fraction;
   if (type == "gpt_neox") {
     json.update({{"hidden_act", "gelu"},
@@ -150,7 +178,9 @@ inline nlohmann::ordered_json exported_config(const Config& c, int end_of_text) 
   if (type == "phi3") json.update({{"original_max_position_embeddings", c.context}, {"sliding_window", nullptr}});
   if (type == "glm4_moe") json.update({{"use_qk_norm", true}, {"first_k_dense_replace", c.layers}});
   if (type == "smollm3")
-    json.update({{"no_rope_layers", std::vector<int>(c.layers, 0)}, {"use_sliding_window", false}, {"mlp_bias", false}});
+    json.update({{"no_rope_layers", std::vector<int>(c.layers, 0)},
+                 {"use_sliding_window", false},
+                 {"mlp_bias", false}});
   return json;
 }
 
@@ -177,9 +207,16 @@ inline nlohmann::ordered_json byte_tokenizer_json() {
           {"pre_tokenizer", byte_level},
           {"post_processor", nullptr},
           {"decoder", byte_level},
-          {"model", {{"type", "BPE"}, {"dropout", nullptr}, {"unk_token", nullptr}, {"continuing_subword_prefix", nullptr},
-                     {"end_of_word_suffix", nullptr}, {"fuse_unk", false}, {"byte_fallback", false}, {"vocab", vocab},
-                     {"merges", nlohmann::ordered_json::array()}}}};
+          {"model",
+           {{"type", "BPE"},
+            {"dropout", nullptr},
+            {"unk_token", nullptr},
+            {"continuing_subword_prefix", nullptr},
+            {"end_of_word_suffix", nullptr},
+            {"fuse_unk", false},
+            {"byte_fallback", false},
+            {"vocab", vocab},
+            {"merges", nlohmann::ordered_json::array()}}}};
 }
 
 // Makes a directory whole or not at all: write(path) fills path.part, which is then renamed. UserError if it exists.
@@ -204,9 +241,11 @@ void make_directory(const std::string& path, Write write) {
   }
 }
 
-// Writes a checkpoint's weights, with its tokenizer if there is one, to the new directory `out`.
-inline void export_model(const std::string& out, const Config& c, const std::string& checkpoint, const Tokenizer* tokenizer) {
-  const std::string type = model_type_of(c);
+// Writes a checkpoint's weights, with its tokenizer if there is one, to the new directory `out`. with_code: for our own
+// class, whose code goes with them. Returns the model_type.
+inline std::string export_model(const std::string& out, const Config& c, const std::string& checkpoint,
+                                const Tokenizer* tokenizer, bool with_code) {
+  const std::string type = with_code ? "partial_rope" : model_type_of(c);
   const ParameterTable table = parameter_table(c);
   std::map<std::string, const ParameterRow*> rows;
   for (const ParameterRow& row : table.rows) rows[row.name] = &row;
@@ -229,9 +268,13 @@ inline void export_model(const std::string& out, const Config& c, const std::str
     tensors.push_back({part.theirs, shape, data, shape[0] * columns});
   }
   const int end_of_text = tokenizer ? tokenizer->end_of_text() : -1;
+  const nlohmann::ordered_json config =
+      with_code ? exported_config_with_code(c, end_of_text) : exported_config(c, type, end_of_text);
   make_directory(out, [&](const std::string& part) {
     write_safetensors(part + "/model.safetensors", tensors, {{"format", "pt"}});
-    write_text_file(part + "/config.json", exported_config(c, end_of_text).dump(2) + "\n");
+    write_text_file(part + "/config.json", config.dump(2) + "\n");
+    if (with_code) write_text_file(part + "/modeling_partial_rope.py", k_modeling_partial_rope_py);
+    if (with_code) write_text_file(part + "/reference.py", k_reference_py);
     if (!tokenizer) return;
     write_text_file(part + "/tokenizer.json", tokenizer->file().empty() ? byte_tokenizer_json().dump() + "\n"
                                                                         : read_text_file(tokenizer->file()));
@@ -247,6 +290,7 @@ inline void export_model(const std::string& out, const Config& c, const std::str
         {"bos_token_id", end_of_text}, {"eos_token_id", end_of_text}, {"pad_token_id", end_of_text}};
     write_text_file(part + "/generation_config.json", generation.dump(2) + "\n");
   });
+  return type;
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -277,10 +321,23 @@ inline Config imported_config(const std::string& path, const nlohmann::json& jso
       fail(std::string(key) + " is " + json[key].dump() + "; only " + value.dump() + " can be imported");
   };
   type = at("model_type").is_string() ? json["model_type"].get<std::string>() : json["model_type"].dump();
-  const std::set<std::string> known = {"phi3", "glm4_moe", "smollm3", "gpt_neox", "llama"};
-  if (!known.count(type)) fail("model_type " + type + " cannot be imported; phi3, glm4_moe, smollm3, gpt_neox and llama can");
-  const bool neox = type == "gpt_neox";
+  const std::set<std::string> known = {"phi3", "glm4_moe", "smollm3", "gpt_neox", "llama", "partial_rope"};
+  if (!known.count(type))
+    fail("model_type " + type + " cannot be imported; phi3, glm4_moe, smollm3, gpt_neox, llama and partial_rope can");
   Config c;
+  if (type == "partial_rope") {
+    Settings s;
+    const nlohmann::ordered_json needed = settings_json(s, {"Model"});
+    for (const auto& [key, value] : needed.items()) at(key.c_str());
+    c = settings_from_json(path, json).model;
+    try {
+      resolve(c);
+    } catch (const UserError& e) {
+      fail(e.what());
+    }
+    return c;
+  }
+  const bool neox = type == "gpt_neox";
   c.vocab = whole("vocab_size"), c.width = whole("hidden_size"), c.mlp_hidden = whole("intermediate_size");
   c.layers = whole("num_hidden_layers"), c.heads = whole("num_attention_heads");
   c.context = whole("max_position_embeddings");
@@ -384,7 +441,7 @@ inline Settings import_model(const std::string& from, const std::string& run_dir
       throw UserError(index_path + ": has no weight_map");
     for (const auto& [tensor, file] : index["weight_map"].items()) {
       if (!file.is_string() || file.get<std::string>().find('/') != std::string::npos)
-        throw UserError(index_path + ": tensor " + tensor + " is in " + file.dump() + ", which is not a file beside it");
+        throw UserError(index_path + ": tensor " + tensor + " is in " + file.dump() + ", not a file beside it");
       files.insert(file.get<std::string>());
     }
     names.assign(files.begin(), files.end());
@@ -416,15 +473,14 @@ inline Settings import_model(const std::string& from, const std::string& run_dir
       throw UserError(file + ": tensor " + part.theirs + " is " + tensor->dtype + "; F32, F16 and BF16 can be read");
     used.insert(part.theirs);
   }
-  for (const auto& entry : theirs) {
-    const std::string &tensor = entry.first, &file = entry.second.second;
-    auto ends = [&](const std::string& end) {
-      return tensor.size() >= end.size() && tensor.compare(tensor.size() - end.size(), end.size(), end) == 0;
+  for (const auto& [tensor, where] : theirs) {
+    auto ends = [&name = tensor](const std::string& end) {
+      return name.size() >= end.size() && name.compare(name.size() - end.size(), end.size(), end) == 0;
     };
     const bool buffer = ends("rotary_emb.inv_freq") || ends("attention.bias") || ends("attention.masked_bias");
     const bool tied = s.model.tied && (tensor == "lm_head.weight" || tensor == "embed_out.weight");
     if (!used.count(tensor) && !buffer && !tied)
-      throw UserError(file + ": tensor " + tensor + " has no place in this model");
+      throw UserError(where.second + ": tensor " + tensor + " has no place in this model");
   }
 
   std::vector<float> flat(table.total);

@@ -183,15 +183,15 @@ void gelu_backward(Cpu&, Real* dx, const Real* dout, const Real* x, int N, int F
 // Softmax cross-entropy with the log Z penalty of z-loss (Chowdhery et al. 2022, arXiv 2204.02311):
 //     loss = log Z - logit[target] + z_loss (log Z)^2,  Z = sum exp(logit), in nats.
 // Reads logits (N, V) and writes the gradient of scale * sum(losses) in their place; losses (N) without the penalty, so
-// that runs compare. Rows whose target is negative have loss and gradient 0.
+// that runs compare, and log_z (N). Rows whose target is negative have loss, log_z and gradient 0.
 template <class Real>
-void cross_entropy(Cpu&, Acc<Real>* losses, Real* logits, const int* targets, double scale, double z_loss, int N,
-                   int V) {
+void cross_entropy(Cpu&, Acc<Real>* losses, Acc<Real>* log_z, Real* logits, const int* targets, double scale,
+                   double z_loss, int N, int V) {
 #pragma omp parallel for
   for (int n = 0; n < N; ++n) {
     Real* row = logits + size_t(n) * V;
     if (targets[n] < 0) {
-      losses[n] = 0;
+      losses[n] = log_z[n] = 0;
       for (int v = 0; v < V; ++v) row[v] = 0;
       continue;
     }
@@ -205,20 +205,41 @@ void cross_entropy(Cpu&, Acc<Real>* losses, Real* logits, const int* targets, do
       row[v] = exp_(row[v] - highest);
       sum += row[v];
     }
-    const Real log_z = highest + std::log(sum);
-    losses[n] = log_z - target_logit;
-    const Real factor = Real(scale) * (Real(1) + Real(2 * z_loss) * log_z) / sum;
+    log_z[n] = highest + std::log(sum);
+    losses[n] = log_z[n] - target_logit;
+    const Real factor = Real(scale) * (Real(1) + Real(2 * z_loss) * log_z[n]) / sum;
     for (int v = 0; v < V; ++v) row[v] *= factor;
     row[targets[n]] -= Real(scale);
   }
 }
 
-// sum (1) += the losses (N), added up in order, in double.
+// loss (1) += the sum of losses (N), z (1) += that of log_z (N); added up in order, in double.
 template <class Real>
-void add_losses(Cpu&, double* sum, const Real* losses, int N) {
-  double total = 0;
-  for (int n = 0; n < N; ++n) total += losses[n];
-  *sum += total;
+void add_losses(Cpu&, double* loss, double* z, const Real* losses, const Real* log_z, int N) {
+  double loss_sum = 0, z_sum = 0;
+  for (int n = 0; n < N; ++n) loss_sum += losses[n], z_sum += log_z[n];
+  *loss += loss_sum;
+  *z += z_sum;
+}
+
+// sums (groups) += the squares of each group of channels, over all rows: x holds N rows, `stride` elements apart, that
+// begin with `groups` groups of `width` channels. For diagnostics: the residual stream is one group, queries and keys
+// are a group per head. In double.
+template <class Real>
+void add_squares(Cpu&, double* sums, const Real* x, int N, int groups, int width, int stride) {
+  std::vector<double> partial(size_t(kRowChunks) * groups);
+  for_row_chunks(N, [&](int chunk, int begin, int end) {
+    for (int n = begin; n < end; ++n)
+      for (int g = 0; g < groups; ++g) {
+        const Real* row = x + size_t(n) * stride + g * width;
+        double sum = 0;
+#pragma omp simd reduction(+ : sum)
+        for (int c = 0; c < width; ++c) sum += double(row[c]) * double(row[c]);
+        partial[size_t(chunk) * groups + g] += sum;
+      }
+  });
+  for (int chunk = 0; chunk < kRowChunks; ++chunk)
+    for (int g = 0; g < groups; ++g) sums[g] += partial[size_t(chunk) * groups + g];
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -227,8 +248,6 @@ void add_losses(Cpu&, double* sum, const Real* losses, int N) {
 #ifdef __CUDACC__
 
 #include <cub/device/device_radix_sort.cuh>
-#include <map>
-#include <tuple>
 
 // A thread copies W channels of one row.
 template <class Real, int W>
@@ -476,99 +495,6 @@ void norm_backward(Cuda& be, NormKind kind, Real* dx, Acc<Real>* dweight, Acc<Re
   if (kind == NormKind::layer) add_rows(be, dbias, partial + C, blocks, C, sums * C);
 }
 
-// One matrix product of cuBLASLt, which counts in columns: our row-major (rows, columns) is its (columns, rows).
-//     out (columns of b's, rows of a's) = a b, plus `add` when given; shapes as cuBLASLt sees them:
-// out (m, n) = op(a) op(b) [+ add (m, n)] [+ bias (m) to every column]. op(a) is (m, k), op(b) (k, n).
-template <class Out>
-struct Product {
-  Out* out;
-  const Out* add;  // may be out
-  const Out* bias;
-  int m, n, k;
-  bool transpose_a, transpose_b;
-};
-
-// How a product is to be done, found once per shape: asking cuBLASLt costs more than starting it.
-struct ProductPlan {
-  cublasLtMatmulDesc_t description = nullptr;
-  cublasLtMatrixLayout_t a = nullptr, b = nullptr, out = nullptr;
-  cublasLtMatmulAlgo_t algorithm;
-};
-
-template <class T>
-constexpr cudaDataType_t cuda_type() {
-  return std::is_same_v<T, bf16> ? CUDA_R_16BF : CUDA_R_32F;
-}
-inline int alignment(const void* p) {  // the largest power of two that divides the address, up to 256 bytes
-  return int(std::min<uintptr_t>(reinterpret_cast<uintptr_t>(p) & -reinterpret_cast<uintptr_t>(p), 256));
-}
-
-// Inputs in Real, sums in fp32 (never TF32), out in Out. cuBLASLt may split k among blocks, but only to add up partial
-// products from the workspace in a fixed order: no reduction scheme with atomics is let in.
-template <class Real, class Out>
-void multiply(Cuda& be, const Product<Out>& p, const Real* a, const Real* b) {
-  using Key = std::tuple<int, int, int, bool, bool, bool, bool, int, int, int, int>;
-  static std::map<std::pair<cublasLtHandle_t, Key>, ProductPlan> plans;
-  const Key key = {p.m,
-                   p.n,
-                   p.k,
-                   p.transpose_a,
-                   p.transpose_b,
-                   p.add != nullptr,
-                   p.bias != nullptr,
-                   alignment(a),
-                   alignment(b),
-                   alignment(p.out),
-                   p.add ? alignment(p.add) : 256};
-  ProductPlan& plan = plans[{be.blas, key}];
-  if (!plan.description) {
-    cublasLtMatmulDesc_t description;
-    check(cublasLtMatmulDescCreate(&description, CUBLAS_COMPUTE_32F, CUDA_R_32F), "cublasLtMatmulDescCreate");
-    auto set = [&](cublasLtMatmulDescAttributes_t name, auto value) {
-      check(cublasLtMatmulDescSetAttribute(description, name, &value, sizeof value), "cublasLtMatmulDescSetAttribute");
-    };
-    set(CUBLASLT_MATMUL_DESC_TRANSA, p.transpose_a ? CUBLAS_OP_T : CUBLAS_OP_N);
-    set(CUBLASLT_MATMUL_DESC_TRANSB, p.transpose_b ? CUBLAS_OP_T : CUBLAS_OP_N);
-    if (p.bias) set(CUBLASLT_MATMUL_DESC_EPILOGUE, CUBLASLT_EPILOGUE_BIAS);
-    if (p.bias) set(CUBLASLT_MATMUL_DESC_BIAS_POINTER, (const void*)p.bias);
-    auto layout = [&](cublasLtMatrixLayout_t& to, cudaDataType_t type, int rows, int columns) {
-      check(cublasLtMatrixLayoutCreate(&to, type, rows, columns, rows), "cublasLtMatrixLayoutCreate");
-    };
-    layout(plan.a, cuda_type<Real>(), p.transpose_a ? p.k : p.m, p.transpose_a ? p.m : p.k);
-    layout(plan.b, cuda_type<Real>(), p.transpose_b ? p.n : p.k, p.transpose_b ? p.k : p.n);
-    layout(plan.out, cuda_type<Out>(), p.m, p.n);
-    cublasLtMatmulPreference_t preference;
-    check(cublasLtMatmulPreferenceCreate(&preference), "cublasLtMatmulPreferenceCreate");
-    auto prefer = [&](cublasLtMatmulPreferenceAttributes_t name, auto value) {
-      check(cublasLtMatmulPreferenceSetAttribute(preference, name, &value, sizeof value),
-            "cublasLtMatmulPreferenceSetAttribute");
-    };
-    prefer(CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, Cuda::kWorkspaceBytes);
-    prefer(CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, uint32_t(CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE));
-    prefer(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, uint32_t(alignment(a)));
-    prefer(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES, uint32_t(alignment(b)));
-    prefer(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, uint32_t(p.add ? alignment(p.add) : alignment(p.out)));
-    prefer(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES, uint32_t(alignment(p.out)));
-    cublasLtMatmulHeuristicResult_t found;
-    int count = 0;
-    check(cublasLtMatmulAlgoGetHeuristic(be.blas, description, plan.a, plan.b, plan.out, plan.out, preference, 1,
-                                         &found, &count),
-          "cublasLtMatmulAlgoGetHeuristic");
-    cublasLtMatmulPreferenceDestroy(preference);
-    if (count == 0) throw std::runtime_error("cuBLASLt has no algorithm for a matrix product of this shape");
-    plan.algorithm = found.algo;
-    plan.description = description;
-  }
-  if (p.bias)
-    check(cublasLtMatmulDescSetAttribute(plan.description, CUBLASLT_MATMUL_DESC_BIAS_POINTER, &p.bias, sizeof p.bias),
-          "cublasLtMatmulDescSetAttribute");
-  const float one = 1, zero = 0;
-  check(
-      cublasLtMatmul(be.blas, plan.description, &one, a, plan.a, b, plan.b, p.add ? &one : &zero, p.add ? p.add : p.out,
-                     plan.out, p.out, plan.out, &plan.algorithm, be.workspace, Cuda::kWorkspaceBytes, be.stream),
-      "cublasLtMatmul");
-}
-
 template <class Real>
 void linear_forward(Cuda& be, Real* out, const Real* inp, const Real* weight, const Real* bias, int N, int IC, int OC) {
   multiply(be, Product<Real>{out, nullptr, bias, OC, N, IC, true, false}, weight, inp);
@@ -729,7 +655,8 @@ constexpr int kLossThreads = 512;  // at most
 // a multiprocessor, shared memory holds them in between; a long row is read from the L2 cache again.
 template <class Real, int W, bool KEEP>
 __global__ void __launch_bounds__(kLossThreads)
-    cross_entropy_kernel(float* losses, Real* logits, const int* targets, float scale, float z_loss, int V) {
+    cross_entropy_kernel(float* losses, float* log_z, Real* logits, const int* targets, float scale, float z_loss,
+                         int V) {
   extern __shared__ float4 shared_row[];
   __shared__ SoftmaxSum warps[kLossThreads / 32];
   using P = Pack<Real, W>;
@@ -742,7 +669,7 @@ __global__ void __launch_bounds__(kLossThreads)
       const float zeros[W] = {};
       store<W>(row + i * W, zeros);
     }
-    if (threadIdx.x == 0) losses[n] = 0;
+    if (threadIdx.x == 0) losses[n] = log_z[n] = 0;
     return;
   }
   const float target_logit = float(row[target]);
@@ -766,9 +693,8 @@ __global__ void __launch_bounds__(kLossThreads)
   total = warps[0];
   for (int w = 1; w < blockDim.x / 32; ++w) total = merge(total, warps[w]);
 
-  const float log_z = total.highest + logf(total.sum);
-  const float factor = scale * (1 + 2 * z_loss * log_z) / total.sum;
-  if (threadIdx.x == 0) losses[n] = log_z - target_logit;
+  const float z = total.highest + logf(total.sum), factor = scale * (1 + 2 * z_loss * z) / total.sum;
+  if (threadIdx.x == 0) log_z[n] = z, losses[n] = z - target_logit;
 #pragma unroll 4
   for (int i = threadIdx.x; i < packs; i += blockDim.x) {
     const P pack = KEEP ? kept[i] : reinterpret_cast<const P*>(row)[i];
@@ -780,35 +706,66 @@ __global__ void __launch_bounds__(kLossThreads)
 }
 
 template <class Real>
-void cross_entropy(Cuda& be, Acc<Real>* losses, Real* logits, const int* targets, double scale, double z_loss, int N,
-                   int V) {
+void cross_entropy(Cuda& be, Acc<Real>* losses, Acc<Real>* log_z, Real* logits, const int* targets, double scale,
+                   double z_loss, int N, int V) {
   auto start = [&](auto W) {  // with at least four packs per thread, where there are as many
     const int threads = int(std::min<size_t>(kLossThreads, 32 * divide_up(V / W(), 4 * 32)));
     const size_t bytes = V * sizeof(Real);
     const bool keep = bytes <= 16 * 1024;
     auto kernel = keep ? cross_entropy_kernel<Real, W(), true> : cross_entropy_kernel<Real, W(), false>;
-    launch(be, "cross_entropy", kernel, N, threads, keep ? bytes : 0, losses, logits, targets, float(scale),
+    launch(be, "cross_entropy", kernel, N, threads, keep ? bytes : 0, losses, log_z, logits, targets, float(scale),
            float(z_loss), V);
   };
   if (wide(V, logits)) return start(std::integral_constant<int, kWide<Real>>());
   start(std::integral_constant<int, 1>());
 }
 
-// One block: thread i adds up losses i, i + 1024, ..., then the sums are folded in halves.
-static __global__ void __launch_bounds__(1024) add_losses_kernel(double* sum, const float* losses, int N) {
-  __shared__ double sums[1024];
-  double total = 0;
+// One block for the losses and one for log Z: thread i adds up elements i, i + 1024, ...
+static __global__ void __launch_bounds__(1024)
+    add_losses_kernel(double* loss, double* z, const float* losses, const float* log_z, int N) {
+  const float* from = blockIdx.x ? log_z : losses;
+  double sum = 0;
 #pragma unroll 8
-  for (int n = threadIdx.x; n < N; n += 1024) total += losses[n];
-  sums[threadIdx.x] = total;
-  for (int half = 512; half > 0; half /= 2) {
-    __syncthreads();
-    if (threadIdx.x < half) sums[threadIdx.x] += sums[threadIdx.x + half];
-  }
-  if (threadIdx.x == 0) *sum += sums[0];
+  for (int n = threadIdx.x; n < N; n += 1024) sum += from[n];
+  sum = block_sum(sum);
+  if (threadIdx.x == 0) *(blockIdx.x ? z : loss) += sum;
 }
-inline void add_losses(Cuda& be, double* sum, const float* losses, int N) {
-  launch(be, "add_losses", add_losses_kernel, 1, 1024, 0, sum, losses, N);
+inline void add_losses(Cuda& be, double* loss, double* z, const float* losses, const float* log_z, int N) {
+  launch(be, "add_losses", add_losses_kernel, 2, 1024, 0, loss, z, losses, log_z, N);
+}
+
+// A block works on some rows of the group blockIdx.y, a thread on every so many'th pack of W channels.
+template <class Real, int W>
+__global__ void __launch_bounds__(256) squares_of_groups_kernel(double* partial, const Real* x, int N, int width,
+                                                                int stride) {
+  const unsigned packs = width / W, count = N * packs;
+  float sum = 0;
+#pragma unroll 4
+  for (unsigned i = blockIdx.x * 256 + threadIdx.x; i < count; i += gridDim.x * 256) {
+    float v[W];
+    load<W>(v, x + size_t(i / packs) * stride + blockIdx.y * width + i % packs * W);
+#pragma unroll
+    for (int k = 0; k < W; ++k) sum += v[k] * v[k];
+  }
+  const double total = block_sum(sum);
+  if (threadIdx.x == 0) partial[blockIdx.y * gridDim.x + blockIdx.x] = total;
+}
+static __global__ void __launch_bounds__(256) add_groups_kernel(double* sums, const double* partial, int parts) {
+  double sum = 0;
+  for (int i = threadIdx.x; i < parts; i += 256) sum += partial[size_t(blockIdx.x) * parts + i];
+  sum = block_sum(sum);
+  if (threadIdx.x == 0) sums[blockIdx.x] += sum;
+}
+
+template <class Real>
+void add_squares(Cuda& be, double* sums, const Real* x, int N, int groups, int width, int stride) {
+  double* partial = static_cast<double*>(be.workspace);
+  const int parts = int(std::min<size_t>(divide_up(8 * be.multiprocessors, groups), divide_up(size_t(N) * width, 256)));
+  const bool packs = wide(width, x) && wide(stride, x);
+  launch(be, "add_squares",
+         packs ? squares_of_groups_kernel<Real, kWide<Real>> : squares_of_groups_kernel<Real, 1>,
+         dim3(parts, groups), 256, 0, partial, x, N, width, stride);
+  launch(be, "add_squares", add_groups_kernel, groups, 256, 0, sums, (const double*)partial, parts);
 }
 
 #endif  // __CUDACC__

@@ -225,7 +225,7 @@ struct Activations {
   int *tokens = nullptr, *targets = nullptr;
   std::vector<BlockActivations<Real>> blocks;
   Real *x = nullptr, *final = nullptr, *logits = nullptr;  // x: the residual stream after the last block
-  Acc<Real> *final_mean = nullptr, *final_rstd = nullptr, *losses = nullptr;
+  Acc<Real> *final_mean = nullptr, *final_rstd = nullptr, *losses = nullptr, *log_z = nullptr;
 };
 
 template <class Real>  // one set, used again by every block
@@ -278,6 +278,7 @@ void visit_activations(const Config& c, size_t N, Activations<Real>& a, Visit vi
   visit("final", N * C, a.final);
   visit("logits", size_t(loss_rows<Backend>(c, N)) * c.vocab, a.logits);
   visit("losses", N, a.losses);
+  visit("log_z", N, a.log_z);
 }
 
 template <class Real, class Visit>
@@ -357,10 +358,10 @@ struct Model {
   Real* weights_flat = nullptr;
   Acc<Real>*master = nullptr, *gradients_flat = nullptr, *m = nullptr, *v = nullptr;
 
-  // What a step leaves for the log, on the device: the sum of its losses since zero_gradients(), in nats, and the
-  // global norm of its gradient before clipping.
+  // What a step leaves for the log, on the device: the sums of its losses, in nats, and of log Z since
+  // zero_gradients(), and the global norm of its gradient before clipping.
   struct StepResult {
-    double loss;
+    double loss, log_z;
     Acc<Real> norm;
   };
   StepResult* result = nullptr;
@@ -368,6 +369,7 @@ struct Model {
   // for_training = false leaves out gradients and optimizer state.
   Model(Backend& backend, const Config& c, int batch, int length, bool for_training)
       : be(backend), config(c), table(parameter_table(c)), B(batch), T(length) {
+    check_head_size(be, c.head_size);
     weights_memory_ = Buffer<Backend>(be, table.total * sizeof(Real));
     weights_flat = weights_memory_.template as<Real>();
     if constexpr (std::is_same_v<Real, Acc<Real>>) {
@@ -473,14 +475,14 @@ struct Model {
     for (int n = 0; n < N; n += run) {
       const int rows = std::min(run, N - n);
       linear_forward(be, acts.logits, acts.final + size_t(n) * C, weights.head, (const Real*)nullptr, rows, C, V);
-      cross_entropy(be, acts.losses + n, acts.logits, acts.targets + n, 0.0, 0.0, rows, V);
+      cross_entropy(be, acts.losses + n, acts.log_z + n, acts.logits, acts.targets + n, 0.0, 0.0, rows, V);
     }
     be.download(losses, acts.losses, N * sizeof(Acc<Real>));
   }
 
   // After forward(): logits, host (rows, V), of the last `rows` positions of a batch of one.
   void logits(Acc<Real>* out, int length, int rows) {
-    const int C = config.width, V = config.vocab, run = loss_rows<Backend>(config, size_t(B) * T);
+    const int C = config.width, V = config.vocab, run = std::min(rows, loss_rows<Backend>(config, size_t(B) * T));
     std::vector<Real> host(size_t(run) * V);
     for (int n = length - rows; n < length; n += run) {
       const int count = std::min(run, length - n);
@@ -507,7 +509,8 @@ struct Model {
   }
 
   // After forward() on the same tokens: adds to the gradients those of scale * (sum of the losses + z-loss), leaves
-  // the losses per token in acts.losses and adds their sum to result->loss. scale is 1 / (tokens of the whole step).
+  // the losses per token in acts.losses, and adds their sum to result->loss and that of log Z to result->log_z. scale
+  // is 1 / (tokens of the whole step).
   void backward(const int* targets, int batch, int length, double scale, double z_loss) {
     be.upload(acts.targets, targets, size_t(batch) * length * sizeof(int));
     backward_uploaded(batch, length, scale, z_loss);
@@ -524,11 +527,11 @@ struct Model {
       const int rows = std::min(run, N - n);
       const Real* final = acts.final + size_t(n) * C;
       linear_forward(be, acts.logits, final, weights.head, (const Real*)nullptr, rows, C, V);
-      cross_entropy(be, acts.losses + n, acts.logits, acts.targets + n, scale, z_loss, rows, V);
+      cross_entropy(be, acts.losses + n, acts.log_z + n, acts.logits, acts.targets + n, scale, z_loss, rows, V);
       linear_backward(be, d.dh + size_t(n) * C, gradients.head, (Acc<Real>*)nullptr, acts.logits, final, weights.head,
                       rows, C, V);
     }
-    add_losses(be, &result->loss, acts.losses, N);
+    add_losses(be, &result->loss, &result->log_z, acts.losses, acts.log_z, N);
     norm_backward(be, c.norm, d.dx, gradients.final_norm, gradients.final_norm_bias, (const Real*)nullptr, d.dh, acts.x,
                   acts.final_mean, acts.final_rstd, weights.final_norm, N, C);
     for (int l = c.layers - 1; l >= 0; --l) {

@@ -2,12 +2,14 @@
 // The partial-RoPE path of one token, byte by byte: what `eval trace` shows.
 //
 // trace_head() runs the model on the CPU in fp32, does every step of the path again beside it (in double where it is
-// arithmetic), and writes down whatever does not agree. print_trace() only shows.
+// arithmetic), and writes down whatever does not agree. print_trace() and trace_json() only show.
 
 #include <cstdarg>
 #include <cstdio>
 #include <string>
 #include <vector>
+
+#include <nlohmann/json.hpp>
 
 #include "eval.h"
 #include "model.h"
@@ -46,6 +48,7 @@ struct Trace {
   HeadTrace query, key, other;          // at position; the key at `against`
   std::vector<PairTrace> pairs;         // (R/2), at position
   std::vector<ScoreTrace> scores;       // (position + 1): the query against key s
+  std::vector<std::vector<float>> queries, keys;  // (T, HS): this head's after RoPE, of every position
   double lse = 0;                       // the model's
   std::vector<CheckTrace> checks;
   bool agrees() const {
@@ -116,6 +119,10 @@ inline Trace trace_head(Model<Cpu, float>& model, const std::vector<int>& tokens
   };
   trace.query = head_at(position, head);
   trace.key = head_at(position, c.heads + trace.kv_head);
+  for (int t = 0; t < T; ++t) {
+    trace.queries.push_back(head_at(t, head).after);
+    trace.keys.push_back(head_at(t, c.heads + trace.kv_head).after);
+  }
 
   bool table_agrees = true;
   for (int i = 0; i < R / 2; ++i) {
@@ -568,4 +575,27 @@ inline std::string print_trace(const Trace& trace, const Config& c, const std::v
     page.text.erase(start, 10);  // the first line already has its beginning
   }
   return page.text;
+}
+
+// The trace as one object, for plots. Heads have a number per channel, `scores` one per key; theta and angle are in
+// radians; `queries` and `keys` (T, HS) are this head's after RoPE, of every position.
+inline nlohmann::json trace_json(const Trace& trace, const Config& c, const std::vector<int>& tokens,
+                                 const Tokenizer* tokenizer) {
+  using nlohmann::json;
+  auto head = [](const HeadTrace& h) { return json{{"raw", h.raw}, {"before", h.before}, {"after", h.after}}; };
+  json object = {{"layer", trace.layer},         {"head", trace.head},           {"kv_head", trace.kv_head},
+                 {"position", trace.position},   {"against", trace.against},     {"head_size", c.head_size},
+                 {"rotary_dim", c.rotary_dim},   {"query", head(trace.query)},   {"key", head(trace.key)},
+                 {"other", head(trace.other)},   {"queries", trace.queries},     {"keys", trace.keys},
+                 {"tokens", json::array()},      {"pairs", json::array()},       {"agrees", trace.agrees()}};
+  for (int token : tokens) object["tokens"].push_back(token_text(tokenizer, token));
+  for (const PairTrace& p : trace.pairs)
+    object["pairs"].push_back(
+        {{"a", p.a}, {"b", p.b}, {"theta", p.theta}, {"angle", p.angle}, {"cos", p.cos}, {"sin", p.sin}});
+  for (const ScoreTrace& s : trace.scores) {
+    object["scores"]["rotated"].push_back(s.rotated);
+    object["scores"]["rest"].push_back(s.rest);
+    object["scores"]["probability"].push_back(s.probability);
+  }
+  return object;
 }

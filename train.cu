@@ -1,7 +1,8 @@
 // train: trains a GPT with partial RoPE on tokenized shards.
 //
 // One optimiser step: `accumulate` micro-batches forward and backward, clipping, AdamW. What a run writes is in
-// runs/NAME: config.json, log.csv, val.csv, summary.json, checkpoint/. Ctrl-C finishes the step and saves.
+// runs/NAME: config.json, log.csv, val.csv, spikes.csv, summary.json, checkpoint/, and with --diagnostics-every layers.csv
+// and tensors.csv. Ctrl-C finishes the step and saves. --replay-step repeats a step of a run to look into it.
 
 #include <sys/ioctl.h>
 
@@ -13,6 +14,7 @@
 
 #include "checkpoint.h"
 #include "data.h"
+#include "diagnostics.h"
 #include "eval.h"
 #include "flags.h"
 #include "generate.h"
@@ -36,57 +38,15 @@ static std::string duration_text(double seconds) {
   return text;
 }
 
-// A csv file of the run. On resume, rows of steps after the checkpoint are dropped: they will be computed again.
-class CsvLog {
- public:
-  CsvLog(const std::string& path, const std::string& header, int keep_up_to_step) : path_(path) {
-    std::string kept = header + "\n";
-    std::ifstream before(path);
-    std::string line;
-    std::getline(before, line);
-    while (std::getline(before, line))
-      if (std::atoi(line.c_str()) <= keep_up_to_step && keep_up_to_step > 0) kept += line + "\n";
-    write_text_file(path + ".part", kept);
-    fs::rename(path + ".part", path);
-    file_ = std::fopen(path.c_str(), "a");
-    if (!file_) throw UserError(path + ": cannot write: " + std::strerror(errno));
-  }
-  ~CsvLog() { std::fclose(file_); }
-  template <class... Values>
-  void row(const char* format, Values... values) {
-    if (std::fprintf(file_, format, values...) < 0 || std::fflush(file_) != 0)
-      throw UserError(path_ + ": cannot write: " + std::strerror(errno));
-  }
-
- private:
-  std::string path_;
-  std::FILE* file_;
-};
-
-// Reads rows of a csv file back as (first column, column `value`).
-static std::vector<std::pair<double, double>> read_csv(const std::string& path, int value) {
-  std::vector<std::pair<double, double>> rows;
-  std::ifstream file(path);
-  std::string line, cell;
-  std::getline(file, line);
-  while (std::getline(file, line)) {
-    std::stringstream cells(line);
-    std::vector<double> row;
-    while (std::getline(cells, cell, ',')) row.push_back(std::atof(cell.c_str()));
-    if (int(row.size()) > value) rows.push_back({row[0], row[value]});
-  }
-  return rows;
-}
-
 // The loss over the steps as a picture of text: a column per stretch of steps, its mean as a dot; the floor as a line.
 // The axis is logarithmic: most of a run happens near its end.
-static void print_curve(const std::vector<std::pair<double, double>>& points, double floor) {
+static void print_curve(const std::vector<double>& steps, const std::vector<double>& losses, double floor) {
   const int width = 64, height = 12;
-  if (points.size() < 2) return;
+  if (losses.size() < 2) return;
   std::vector<double> sum(width), count(width);
-  for (size_t i = 0; i < points.size(); ++i) {
-    const size_t column = i * width / points.size();
-    sum[column] += points[i].second;
+  for (size_t i = 0; i < losses.size(); ++i) {
+    const size_t column = i * width / losses.size();
+    sum[column] += losses[i];
     count[column] += 1;
   }
   double high = -INFINITY, low = std::isnan(floor) ? INFINITY : floor;
@@ -103,8 +63,8 @@ static void print_curve(const std::vector<std::pair<double, double>>& points, do
     std::printf("  %6.2f |%s%s\n", high * std::exp(-range * y / (height - 1)), line.c_str(),
                 !std::isnan(floor) && line_of(floor) == y ? " floor" : "");
   }
-  std::printf("         +%s\n          step %-10.0f%*s%.0f\n\n", std::string(width, '-').c_str(), points.front().first,
-              width - 22, "", points.back().first);
+  std::printf("         +%s\n          step %-10.0f%*s%.0f\n\n", std::string(width, '-').c_str(), steps.front(),
+              width - 22, "", steps.back());
 }
 
 // What is decided before any memory is taken: settings, data, where the run's files go, what it starts from.
@@ -113,16 +73,46 @@ struct Run {
   std::string directory;
   std::string checkpoint, init;  // the checkpoint to resume from, or to take the weights from, or empty
   nlohmann::json state;
+  int kept_step = 0;  // of the run's checkpoint, when a step is replayed
   Meta meta;
   std::unique_ptr<Dataset> train, val;
   std::unique_ptr<Tokenizer> tokenizer;  // null where the shards do not say which
 };
+
+// --replay-step: the run's settings; and its checkpoint if that is of an earlier step than the one to be repeated,
+// else what it started from.
+static void prepare_replay(Run& run, const Settings& asked) {
+  const std::string flag = "--replay-step " + std::to_string(asked.replay_step);
+  if (asked.run.empty()) throw UserError(flag + ": say of which run with --run NAME");
+  run.directory = "runs/" + asked.run;
+  const std::vector<double> logged = read_column(run.directory + "/log.csv", "step");
+  if (logged.empty()) throw UserError(flag + ": there are no steps in " + run.directory + "/log.csv");
+  if (asked.replay_step < 1 || asked.replay_step > logged.back())
+    throw UserError(flag + ": must be one of the steps 1 to " + std::to_string(int(logged.back())) + " of " +
+                    run.directory + "/log.csv");
+  const std::string config = run.directory + "/config.json";
+  run.s = settings_from_json(config, read_json_file(config));
+  run.checkpoint = locate_checkpoint(run.directory);
+  if (!run.checkpoint.empty()) {
+    const std::string state = run.checkpoint + "/state.json";
+    run.state = read_json_file(state);
+    settings_from_state(state, run.state);  // refuses what is no state
+    run.kept_step = run.state["step"].get<int>();
+    if (run.kept_step >= asked.replay_step) run.checkpoint = "";
+  }
+  if (run.checkpoint.empty() && !run.s.init.empty()) {
+    run.init = locate_checkpoint(run.s.init);
+    if (run.init.empty()) throw UserError(flag + ": the run started from " + run.s.init + ", which is no longer there");
+  }
+}
 
 static Run prepare(const std::vector<std::string>& args) {
   Run run;
   Settings& s = run.s;
   Settings asked;
   apply_flags(asked, args);
+  const bool replay = asked.replay_step != -1, again = asked.resume || replay;
+  if (asked.resume && replay) throw UserError("--resume, --replay-step: give one of them");
   if (asked.resume) {
     if (asked.run.empty()) throw UserError("--resume: say which run with --run NAME");
     run.directory = "runs/" + asked.run;
@@ -130,10 +120,12 @@ static Run prepare(const std::vector<std::string>& args) {
     run.state = read_json_file(run.checkpoint + "/state.json");
     s = settings_from_state(run.checkpoint + "/state.json", run.state);
     check_weights(s.model, run.checkpoint);
+  } else if (replay) {
+    prepare_replay(run, asked);
   } else {
     apply_flags(s, preset_flags(asked.preset));
   }
-  if (!asked.init.empty() && !asked.resume) {
+  if (!asked.init.empty() && !again) {
     run.init = locate_checkpoint(asked.init);
     if (run.init.empty())
       throw UserError("--init " + asked.init + ": no checkpoint in runs/" + asked.init + " or " + asked.init);
@@ -145,7 +137,7 @@ static Run prepare(const std::vector<std::string>& args) {
   Settings before = s;
   // A preset named again on resume must not reset the run's own flags: its flags count as given by the user.
   std::vector<std::string> user = args;
-  if (asked.resume)
+  if (again)
     for (const std::string& arg : args)
       if (arg.rfind("--preset", 0) == 0) {
         user = preset_flags(asked.preset);
@@ -168,6 +160,7 @@ static Run prepare(const std::vector<std::string>& args) {
   expect_positive("val-tokens", s.val_tokens);
   expect_positive("sample-every", s.sample_every, true);
   expect_positive("checkpoint-every", s.checkpoint_every, true);
+  expect_positive("diagnostics-every", s.diagnostics_every, true);
   expect_positive("threads", s.threads, true);
   for (auto [flag, beta] : {std::pair{"--beta1 ", s.beta1}, std::pair{"--beta2 ", s.beta2}})
     if (!(beta >= 0 && beta < 1)) throw UserError(flag + std::to_string(beta) + ": must lie between 0 and 1");
@@ -193,17 +186,19 @@ static Run prepare(const std::vector<std::string>& args) {
     data->windows(s.model.context);
     data->check_tokens(s.model.vocab);
   }
-  if (asked.resume || !run.init.empty()) {
+  if (again || !run.init.empty()) {
     std::vector<std::string> groups = {"Model"};
-    if (asked.resume) groups.push_back("Optimiser");
+    if (again) groups.push_back("Optimiser");
+    const std::string flag = replay ? "--replay-step" : asked.resume ? "--resume" : "--init",
+                      may_differ = replay ? "" : asked.resume ? "steps" : "context";
     const auto was = settings_json(before, groups), is = settings_json(s, groups);
     for (const auto& [key, value] : was.items())
-      if (key != (asked.resume ? "steps" : "context") && is[key] != value)
-        throw UserError((asked.resume ? "--resume: " : "--init: ") + key + " is " + is[key].dump() + " but was " +
-                        value.dump() + " in " + (asked.resume ? run.checkpoint : run.init) +
+      if (key != may_differ && is[key] != value)
+        throw UserError(flag + ": " + key + " is " + is[key].dump() + " but was " + value.dump() + " in " +
+                        (replay ? run.directory : asked.resume ? run.checkpoint : run.init) +
                         "; leave the flag out, or start a new run");
   }
-  if (!asked.resume) {
+  if (!again) {
     const std::string base = s.run.empty() ? s.preset : s.run;
     std::string name = base;
     for (int i = 2; s.run.empty() && fs::exists("runs/" + name); ++i) name = base + "-" + std::to_string(i);
@@ -252,6 +247,85 @@ static void expect_memory(Config c, int B, size_t available, const MemoryReport&
                   (std::is_same_v<Backend, Cpu> ? " in this machine" : " free on the GPU") + advice);
 }
 
+// Training, a step at a time.
+template <class Backend, class Real>
+struct Trainer {
+  Backend& be;
+  const Run& run;
+  const Settings& s;
+  const int N = s.batch * s.model.context;  // tokens of a micro-batch
+  const size_t tokens_per_step = size_t(N) * s.accumulate;
+  Model<Backend, Real> model;
+  Diagnostics<Backend, Real> diagnostics;
+  int done = 0;  // steps that the weights have behind them
+
+  // In nats per token; norm is that of the gradient before clipping.
+  struct Result {
+    double loss, log_z, norm, lr;
+    bool finite() const { return std::isfinite(loss) && std::isfinite(norm); }
+  };
+
+  // From the run's checkpoint, the weights of --init, or new ones.
+  Trainer(Backend& backend, const Run& r)
+      : be(backend), run(r), s(r.s), model(be, s.model, s.batch, s.model.context, true), diagnostics(model),
+        tokens_(be, 4 * tokens_per_step) {
+    if (!run.checkpoint.empty()) {
+      load_weights(model, run.checkpoint);
+      load_optimizer(model, run.checkpoint);
+      done = run.state["step"];
+    } else if (!run.init.empty()) {
+      load_weights(model, run.init);
+    } else {
+      model.initialise_weights(s.seed, s.init_std);
+    }
+  }
+
+  // The next step; with `inside`, looks into it; with `losses`, keeps the loss of each token (accumulate, B, T).
+  Result step(StepDiagnostics* inside = nullptr, std::vector<Acc<Real>>* losses = nullptr) {
+    const int warmup = s.warmup >= 0 ? s.warmup : (s.steps + 19) / 20;
+    const double min_lr = s.min_lr >= 0 ? s.min_lr : s.lr / 10;
+    const AdamW a = {learning_rate(s.schedule, done, s.steps, warmup, s.lr, min_lr),
+                     s.beta1, s.beta2, s.eps, s.weight_decay, s.clip, done + 1};
+    if (read_ < done) read_batches(done);
+    model.zero_gradients();
+    if (inside) diagnostics.begin();
+    if (losses) losses->resize(tokens_per_step);
+    for (int micro = 0; micro < s.accumulate; ++micro) {
+      const size_t at = size_t(micro) * N;
+      model.train_batch(inputs_of(done) + at, targets_of(done) + at, 1.0 / double(tokens_per_step), s.z_loss);
+      if (inside) diagnostics.add_micro_batch();
+      if (losses) be.download(losses->data() + at, model.acts.losses, N * sizeof(Acc<Real>));
+    }
+    model.update(a);
+    if (inside) diagnostics.add_update(a);
+    if (done + 1 < s.steps) read_batches(done + 1);  // a GPU is still at work
+    typename Model<Backend, Real>::StepResult result;
+    be.download(&result, model.result, sizeof result);
+    if (inside) *inside = diagnostics.read();
+    ++done;
+    return {result.loss / double(tokens_per_step), result.log_z / double(tokens_per_step), double(result.norm), a.lr};
+  }
+
+  const int* inputs_of(int step) { return batches_of(step); }  // (accumulate, B, T)
+  const int* targets_of(int step) { return batches_of(step) + tokens_per_step; }
+  size_t first_micro_batch(int step) const { return size_t(step) * s.accumulate; }
+
+ private:
+  // The micro-batches of two steps: while the device works on one, the other is read from the shards.
+  HostArray<Backend, int> tokens_;
+  int read_ = -1;
+
+  int* batches_of(int step) { return tokens_.data + (step % 2) * 2 * tokens_per_step; }
+  void read_batches(int step) {
+    for (int micro = 0; micro < s.accumulate; ++micro) {
+      int* inputs = batches_of(step) + size_t(micro) * N;
+      run.train->batch(s.seed, first_micro_batch(step) + micro, s.batch, s.model.context, inputs,
+                       inputs + tokens_per_step);
+    }
+    read_ = step;
+  }
+};
+
 template <class Backend, class Real>
 int train(Backend& be, Run& run) {
   using A = Acc<Real>;
@@ -260,33 +334,27 @@ int train(Backend& be, Run& run) {
   const int B = s.batch, T = c.context, N = B * T;
   const int val_every = s.val_every ? s.val_every : std::max(1, s.steps / 8);
   const int checkpoint_every = s.checkpoint_every ? s.checkpoint_every : std::max(1, s.steps / 4);
-  const int warmup = s.warmup >= 0 ? s.warmup : (s.steps + 19) / 20;
-  const double min_lr = s.min_lr >= 0 ? s.min_lr : s.lr / 10;
-  const size_t tokens_per_step = size_t(N) * s.accumulate;
   const double floor = run.meta.val.entropy;
   const bool terminal = isatty(STDOUT_FILENO);
 
   const MemoryReport memory = memory_report<Backend, Real>(c, B, T);
-  expect_memory<Backend, Real>(c, B, be.available_memory(), memory);
-  Model<Backend, Real> model(be, c, B, T, true);
-  int step = 0;
-  if (!run.init.empty()) {
-    load_weights(model, run.init);
-  } else if (run.checkpoint.empty()) {
-    model.initialise_weights(s.seed, s.init_std);
-  } else {
-    load_weights(model, run.checkpoint);
-    load_optimizer(model, run.checkpoint);
-    step = run.state["step"];
-  }
+  Trainer<Backend, Real> trainer(be, run);
+  Model<Backend, Real>& model = trainer.model;
+  const int& step = trainer.done;
+  const size_t tokens_per_step = trainer.tokens_per_step;
   std::error_code error;
   fs::create_directories(run.directory, error);
   if (error) throw UserError(run.directory + ": cannot create the run's directory: " + error.message());
   write_text_file(run.directory + "/config.json", settings_json(s).dump(2) + "\n");
   if (run.tokenizer && !run.tokenizer->file().empty())
     write_text_file(run.directory + "/tokenizer.json", read_text_file(run.tokenizer->file()));  // for eval
-  CsvLog log(run.directory + "/log.csv", "step,tokens,loss,lr,grad_norm,tokens_per_second", step);
+  CsvLog log(run.directory + "/log.csv", "step,tokens,loss,lr,grad_norm,tokens_per_second,log_z", step);
   CsvLog val_log(run.directory + "/val.csv", "step,tokens,val_loss", step);
+  CsvLog spikes_log(run.directory + "/spikes.csv", "step,loss,z_score,micro_batch", step);
+  std::unique_ptr<DiagnosticsLog> inside_log;
+  if (s.diagnostics_every || fs::exists(run.directory + "/layers.csv"))
+    inside_log = std::make_unique<DiagnosticsLog>(run.directory, step);
+  std::vector<double> losses = read_column(run.directory + "/log.csv", "loss");  // what is kept of a resumed run's
 
   print_settings(s);
   std::printf("RoPE turns %d of %d channels of each query and key head (%.1f %%); table %s.\n", c.rotary_dim,
@@ -300,17 +368,6 @@ int train(Backend& be, Run& run) {
               tokens_per_step, double(tokens_per_step) * s.steps / run.train->tokens(), s.steps);
   if (step) std::printf("Resumed at step %d.\n", step);
   std::fflush(stdout);
-
-  // The micro-batches of two steps: while the device works on one, the other is read from the shards.
-  const size_t step_tokens = size_t(N) * s.accumulate;
-  HostArray<Backend, int> tokens(be, 4 * step_tokens);
-  auto inputs_of = [&](int step) { return tokens.data + (step % 2) * 2 * step_tokens; };
-  auto targets_of = [&](int step) { return inputs_of(step) + step_tokens; };
-  auto read_batches = [&](int step) {
-    for (int micro = 0; micro < s.accumulate; ++micro)
-      run.train->batch(s.seed, uint64_t(step) * s.accumulate + micro, B, T, inputs_of(step) + size_t(micro) * N,
-                       targets_of(step) + size_t(micro) * N);
-  };
 
   auto validate = [&] {
     const size_t windows = run.val->windows(T),
@@ -329,7 +386,7 @@ int train(Backend& be, Run& run) {
   };
   auto save = [&] {
     nlohmann::ordered_json state = {{"step", step},
-                                    {"micro_batches", uint64_t(step) * s.accumulate},
+                                    {"micro_batches", trainer.first_micro_batch(step)},
                                     {"tokens", uint64_t(step) * tokens_per_step},
                                     {"seed", s.seed},
                                     {"tokenizer", run.meta.tokenizer},
@@ -346,49 +403,49 @@ int train(Backend& be, Run& run) {
   };
   const std::string resume = "train --run " + s.run + " --resume";
 
-  double val_loss = NAN, loss = NAN;
+  double val_loss = NAN;
   int last_saved = step;
   const int first_step = step;
   double training_seconds = 0;
-  read_batches(step);
   std::signal(SIGINT, on_interrupt);
   std::signal(SIGTERM, on_interrupt);
   while (step < s.steps && !interrupted) {
     const double started = now();
-    model.zero_gradients();
-    for (int micro = 0; micro < s.accumulate; ++micro)
-      model.train_batch(inputs_of(step) + size_t(micro) * N, targets_of(step) + size_t(micro) * N,
-                        1.0 / double(tokens_per_step), s.z_loss);
-    const double lr = learning_rate(s.schedule, step, s.steps, warmup, s.lr, min_lr);
-    model.update({lr, s.beta1, s.beta2, s.eps, s.weight_decay, s.clip, step + 1});
-    if (step + 1 < s.steps) read_batches(step + 1);  // a GPU is still at work
-    typename Model<Backend, Real>::StepResult result;
-    be.download(&result, model.result, sizeof result);
-    const double norm = double(result.norm);
-    loss = result.loss / double(tokens_per_step);
-    if (!std::isfinite(loss) || !std::isfinite(norm)) {
-      if (terminal) std::printf("\n");
-      throw UserError("step " + std::to_string(step + 1) + ": loss " + std::to_string(loss) + ", gradient norm " +
-                      std::to_string(norm) + " (micro-batches from " + std::to_string(uint64_t(step) * s.accumulate) +
-                      "); stopped. " +
-                      (last_saved ? "The last good checkpoint is of step " + std::to_string(last_saved) + ": " + resume
-                                  : "There is no checkpoint yet; try a smaller --lr"));
-    }
-    ++step;
+    const bool diagnose = s.diagnostics_every && ((step + 1) % s.diagnostics_every == 0 || step + 1 == s.steps);
+    StepDiagnostics inside;
+    const auto result = trainer.step(diagnose ? &inside : nullptr);
     const double seconds = now() - started;
     training_seconds += seconds;
-    log.row("%d,%zu,%.6f,%.6e,%.6f,%.0f\n", step, size_t(step) * tokens_per_step, loss, lr, norm,
-            tokens_per_step / seconds);
+    const std::string loss_text = decimals(result.loss);
+    log.row("%d,%zu,%s,%.6e,%.6f,%.0f,%.6f\n", step, size_t(step) * tokens_per_step, loss_text.c_str(),
+            result.lr, result.norm, tokens_per_step / seconds, result.log_z);
+    log.flush();
+    if (diagnose) inside_log->write(step, inside);
+    losses.push_back(std::atof(loss_text.c_str()));  // as a resumed run will read it
+    if (const double z = z_score(losses, losses.size() - 1, kSpikeWindow); z > kSpike) {
+      spikes_log.row("%d,%s,%.2f,%zu\n", step, loss_text.c_str(), z, trainer.first_micro_batch(step - 1));
+      spikes_log.flush();
+    }
+    if (!result.finite()) {
+      if (terminal) std::printf("\n");
+      throw UserError("step " + std::to_string(step) + ": loss " + loss_text + ", gradient norm " +
+                      decimals(result.norm) + " (micro-batches from " +
+                      std::to_string(trainer.first_micro_batch(step - 1)) + "); stopped. " +
+                      (last_saved ? "The last good checkpoint is of step " + std::to_string(last_saved) + ": " + resume
+                                  : "There is no checkpoint yet; try a smaller --lr") +
+                      ". To look into the step: train --run " + s.run + " --replay-step " + std::to_string(step));
+    }
 
     const bool validated = step % val_every == 0 || step == s.steps;
     if (validated) {
       val_loss = validate();
       val_log.row("%d,%zu,%.6f\n", step, size_t(step) * tokens_per_step, val_loss);
+      val_log.flush();
     }
     const double left = training_seconds / (step - first_step) * (s.steps - step);
     char line[160], val_text[24] = "";
     if (!std::isnan(val_loss)) std::snprintf(val_text, sizeof val_text, "  val %.4f", val_loss);
-    std::snprintf(line, sizeof line, "step %d/%d  loss %.4f%s  %.0f tokens/s  %s left", step, s.steps, loss, val_text,
+    std::snprintf(line, sizeof line, "step %d/%d  loss %.4f%s  %.0f tokens/s  %s left", step, s.steps, result.loss, val_text,
                   (step - first_step) * tokens_per_step / training_seconds, duration_text(left).c_str());
     if (terminal)
       std::printf("\r\033[K%s%s", line, validated ? "\n" : "");
@@ -412,7 +469,7 @@ int train(Backend& be, Run& run) {
 
   nlohmann::ordered_json summary = {{"steps", step},
                                     {"tokens", uint64_t(step) * tokens_per_step},
-                                    {"train_loss", loss},
+                                    {"train_loss", losses.empty() ? NAN : losses.back()},
                                     {"val_loss", val_loss},
                                     {"parameters", model.table.parameters},
                                     {"rotary_dim", c.rotary_dim},
@@ -426,17 +483,19 @@ int train(Backend& be, Run& run) {
     summary["tokens_per_second"] = (step - first_step) * tokens_per_step / training_seconds;
   }
   if (!std::isnan(floor)) summary["floor"] = floor;
+  summary.update(diagnostics_summary(run.directory, s.clip));
   if (std::isnan(summary["train_loss"].get<double>())) summary.erase("train_loss");
   write_text_file(run.directory + "/summary.json", summary.dump(2) + "\n");
 
-  print_curve(read_csv(run.directory + "/log.csv", 2), floor);
+  print_curve(read_column(run.directory + "/log.csv", "step"), losses, floor);
   std::printf("validation loss %.4f nats per token", val_loss);
   if (!std::isnan(floor))
     std::printf("; the lowest that any model can reach on this corpus is %.4f (%.1f %% above it)", floor,
                 100 * (val_loss / floor - 1));
   std::printf("\n");
   if (run.tokenizer) std::printf("\nA sample (temperature 0.8):\n%s\n", sample(std::min(400, T)).c_str());
-  std::printf("\nFiles: %s: log.csv val.csv summary.json config.json checkpoint/\n", run.directory.c_str());
+  std::printf("\nFiles: %s: log.csv val.csv spikes.csv%s summary.json config.json checkpoint/\n",
+              run.directory.c_str(), inside_log ? " layers.csv tensors.csv" : "");
   std::printf(
       "Next:\n"
       "  make                                        builds build/eval as well\n"
@@ -447,6 +506,108 @@ int train(Backend& be, Run& run) {
   return 0;
 }
 
+// Repeats a run up to and including step --replay-step, looks into that step and writes what it sees to replay-STEP/ in
+// the run's directory; nothing else there is touched. 1 if the repeated steps are not the logged ones.
+template <class Backend, class Real>
+int replay(Backend& be, Run& run) {
+  Settings& s = run.s;
+  const int last = s.replay_step, T = s.model.context;
+  const bool terminal = isatty(STDOUT_FILENO);
+  Trainer<Backend, Real> trainer(be, run);
+  const std::string start = !run.checkpoint.empty() ? "its checkpoint of step " + std::to_string(trainer.done)
+                            : !run.init.empty()     ? "the weights of " + run.init
+                                                    : "its initial weights";
+  std::printf("Repeating steps %d to %d of %s from %s", trainer.done + 1, last, run.directory.c_str(), start.c_str());
+  if (run.checkpoint.empty() && run.kept_step) std::printf(" (the checkpoint, of step %d, is too late)", run.kept_step);
+  std::printf(".\n");
+  std::fflush(stdout);
+
+  auto logged = read_csv(run.directory + "/log.csv");
+  const std::string directory = run.directory + "/replay-" + std::to_string(last);
+  std::error_code error;
+  fs::create_directories(directory, error);  // if it fails, so does the first file
+  CsvLog log(directory + "/log.csv", "step,tokens,loss,lr,grad_norm,log_z", 0);
+  CsvLog windows(directory + "/windows.csv", "micro_batch,window,loss", 0);
+  DiagnosticsLog inside_log(directory, 0);
+  StepDiagnostics inside;
+  std::vector<Acc<Real>> losses;
+  int other = 0;  // the first step that is not as it was
+  std::string difference;
+  std::signal(SIGINT, on_interrupt);
+  std::signal(SIGTERM, on_interrupt);
+  while (trainer.done < last && !interrupted) {
+    const int step = trainer.done + 1;
+    const bool diagnose = step == last || (s.diagnostics_every && step % s.diagnostics_every == 0);
+    const auto result = trainer.step(diagnose ? &inside : nullptr, step == last ? &losses : nullptr);
+    const std::string loss = decimals(result.loss), norm = decimals(result.norm);
+    log.row("%d,%zu,%s,%.6e,%s,%.6f\n", step, size_t(step) * trainer.tokens_per_step, loss.c_str(), result.lr,
+            norm.c_str(), result.log_z);
+    if (diagnose) inside_log.write(step, inside);
+    const auto row = std::find(logged["step"].begin(), logged["step"].end(), std::to_string(step));
+    const size_t at = row - logged["step"].begin();
+    if (!other && (row == logged["step"].end() || logged["loss"][at] != loss || logged["grad_norm"][at] != norm)) {
+      other = step;
+      difference = "step " + std::to_string(step) + " has loss " + loss + " and gradient norm " + norm;
+      if (row != logged["step"].end())
+        difference += ", in log.csv " + logged["loss"][at] + " and " + logged["grad_norm"][at];
+    }
+    if (terminal) std::printf("\r\033[Kstep %d/%d  loss %s", step, last, loss.c_str());
+    std::fflush(stdout);
+  }
+  if (terminal) std::printf("\n");
+  if (interrupted) throw UserError("interrupted before step " + std::to_string(last));
+
+  std::printf("\nlayer  largest logit (head)   least entropy (head)   rms of q, k: largest head   residual rms\n");
+  for (int l = 0; l < s.model.layers; ++l) {
+    const HeadDiagnostics* heads = &inside.heads[size_t(l) * s.model.heads];
+    const HeadDiagnostics *logit = heads, *entropy = heads, *q = heads, *k = heads;
+    for (const HeadDiagnostics* h = heads; h < heads + s.model.heads; ++h) {
+      if (h->max_logit > logit->max_logit) logit = h;
+      if (!(h->entropy >= entropy->entropy)) entropy = h;
+      if (h->q_rms > q->q_rms) q = h;
+      if (h->k_rms > k->k_rms) k = h;
+    }
+    std::printf("%5d %14.5g (%d) %18.5g (%d) %17.4g %10.4g %14.4g\n", l, logit->max_logit, logit->head,
+                entropy->entropy, entropy->head, q->q_rms, k->k_rms, heads->residual_rms);
+  }
+  std::printf("\n%-28s %14s %14s %14s %11s\n", "tensor", "gradient norm", "weight rms", "update/weight", "not finite");
+  for (const TensorDiagnostics& t : inside.tensors)
+    std::printf("%-28s %14.5g %14.5g %14.5g %11.0f\n", t.name.c_str(), t.grad_norm, t.weight_rms, t.update_ratio,
+                t.nonfinite);
+
+  // The windows of the step's batch, and how the hardest of them begin.
+  std::vector<std::pair<double, size_t>> hardest;
+  for (size_t w = 0; w < losses.size() / T; ++w) {
+    double sum = 0;
+    for (int t = 0; t < T; ++t) sum += losses[w * T + t];
+    windows.row("%zu,%zu,%.6f\n", trainer.first_micro_batch(last - 1) + w / s.batch, w % s.batch, sum / T);
+    hardest.push_back({unsigned_nan(sum / T), w});
+  }
+  std::sort(hardest.begin(), hardest.end(), [](const auto& a, const auto& b) {
+    return std::isnan(a.first) != std::isnan(b.first) ? std::isnan(a.first) : a.first > b.first;
+  });
+  std::printf("\nThe windows with the largest loss:\n");
+  for (size_t i = 0; i < std::min<size_t>(3, hardest.size()); ++i) {
+    const size_t w = hardest[i].second;
+    std::string text;
+    for (int t = 0; run.tokenizer && t < std::min(T, 64); ++t)
+      run.tokenizer->decode(trainer.inputs_of(last - 1)[w * T + t], text);
+    text = printable(text.substr(0, 64));
+    std::replace(text.begin(), text.end(), '\n', ' ');
+    std::printf("  %.4f  micro-batch %zu, window %zu  %s\n", hardest[i].first,
+                trainer.first_micro_batch(last - 1) + w / s.batch, w % s.batch, text.c_str());
+  }
+  log.flush();
+  windows.flush();
+  std::printf("\nFiles: %s: log.csv layers.csv tensors.csv windows.csv\n", directory.c_str());
+  if (!other) {
+    std::printf("Loss and gradient norm of all repeated steps are those of the run's log.csv.\n");
+    return 0;
+  }
+  std::printf("This is not how the run went: %s. Another device, --dtype, program or data?\n", difference.c_str());
+  return 1;
+}
+
 int main(int argc, char** argv) {
   return exit_code_of([&] {
     Run run = prepare({argv + 1, argv + argc});
@@ -454,7 +615,11 @@ int main(int argc, char** argv) {
     if (s.threads) omp_set_num_threads(s.threads);
     int status = 0;
     with_backend(s.device, s.dtype, [&](auto& be, auto real) {
-      status = train<std::decay_t<decltype(be)>, decltype(real)>(be, run);
+      using Backend = std::decay_t<decltype(be)>;
+      using Real = decltype(real);
+      expect_memory<Backend, Real>(s.model, s.batch, be.available_memory(),
+                                   memory_report<Backend, Real>(s.model, s.batch, s.model.context));
+      status = s.replay_step == -1 ? train<Backend, Real>(be, run) : replay<Backend, Real>(be, run);
     });
     return status;
   });

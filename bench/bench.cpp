@@ -2,7 +2,7 @@
 //
 //   bench [--quick]         tables for the CPU: tokens per second, time per operation, RoPE's share by fraction
 //   bench --shape PRESET --batch B --context T [--device cpu|cuda] [--dtype fp32|bf16] [--seconds S] [--json] [--any
-//         flag of train's model]
+//         flag of train's model, or --diagnostics-every N]
 //                           tokens per second of a training step and each operation's share of it; --json: as one line,
 //                           with the config
 //
@@ -25,6 +25,7 @@
 #include <Eigen/Core>
 #endif
 
+#include "diagnostics.h"
 #include "flags.h"
 #include "model.h"
 
@@ -61,13 +62,8 @@ struct Timed<Cuda> : Cuda {
   std::vector<Span> spans;
 
   void mark(cudaEvent_t event) {
-    check(cudaEventRecordWithFlags(event, stream, capturing() ? cudaEventRecordExternal : cudaEventRecordDefault),
+    check(cudaEventRecordWithFlags(event, stream, recording() ? cudaEventRecordExternal : cudaEventRecordDefault),
           "cudaEventRecord");
-  }
-  bool capturing() {
-    cudaStreamCaptureStatus status;
-    check(cudaStreamIsCapturing(stream, &status), "cudaStreamIsCapturing");
-    return status == cudaStreamCaptureStatusActive;
   }
   void end_step() {
     synchronize();
@@ -96,7 +92,7 @@ void timed(Timed<Cpu>& be, const char* operation, Work work) {
 #ifdef __CUDACC__
 template <class Work>
 void timed(Timed<Cuda>& be, const char* operation, Work work) {
-  Timed<Cuda>::Span span = {operation, nullptr, nullptr, be.capturing()};
+  Timed<Cuda>::Span span = {operation, nullptr, nullptr, be.recording()};
   check(cudaEventCreate(&span.begin), "cudaEventCreate");
   check(cudaEventCreate(&span.end), "cudaEventCreate");
   be.mark(span.begin);
@@ -135,6 +131,9 @@ TIMED(cross_entropy)
 TIMED(add_losses)
 TIMED(gradient_norm)
 TIMED(adamw)
+TIMED(attention_statistics)
+TIMED(add_squares)
+TIMED(tensor_statistics)
 
 namespace {
 
@@ -172,6 +171,7 @@ double step_seconds(Backend& be, const Settings& s, double budget, const std::fu
                     int* steps_done = nullptr) {
   const int B = s.batch, T = s.model.context, N = B * T;
   Model<Backend, Real> model(be, s.model, B, T, true);
+  Diagnostics<Backend, Real> diagnostics(model);
   model.initialise_weights(1);
   HostArray<Backend, int> tokens(be, N), targets(be, N);
   for (int n = 0; n < N; ++n) {
@@ -182,9 +182,14 @@ double step_seconds(Backend& be, const Settings& s, double budget, const std::fu
   auto seconds_of = [&](int count) {  // of a step, in a run of `count`
     const double start = now();
     for (int i = 0; i < count; ++i) {
+      const AdamW a = {s.lr, s.beta1, s.beta2, s.eps, s.weight_decay, s.clip, ++steps};
+      const bool diagnose = s.diagnostics_every && steps % s.diagnostics_every == 0;
       model.zero_gradients();
+      if (diagnose) diagnostics.begin();
       model.train_batch(tokens.data, targets.data, 1.0 / N, 0.0);
-      model.update({s.lr, s.beta1, s.beta2, s.eps, s.weight_decay, s.clip, ++steps});
+      if (diagnose) diagnostics.add_micro_batch();
+      model.update(a);
+      if (diagnose) diagnostics.add_update(a), diagnostics.read();
     }
     end_run(be);
     return (now() - start) / count;

@@ -3,6 +3,7 @@
 //   ops_gpu                every operation at the shapes of a 12 x 768 model, then whole steps of four models
 //   ops_gpu ops            the operations only
 //   ops_gpu steps [NAME]   the steps only, of models with NAME in their names
+//   ops_gpu kernels        every rung of RoPE and attention as CSV: notebooks/kernels.csv, which 05_kernels reads
 //
 // GB/s counts each tensor that an operation must read or write once, next to a plain device-to-device copy (bytes read
 // plus bytes written); TFLOP/s counts 2 per multiply-add, and for causal attention only the lower half.
@@ -140,6 +141,12 @@ static void operations() {
   row("attention forward", milliseconds([&] { attention_forward(*be, out(), lse(), qkv(), s); }), 0, 2 * half);
   row("attention backward",
       milliseconds([&] { attention_backward(*be, dqkv(), delta(), dout(), qkv(), out(), lse(), s); }), 0, 5 * half);
+  Buffer<Cuda> sums_memory(*be, 2 * NH * sizeof(double));
+  double* sums = sums_memory.as<double>();
+  row("attention statistics",
+      milliseconds([&] { attention_statistics(*be, sums, sums + NH, delta(), qkv(), lse(), s); }), 0, half);
+  row("squares of queries and keys", milliseconds([&] { add_squares(*be, sums, qkv(), N, 2 * NH, HS, QKV); }),
+      double(n) * 2 * C * 2);
   const double tensor = double(n) * C * 2;
   row("embedding forward", milliseconds([&] { embedding_forward(*be, x(), tokens, head(), N, C); }), 2 * tensor);
   row("embedding backward", milliseconds([&] { embedding_backward(*be, gw(), x(), tokens, N, V, C); }), tensor);
@@ -159,7 +166,7 @@ static void operations() {
   row("gelu forward", milliseconds([&] { gelu_forward(*be, dup(), up(), N, 2 * F); }), double(n) * F * 2 * 4);
   row("gelu backward", milliseconds([&] { gelu_backward(*be, dup(), up(), up(), N, 2 * F); }), double(n) * F * 2 * 6);
   row("cross-entropy, 5312 rows",
-      milliseconds([&] { cross_entropy(*be, losses(), logits(), tokens, 1e-5, 0.0, rows, V); }),
+      milliseconds([&] { cross_entropy(*be, losses(), losses() + rows, logits(), tokens, 1e-5, 0.0, rows, V); }),
       double(rows) * V * 2 * 2);
   {
     const size_t count = size_t(162) << 20;
@@ -172,6 +179,79 @@ static void operations() {
         count * 30.0);
     row("zero gradients, 170 M", milliseconds([&] { be->zero(g(), count * 4); }), count * 4.0);
   }
+}
+
+// A line of kernels.csv. bytes: what the kernel must read and write at least, each tensor once; a shape of 0 is none.
+static void kernel_row(const char* kernel, const char* rung, const char* dtype, RopeShape s, int R, double bytes,
+                       double flops, double ms) {
+  std::printf("%s,%s,%s,%d,%d,%d,%d,%d,%d,%.0f,%.0f,%.4g\n", kernel, rung, dtype, s.B, s.T, s.NH, s.NKV, s.HS, R, bytes,
+              flops, ms * 1e-3);
+  std::fflush(stdout);
+}
+
+// The two roofs: what memory and the matrix units do at best, measured as a copy and as a large product.
+template <class Real>
+static void roofs() {
+  const int n = 8192;
+  Tensor<Real> a(size_t(n) * n), b(size_t(n) * n), out(size_t(n) * n);
+  const double bytes = double(n) * n * sizeof(Real);
+  kernel_row("copy", "device to device", dtype_name<Real>(), {}, 0, 2 * bytes, 0, milliseconds([&] {
+               check(cudaMemcpyAsync(out(), a(), size_t(bytes), cudaMemcpyDeviceToDevice, be->stream), "copy");
+             }));
+  kernel_row("matrix product", "cuBLASLt", dtype_name<Real>(), {}, 0, 3 * bytes, 2.0 * n * n * n, milliseconds([&] {
+               multiply(*be, Product<Real>{out(), nullptr, nullptr, n, n, n, false, false}, a(), b());
+             }));
+}
+
+static void rope_ladder(RopeShape s, int R) {
+  const size_t heads = size_t(s.B) * s.T * (s.NH + s.NKV);
+  Tensor<bf16> qkv(size_t(s.B) * s.T * (s.NH + 2 * s.NKV) * s.HS);
+  Tensor<float> table(size_t(s.T) * R);
+  const RopeTable rope = {table(), s.T, R, RopePairs::half};
+  auto rung = [&](const char* name, auto work) {
+    kernel_row("rope", name, "bf16", s, R, 4.0 * heads * R + 4.0 * s.T * R, 3.0 * heads * R, milliseconds(work));
+  };
+  rung("1 pair", [&] { rope_launch<1>(*be, qkv(), rope, s, 1); });
+  if (R / 2 % 2 == 0) rung("2 pairs", [&] { rope_launch<2>(*be, qkv(), rope, s, 1); });
+  if (R / 2 % 8 == 0) rung("8 pairs", [&] { rope_launch<8>(*be, qkv(), rope, s, 1); });
+  if (R <= kRopeSmall) rung("16 channels", [&] { rope_forward(*be, qkv(), rope, s); });
+}
+
+template <class Real>
+static void attention_ladder(AttentionShape s) {
+  const size_t rows = size_t(s.B) * s.T, in = rows * (s.NH + 2 * s.NKV) * s.HS, n = rows * s.NH * s.HS;
+  Tensor<Real> qkv(in), dqkv(in), out(n), dout(n);
+  Tensor<float> lse(rows * s.NH), delta(rows * s.NH);
+  const double product = double(n) * s.T;  // flops: 2 per multiply-add, of half of the T x T pairs
+  auto rung = [&](const char* name, auto forward, auto backward) {
+    kernel_row("attention forward", name, dtype_name<Real>(), s, 0, (in + n) * sizeof(Real) + 4.0 * rows * s.NH,
+               2 * product, milliseconds(forward));
+    kernel_row("attention backward", name, dtype_name<Real>(), s, 0,
+               (2 * in + 2 * n) * sizeof(Real) + 4.0 * rows * s.NH, 5 * product, milliseconds(backward));
+  };
+  rung("simple", [&] { simple_attention_forward(*be, out(), lse(), qkv(), s); },
+       [&] { simple_attention_backward(*be, dqkv(), delta(), dout(), qkv(), out(), lse(), s); });
+  if (use_flash_attention<Real>(*be, s))
+    rung("flash", [&] { attention_forward(*be, out(), lse(), qkv(), s); },
+         [&] { attention_backward(*be, dqkv(), delta(), dout(), qkv(), out(), lse(), s); });
+}
+
+static void kernels() {
+  const int N = 65536, C = 768;
+  cudaDeviceProp properties;
+  check(cudaGetDeviceProperties(&properties, 0), "cudaGetDeviceProperties");
+  std::printf("# %s\nkernel,rung,dtype,B,T,NH,NKV,HS,R,bytes,flops,seconds\n", properties.name);
+  roofs<float>();
+  roofs<bf16>();
+  for (int HS : {64, 128, 256})
+    for (int R : {HS, HS / 2, HS / 4, rotary_dim_from_fraction(0.1, HS), 2})
+      rope_ladder({N / 1024, 1024, C / HS, C / HS, HS}, R);
+  for (int HS : {64, 128})
+    for (int T : {256, 1024, 4096}) {
+      const AttentionShape s = {N / T, T, C / HS, C / HS, HS};
+      attention_ladder<float>(s);
+      attention_ladder<bf16>(s);
+    }
 }
 
 struct Row {
@@ -216,6 +296,10 @@ int main(int argc, char** argv) {
     Cuda cuda;
     be = &cuda;
     const std::string only = argc > 1 ? argv[1] : "";
+    if (only == "kernels") {
+      kernels();
+      return 0;
+    }
     if (only != "steps") operations();
     if (only == "ops") return 0;
     const BlockKind sequential = BlockKind::sequential, parallel = BlockKind::parallel;

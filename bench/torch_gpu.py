@@ -4,10 +4,10 @@
     python bench/torch_gpu.py --shapes "6 x 384" --fractions 0.1        only shapes with these words in their names
     python bench/torch_gpu.py --program "" --modes eager                PyTorch alone, eager alone
 
-A step is zero_grad, forward, loss, backward, clipping, AdamW on random tokens. The contestants take turns, round after
-round, so that a GPU that grows warm slows all of them; a figure is the median of the rounds. PyTorch runs the model of
-scripts/reference.py under bf16 autocast with scaled_dot_product_attention and fused AdamW: as it is (eager), under
-torch.compile, and under torch.compile with CUDA graphs (mode "reduce-overhead"); the time to compile is not counted.
+A step is zero_grad, forward, loss, backward, clipping, AdamW on random tokens. Ours runs before and after each of
+PyTorch's modes, so that a GPU that grows warm slows all of them; a figure is the median of the rounds. PyTorch runs the
+model of scripts/reference.py under bf16 autocast with scaled_dot_product_attention and fused AdamW: as it is (eager),
+under torch.compile, and under torch.compile with CUDA graphs (mode "reduce-overhead"); the time to compile is not counted.
 TFLOP/s counts the matrix products of the linear layers and of causal attention, half of T x T; the peak beside it is
 that of a product of two 8192 x 8192 matrices, measured here too.
 """
@@ -127,26 +127,26 @@ def main():
             flags_now = [*flags.split(), f"--rotary-fraction={fraction}"]
             line = ask(options.program or ROOT / "build" / "bench", batch, context, flags_now, 0)
             config = Config(**{field: line["config"][field] for field in Config.__dataclass_fields__})
-            rates, shares = {"ours": [], **{mode: [] for mode in modes}}, {}
-            for mode in modes:  # one model at a time in the GPU's memory, with ours before each of its rounds
+            rates, shares = {"ours": []}, {}
+
+            def ours():
+                if options.program:
+                    answer = ask(options.program, batch, context, flags_now, options.seconds)
+                    rates["ours"].append(answer["tokens_per_second"])
+                    shares.update(answer["operation_seconds"])
+
+            ours()
+            for mode in modes:  # one model at a time in the GPU's memory: ours before and after each of PyTorch's
                 try:
                     trainer = Trainer(config, batch, context, mode)
+                    rates[mode] = [trainer.rate(options.seconds) for _ in range(options.rounds)]
+                    del trainer
                 except Exception as problem:
                     print(f"{name}, {mode}: {str(problem).splitlines()[0]}", file=sys.stderr)
-                    continue
-                for _ in range(options.rounds):
-                    if options.program:
-                        answer = ask(options.program, batch, context, flags_now, options.seconds)
-                        rates["ours"].append(answer["tokens_per_second"])
-                        shares = answer["operation_seconds"]
-                    rates[mode].append(trainer.rate(options.seconds))
-                del trainer
                 torch._dynamo.reset()
                 gc.collect()
                 torch.cuda.empty_cache()
-            if options.program and not modes:
-                answer = ask(options.program, batch, context, flags_now, options.seconds)
-                rates["ours"], shares = [answer["tokens_per_second"]], answer["operation_seconds"]
+                ours()
             medians = {who: statistics.median(values) for who, values in rates.items() if values}
             for who, rate in medians.items():
                 flops = rate * line["flops_per_token"]

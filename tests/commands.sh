@@ -33,6 +33,7 @@ refuse() { # refuse PATTERN COMMAND...: exit code 2 and one line on stderr that 
     fail "exit $code, wanted 2 and one line with '$pattern': $*"
   fi
 }
+timeless() { cut -d, -f1-5,7 "$1"; }  # log.csv without tokens per second
 same() { if cmp -s "$2" "$3"; then pass; else fail "$1: $2 and $3 differ"; fi; }
 
 train="$programs/train --data data/train_*.bin --layers 2 --width 32 --heads 2 --context 32 --batch 2 --val-tokens 256"
@@ -41,7 +42,7 @@ train="$programs/train --data data/train_*.bin --layers 2 --width 32 --heads 2 -
 check "stories" "$programs/data" stories --out data --bytes 60000 --seed 3
 check "info" "$programs/data" info "data/val_*.bin"
 check "training" $train --run straight --steps 20 --checkpoint-every 10
-for file in config.json log.csv val.csv summary.json checkpoint/model.safetensors checkpoint/optimizer.safetensors checkpoint/state.json; do
+for file in config.json log.csv val.csv spikes.csv summary.json checkpoint/model.safetensors checkpoint/optimizer.safetensors checkpoint/state.json; do
   check "$file is there" test -s "runs/straight/$file"
 done
 check "20 rows of log" test "$(wc -l <runs/straight/log.csv)" -eq 21
@@ -127,10 +128,38 @@ refuse "hf: exists" "$programs/eval" export --run straight --out hf
 refuse "runs/back: exists" "$programs/eval" import --from hf --run back
 check "a model without a class" $train --run paper --block parallel --steps 1
 refuse "block parallel" "$programs/eval" export --run paper --out paper
+check "with code" "$programs/eval" export --run paper --out paper --with-code
+check "import of it" "$programs/eval" import --from paper --run paper-back
+same "the same weights with code" runs/paper/checkpoint/model.safetensors runs/paper-back/checkpoint/model.safetensors
 sed 's/"partial_rotary_factor": [0-9.]*/"partial_rotary_factor": 7/' hf/config.json >changed && mv changed hf/config.json
 refuse "partial_rotary_factor" "$programs/eval" import --from hf --run other
 rm hf/model.safetensors
 refuse "hf/" "$programs/eval" import --from hf --run other
+
+# ---- Benchmarks ---------------------------------------------------------------------------------------------------
+cat >questions.jsonl <<'END'
+{"query": "Ann ran, Bob sat. Second? ", "choices": ["Bob.", "Ann."], "gold": 0}
+{"context_options": ["Pack rug", "Pack egg"], "continuation": "rug.", "gold": 1}
+END
+echo '{"context": "Ann ran, Bob", "continuation": "sat."}' | gzip >words.jsonl.gz
+check "choices" "$programs/eval" choices --run straight --data questions.jsonl --out choices.json
+check "choices: results" grep -q '"accuracy_per_byte":.*"log_likelihoods":\[\[-.*,-.*\],\[-.*,-.*\]\]' choices.json
+check "lambada, compressed" "$programs/eval" lambada --run straight --data words.jsonl.gz --out words.json
+check "lambada: results" grep -q '"perplexity":.*"log_likelihoods":\[\[-[0-9.]*\]\]' words.json
+check "positions" "$programs/eval" positions --run straight --tokens 1000 --out positions.csv
+check "positions: 1, 1, 2, 4, ... to 32" test "$(cut -d, -f3 positions.csv | tr '\n' ' ')" = "end 1 2 4 8 16 32 "
+check "length" "$programs/eval" length --run straight --tokens 1000 --out length.csv
+check "length: up to 8 times 32" test "$(tail -1 length.csv | cut -d, -f1-4)" = "256,128,256,3"
+refuse "one answer only; eval lambada" "$programs/eval" choices --run straight --data words.jsonl.gz
+refuse "several choices; eval choices" "$programs/eval" lambada --run straight --data questions.jsonl
+refuse "data \"nowhere\"" "$programs/eval" choices --run straight --data nowhere
+refuse "data \"\"" "$programs/eval" lambada --run straight
+echo '{"query": "Who?"' >>questions.jsonl
+refuse "questions.jsonl, line 3" "$programs/eval" choices --run straight --data questions.jsonl
+echo "{\"context\": \"A\", \"continuation\": \"$(head -c 40 /dev/zero | tr '\0' x)\"}" >long.jsonl
+refuse "41 tokens is longer than the model's context of 32" "$programs/eval" lambada --run straight --data long.jsonl
+refuse "context longer than the shard" "$programs/eval" length --run straight --data text/shards/train_000.bin
+refuse "tokens 0" "$programs/eval" positions --run straight --tokens 0
 
 # ---- The same to the bit: threads, interruption, kill ------------------------------------------------------------------
 check "one thread" $train --run one --steps 20 --threads 1
@@ -138,19 +167,37 @@ check "three threads" $train --run three --steps 20 --threads 3
 same "threads do not change the weights" runs/one/checkpoint/model.safetensors runs/three/checkpoint/model.safetensors
 same "nor do checkpoints on the way" runs/one/checkpoint/model.safetensors runs/straight/checkpoint/model.safetensors
 
-# Ends a run by a signal once its log has a few rows, and goes on with it to the end.
+# Text with a few lines of what nobody would expect at its end: their windows make the loss spike.
+{
+  cat plain.txt
+  i=0
+  while [ $i -lt 4 ]; do
+    printf '##@@%%%%^^&&**~~``||__==++<<>>$$QQXXZZ'
+    i=$((i + 1))
+  done
+} >spiky.txt
+check "encode" "$programs/data" encode --input spiky.txt --out spiky --val-fraction 0
+spiky="$train --data spiky/train_000.bin --val data/val_000.bin"
+
+# Ends a run by a signal halfway, after 200 of 400 rows of its log and before the loss spikes, and goes on with it to the end.
 interrupt() { # interrupt NAME SIGNAL STEPS
-  $train --run "$1" --steps "$3" --checkpoint-every 1 >out 2>err &
+  $spiky --run "$1" --steps "$3" --checkpoint-every 1 --diagnostics-every 30 >out 2>err &
   pid=$!
   tries=0
-  while [ "$(cat "runs/$1/log.csv" 2>/dev/null | wc -l)" -lt 6 ] && [ $tries -lt 400 ]; do
+  while [ "$(cat "runs/$1/log.csv" 2>/dev/null | wc -l)" -lt 200 ] && [ $tries -lt 400 ]; do
     sleep 0.02
     tries=$((tries + 1))
   done
   kill "-$2" $pid 2>/dev/null
   wait $pid 2>/dev/null
 }
-check "400 steps straight" $train --run long --steps 400
+check "400 steps straight" $spiky --run long --steps 400
+check "400 steps with diagnostics" $spiky --run looked --steps 400 --diagnostics-every 30
+same "diagnostics change nothing" runs/looked/checkpoint/model.safetensors runs/long/checkpoint/model.safetensors
+same "nor the optimizer" runs/looked/checkpoint/optimizer.safetensors runs/long/checkpoint/optimizer.safetensors
+check "14 diagnostics of 2 layers with 2 heads" test "$(wc -l <runs/looked/layers.csv)" -eq $((14 * 4 + 1))
+check "spikes, after the half" test "$(sed -n 2p runs/looked/spikes.csv | cut -d, -f1)" -gt 250
+check "of 15 tensors" test "$(wc -l <runs/looked/tensors.csv)" -eq $((14 * 15 + 1))
 for signal in INT TERM KILL; do
   interrupt "stop$signal" $signal 400
   check "SIG$signal came before the end" test "$(wc -l <runs/stop$signal/log.csv)" -lt 400
@@ -158,7 +205,58 @@ for signal in INT TERM KILL; do
   same "resumed after SIG$signal" "runs/stop$signal/checkpoint/model.safetensors" runs/long/checkpoint/model.safetensors
   same "optimizer after SIG$signal" "runs/stop$signal/checkpoint/optimizer.safetensors" runs/long/checkpoint/optimizer.safetensors
   check "400 rows of log" test "$(wc -l <runs/stop$signal/log.csv)" -eq 401
+  for file in layers tensors spikes; do
+    same "$file.csv after SIG$signal" runs/stop$signal/$file.csv runs/looked/$file.csv
+  done
+  timeless runs/stop$signal/log.csv >resumed && timeless runs/looked/log.csv >straight
+  same "log.csv after SIG$signal, but for its tokens per second" resumed straight
+  for key in spike_score_128 spike_score_1000 clip_rate nonfinite max_logit max_logit_ever entropy_min train_loss; do
+    check "$key after SIG$signal" test "$(grep "\"$key\"" runs/stop$signal/summary.json)" = "$(grep "\"$key\"" runs/looked/summary.json)"
+  done
 done
+timeless runs/long/log.csv >without
+same "diagnostics change nothing in log.csv" without straight
+
+# ---- Repeating a step ------------------------------------------------------------------------------------------------
+replay() { # replay RUN STEP: leaves what it says in the file replayed
+  "$programs/train" --run "$1" --replay-step "$2" >replayed 2>err
+}
+logged="are those of the run's log.csv"
+cp -r runs/looked before
+check "replay from the start" replay looked 30
+check "as in the log" grep -q "$logged" replayed
+check "from the initial weights" grep -q "steps 1 to 30 .*initial weights (the checkpoint, of step 400, is too late)" replayed
+check "2 windows" test "$(wc -l <runs/looked/replay-30/windows.csv)" -eq 3
+check "replay of all steps" replay looked 400
+for file in layers tensors; do
+  grep -E "^(step|30)," runs/looked/$file.csv >wanted
+  same "$file.csv of step 30" runs/looked/replay-30/$file.csv wanted
+  same "$file.csv of all steps" runs/looked/replay-400/$file.csv runs/looked/$file.csv
+done
+rm -r runs/looked/replay-*
+spike=$(tail -n 1 runs/looked/spikes.csv | cut -d, -f1)
+check "replay of a spike" replay looked "$spike"
+check "an odd line is in the window with the largest loss" sh -c "grep -A 1 'largest loss' replayed | grep -q '##@@\|QQXX\|<<>>'"
+rm -r runs/looked/replay-*
+check "a replay changes nothing of the run" diff -r before runs/looked
+rm -r before
+constant="$train --schedule constant --warmup 0"
+check "20 steps" $constant --run twenty --steps 20
+check "10 steps of the same" $constant --run ten --steps 10
+rm -r runs/twenty/checkpoint && cp -r runs/ten/checkpoint runs/twenty/
+check "replay from a checkpoint" replay twenty 20
+check "from step 10" grep -q "steps 11 to 20 .*checkpoint of step 10" replayed
+check "as in the log" grep -q "$logged" replayed
+sed -i 's/"step": 10,/"step": 9,/' runs/twenty/checkpoint/state.json
+replay twenty 20
+check "another past: exit code 1" test $? -eq 1
+check "another past: which step" grep -q "not how the run went: step 10 " replayed
+refuse "replay-step 0.*1 to 20" "$programs/train" --run straight --replay-step 0
+refuse "replay-step 21.*1 to 20" "$programs/train" --run straight --replay-step 21
+refuse "replay-step 5.*--run" "$programs/train" --replay-step 5
+refuse "replay-step 5.*runs/nothing/log.csv" "$programs/train" --run nothing --replay-step 5
+refuse "lr is" "$programs/train" --run straight --replay-step 5 --lr 0.5
+refuse "give one of them" "$programs/train" --run straight --replay-step 5 --resume
 
 # A machine that stops between the two renames of a save leaves checkpoint.old.
 cp -r runs/straight runs/between && mv runs/between/checkpoint runs/between/checkpoint.old
@@ -229,6 +327,11 @@ refuse "token|layer" "$programs/eval" trace --run straight --prompt "Ann" --laye
 $train --run diverge --steps 50 --lr 1e18 --warmup 0 --clip 0 --schedule constant --checkpoint-every 1 >out 2>message
 check "divergence: exit code 2" test $? -eq 2
 check "divergence: one line that says how to resume" grep -qE "^error: step [0-9]+: .*(--resume|smaller --lr)" message
+check "divergence: the last row of the log" grep -qE "^2,128,nan,.*,nan$" runs/diverge/log.csv
+check "divergence: no summary" test ! -e runs/diverge/summary.json
+check "replay of the step that diverged" replay diverge 2
+check "from the last good step" grep -q "steps 2 to 2 .*checkpoint of step 1" replayed
+check "gradients that are not finite" grep -qE "^head.weight .* 8448$" replayed
 
 # A disk that is full while saving (here: a limit on the size of files): the old checkpoint stays.
 cp -r runs/straight runs/full

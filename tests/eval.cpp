@@ -315,6 +315,19 @@ TEST_CASE("trace: agrees with the model for every kind of block, and its parts s
             if (c.rotary_dim == c.head_size) CHECK(s.rest == 0);
           }
           CHECK(sum == doctest::Approx(1).epsilon(1e-4));
+          // The same as JSON: the scores follow from the queries and keys that it lists.
+          const nlohmann::json object = nlohmann::json::parse(trace_json(trace, c, tokens, &tokenizer).dump());
+          CHECK(object.at("query").at("after") == object.at("queries").at(position));
+          CHECK(object.at("tokens").size() == size_t(T));
+          CHECK(object.at("pairs").size() == trace.pairs.size());
+          for (int s = 0; s <= position; ++s) {
+            double parts[2] = {};
+            for (int i = 0; i < c.head_size; ++i)
+              parts[i >= c.rotary_dim] += object["queries"][position][i].get<double>() *
+                                          object["keys"][s][i].get<double>() / std::sqrt(double(c.head_size));
+            CHECK(object["scores"]["rotated"][s] == doctest::Approx(parts[0]).epsilon(1e-12));
+            CHECK(object["scores"]["rest"][s] == doctest::Approx(parts[1]).epsilon(1e-12));
+          }
           const std::string plain = print_trace(trace, c, tokens, &tokenizer, false, false);
           const std::string colour = print_trace(trace, c, tokens, &tokenizer, true, false);
           CHECK(widest_line(plain) <= 100);

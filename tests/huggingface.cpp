@@ -1,5 +1,5 @@
-// Hugging Face's format: there and back for every class, and what is refused. That the models mean the same over there is
-// scripts/parity.py's business.
+// Hugging Face's format: there and back for every class, and what is refused. That the models mean the same over there
+// is scripts/parity.py's business.
 #include "../huggingface.h"
 
 #include <doctest/doctest.h>
@@ -31,11 +31,13 @@ std::vector<float> write_checkpoint(const std::string& directory, const Config& 
   return weights;
 }
 
-void round_trip(const Config& c, const std::string& type) {
+std::string weights_of(const std::string& checkpoint) { return read_text_file(checkpoint + "/model.safetensors"); }
+
+void round_trip(const Config& c, const std::string& type, bool with_code = false) {
   TemporaryDirectory directory;
   write_checkpoint(directory / "run", c);
   const ByteTokenizer bytes;
-  export_model(directory / "out", c, directory / "run", &bytes);
+  CHECK(export_model(directory / "out", c, directory / "run", &bytes, with_code) == type);
   CHECK(read_json_file(directory / "out/config.json")["model_type"] == type);
   const Settings back = import_model(directory / "out", directory / "back");
   const Config& d = back.model;
@@ -43,7 +45,8 @@ void round_trip(const Config& c, const std::string& type) {
   CHECK(d.head_size == c.head_size);
   CHECK(d.context == c.context);
   CHECK((d.block == c.block && d.norm == c.norm && d.qk_norm == c.qk_norm && d.tied == c.tied && d.bias == c.bias));
-  CHECK(read_text_file(directory / "run/model.safetensors") == read_text_file(directory / "back/checkpoint/model.safetensors"));
+  CHECK((d.mlp == c.mlp && d.rope_pairs == c.rope_pairs && d.rope_base == c.rope_base));
+  CHECK(weights_of(directory / "run") == weights_of(directory / "back/checkpoint"));
   // The byte tokenizer became one that gives the same ids.
   const std::string text = "Ann ran.\n\xC3\xA9\t \x01";
   std::vector<uint16_t> ours, theirs;
@@ -78,6 +81,11 @@ TEST_CASE("huggingface: every class there and back, to the bit") {
   Config sequential = neox();
   sequential.block = BlockKind::sequential;
   round_trip(sequential, "gpt_neox");
+  Config parallel = small();
+  parallel.block = BlockKind::parallel, parallel.qk_norm = true, parallel.rope_pairs = RopePairs::interleaved;
+  round_trip(parallel, "partial_rope", true);
+  parallel.norm = NormKind::layer, parallel.mlp = MlpKind::gelu, parallel.bias = parallel.tied = true;
+  round_trip(parallel, "partial_rope", true);
 }
 
 TEST_CASE("huggingface: the exported fraction gives back R by truncation, for every head size") {
@@ -102,7 +110,7 @@ TEST_CASE("huggingface: a model in several files, and in other types") {
   TemporaryDirectory directory;
   const Config c = small();
   write_checkpoint(directory / "run", c);
-  export_model(directory / "out", c, directory / "run", nullptr);
+  export_model(directory / "out", c, directory / "run", nullptr, false);
   // Split in two by hand, with an index.
   nlohmann::json index;
   {
@@ -119,7 +127,7 @@ TEST_CASE("huggingface: a model in several files, and in other types") {
   const std::string index_path = directory / "out/model.safetensors.index.json";
   write_text_file(index_path, index.dump());
   import_model(directory / "out", directory / "back");
-  CHECK(read_text_file(directory / "run/model.safetensors") == read_text_file(directory / "back/checkpoint/model.safetensors"));
+  CHECK(weights_of(directory / "run") == weights_of(directory / "back/checkpoint"));
   auto refused = [&] { return error_of([&] { import_model(directory / "out", directory / "no"); }); };
   nlohmann::json outside = index;
   outside["weight_map"].begin().value() = "../part0.safetensors";
@@ -153,7 +161,8 @@ TEST_CASE("huggingface: what no class holds is refused") {
 }
 
 TEST_CASE("huggingface: a config.json that would mean another model is refused, naming the key") {
-  const nlohmann::json good = exported_config(small(), 256), good_neox = exported_config(neox(), 256);
+  const nlohmann::json good = exported_config(small(), "phi3", 256);
+  const nlohmann::json good_neox = exported_config(neox(), "gpt_neox", 256);
   std::string type;
   imported_config("config.json", good, type);
   CHECK(type == "phi3");
@@ -163,11 +172,12 @@ TEST_CASE("huggingface: a config.json that would mean another model is refused, 
   };
   using Json = nlohmann::json;
   const std::vector<std::pair<const char*, Json>> wrong = {
-      {"model_type", "mamba"},      {"model_type", 5},         {"hidden_act", "relu"},         {"rms_norm_eps", 1e-6},
-      {"rope_scaling", {{"a", 1}}}, {"attention_bias", true},  {"hidden_size", 0},             {"hidden_size", "24"},
-      {"num_hidden_layers", -1},    {"vocab_size", 1e30},      {"partial_rotary_factor", 1.5}, {"partial_rotary_factor", 0.4},
-      {"rope_theta", "x"},          {"rope_theta", 500},       {"num_attention_heads", 5},     {"sliding_window", 10},
-      {"num_key_value_heads", 3},   {"head_dim", 9}};
+      {"model_type", "mamba"},        {"model_type", 5},              {"hidden_act", "relu"},
+      {"rms_norm_eps", 1e-6},         {"rope_scaling", {{"a", 1}}},   {"attention_bias", true},
+      {"hidden_size", 0},             {"hidden_size", "24"},          {"num_hidden_layers", -1},
+      {"vocab_size", 1e30},           {"partial_rotary_factor", 1.5}, {"partial_rotary_factor", 0.4},
+      {"rope_theta", "x"},            {"rope_theta", 500},            {"num_attention_heads", 5},
+      {"sliding_window", 10},         {"num_key_value_heads", 3},     {"head_dim", 9}};
   for (const auto& [key, value] : wrong) {
     CAPTURE(key);
     CAPTURE(value.dump());
@@ -190,4 +200,12 @@ TEST_CASE("huggingface: a config.json that would mean another model is refused, 
   Json smol = good;
   smol["model_type"] = "smollm3", smol["no_rope_layers"] = {1, 0};
   CHECK(contains(error("mlp_bias", false, smol), "no_rope_layers"));
+  const Json own = exported_config_with_code(small(), 256);
+  CHECK(error("vocab", 264, own) == "");
+  CHECK(contains(error("block", "sideways", own), "block sideways"));
+  CHECK(contains(error("rotary_dim", 11, own), "11"));
+  CHECK(!error("heads", "four", own).empty());
+  Json less = own;
+  less.erase("rope_pairs");
+  CHECK(contains(error("vocab", 264, less), "rope_pairs"));
 }

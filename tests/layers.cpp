@@ -337,19 +337,21 @@ TEST_CASE_TEMPLATE(
     const std::vector<Real> logits = random_values<Real>(N * V, 70, 4);
     std::vector<int> targets = random_tokens(N, V, 71);
     targets[3] = -1;
-    std::vector<double> expected(N);
+    std::vector<double> expected(N), expected_log_z(N);
     double largest_loss = 1;
     for (int n = 0; n < N; ++n) {
       double z = 0;
       for (int v = 0; v < V; ++v) z += std::exp(double(logits[n * V + v]));
       expected[n] = targets[n] < 0 ? 0 : std::log(z) - logits[n * V + targets[n]];
+      expected_log_z[n] = targets[n] < 0 ? 0 : std::log(z);
       largest_loss = std::max(largest_loss, expected[n]);
     }
     for (double z_loss : {0.0, 0.1}) {
-      std::vector<Real> d = logits, losses = garbage<Real>(N);
-      cross_entropy(be, losses.data(), d.data(), targets.data(), 0.5, z_loss, N, V);
+      std::vector<Real> d = logits, losses = garbage<Real>(N), log_z = garbage<Real>(N);
+      cross_entropy(be, losses.data(), log_z.data(), d.data(), targets.data(), 0.5, z_loss, N, V);
       // log Z and the logit, up to about 20, are subtracted: a rounding of 20 each, and the sum's roundings.
       CHECK(distance(losses, expected) <= (32 * 2 + 2 * std::sqrt(V)) * kRounding<Real>);
+      CHECK(distance(log_z, expected_log_z) <= (32 * 2 + 2 * std::sqrt(V)) * kRounding<Real>);
       bool skipped = true;
       double sum = 0;
       for (int v = 0; v < V; ++v) skipped = skipped && d[3 * V + v] == 0, sum += d[v];
@@ -377,8 +379,8 @@ TEST_CASE("layers: cross-entropy's gradient is the derivative of scale * (loss +
         }
         return scale * total;
       };
-      std::vector<double> d = logits, losses(N);
-      cross_entropy(be, losses.data(), d.data(), targets.data(), scale, z_loss, N, V);
+      std::vector<double> d = logits, losses(N), log_z(N);
+      cross_entropy(be, losses.data(), log_z.data(), d.data(), targets.data(), scale, z_loss, N, V);
       CHECK(slope_distance(logits, d, loss) < kSlope);
     }
 }
@@ -387,9 +389,9 @@ TEST_CASE_TEMPLATE("layers: cross-entropy of huge logits is finite, of NaN and i
   Cpu be;
   const int V = 37;
   auto run = [&](Real odd, int target) {
-    std::vector<Real> logits(V, Real(0)), losses(1);
+    std::vector<Real> logits(V, Real(0)), losses(1), log_z(1);
     logits[5] = odd;
-    cross_entropy(be, losses.data(), logits.data(), &target, 1.0, 0.0, 1, V);
+    cross_entropy(be, losses.data(), log_z.data(), logits.data(), &target, 1.0, 0.0, 1, V);
     return std::make_pair(double(losses[0]), double(logits[5]));
   };
   CHECK(run(10000, 5).first == 0);
@@ -398,6 +400,20 @@ TEST_CASE_TEMPLATE("layers: cross-entropy of huge logits is finite, of NaN and i
   CHECK(run(10000, 6).second == about(1, 1e-6));
   CHECK(std::isnan(run(std::numeric_limits<Real>::quiet_NaN(), 6).first));
   CHECK_FALSE(std::isfinite(run(std::numeric_limits<Real>::infinity(), 6).first));
+}
+
+TEST_CASE_TEMPLATE("layers: squares by group of channels, added to what is there", Real, float, double) {
+  Cpu be;
+  for (int N : {1, 5, 100})
+    for (int groups : {1, 3}) {
+      const int width = 7, stride = 25;
+      const std::vector<Real> x = random_values<Real>(size_t(N) * stride, 74);
+      std::vector<double> expected(groups, 2.0), sums = expected;
+      for (int n = 0; n < N; ++n)
+        for (int c = 0; c < groups * width; ++c) expected[c / width] += double(x[n * stride + c]) * x[n * stride + c];
+      add_squares(be, sums.data(), x.data(), N, groups, width, stride);
+      for (int g = 0; g < groups; ++g) CHECK(sums[g] == about(expected[g], 1e-13));  // N * width terms, in double
+    }
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -458,8 +474,13 @@ TEST_CASE("layers: the number of threads changes nothing") {
   });
   same("cross_entropy", [&] {
     std::vector<float> y(dout);
-    y.resize(N * OC + N);
-    cross_entropy(be, &y[N * OC], y.data(), tokens.data(), 0.1, 0.01, N, OC);
+    y.resize(N * OC + 2 * N);
+    cross_entropy(be, &y[N * OC], &y[N * OC + N], y.data(), tokens.data(), 0.1, 0.01, N, OC);
     return y;
+  });
+  same("add_squares", [&] {
+    std::vector<double> sums(7);
+    add_squares(be, sums.data(), dout.data(), N, 7, 70, OC);
+    return sums;
   });
 }

@@ -1,0 +1,243 @@
+#pragma once
+// Benchmarks: multiple choice and LAMBADA by log-likelihood, with the conventions of EleutherAI's lm-evaluation-harness
+// 0.4.13 (api/model.py, `_encode_pair`; api/task.py; tasks/piqa, arc, winogrande, lambada), and loss by position.
+
+#include <numeric>
+
+#include "encode.h"
+#include "eval.h"
+
+// How likely is `continuation` behind `context`? Both are ids.
+struct Request {
+  std::vector<int> context, continuation;
+  size_t bytes;  // of the continuation's text, without the space before it
+};
+
+// A question: one request per choice, and which of them is right. With a single choice: will the model say it?
+struct Question {
+  std::vector<Request> choices;
+  size_t gold = 0;
+};
+
+inline std::vector<int> encode_text(const Tokenizer& tokenizer, const std::string& text) {
+  std::vector<uint16_t> ids;
+  tokenizer.encode(text.data(), text.size(), ids);
+  return {ids.begin(), ids.end()};
+}
+
+// White space at the end of the context belongs to the continuation, whose tokens are those of both texts together
+// behind as many as the context alone has. An empty context is the end of the text before.
+inline Request make_request(const Tokenizer& tokenizer, const std::string& context, const std::string& continuation) {
+  Request request;
+  request.bytes = continuation.size();
+  request.context = encode_text(tokenizer, context.substr(0, context.find_last_not_of(" \t\n\r\f\v") + 1));
+  const std::vector<int> both = encode_text(tokenizer, context + continuation);
+  request.continuation.assign(both.begin() + long(std::min(request.context.size(), both.size())), both.end());
+  if (request.context.empty()) request.context = {tokenizer.end_of_text()};
+  return request;
+}
+
+// The questions of a file of JSON lines, plain or compressed; the first `limit`, or all (0). Forms of a line:
+//     query, choices, gold                     choices behind one query (PIQA, ARC)
+//     context_options, continuation, gold      one continuation behind several contexts (WinoGrande)
+//     context, continuation                    one answer (LAMBADA)
+//     text                                     the same: the last word is the answer
+// `delimiter` stands before every continuation; where it begins a line, it takes the place of the query's own line end.
+// UserError, naming file and line.
+inline std::vector<Question> read_questions(const std::string& path, const Tokenizer& tokenizer,
+                                            const std::string& delimiter, size_t limit) {
+  std::string text;
+  TextInput input(path);
+  std::vector<char> buffer(1 << 18);
+  while (const size_t n = input.read(buffer.data(), buffer.size())) text.append(buffer.data(), n);
+  std::stringstream lines(text);
+  std::vector<Question> questions;
+  size_t number = 0;
+  auto fail = [&](const std::string& what) {
+    throw UserError(path + ", line " + std::to_string(number) + ": " + what);
+  };
+  for (std::string line; (limit == 0 || questions.size() < limit) && std::getline(lines, line);) {
+    ++number;
+    if (line.find_first_not_of(" \t\r") == std::string::npos) continue;
+    Question question;
+    auto add = [&](std::string context, const std::string& continuation) {
+      if (delimiter[0] == '\n') context.resize(context.find_last_not_of('\n') + 1);
+      question.choices.push_back(make_request(tokenizer, context + delimiter, continuation));
+    };
+    int64_t gold = 0;
+    try {
+      const nlohmann::json json = nlohmann::json::parse(line);
+      if (json.contains("choices")) {
+        for (const nlohmann::json& choice : json["choices"])
+          add(json.at("query").get<std::string>(), choice.get<std::string>());
+      } else if (json.contains("context_options")) {
+        for (const nlohmann::json& context : json["context_options"])
+          add(context.get<std::string>(), json.at("continuation").get<std::string>());
+      } else if (json.contains("text")) {
+        const std::string whole = json["text"].get<std::string>();
+        const size_t space = whole.rfind(' ');
+        if (space == std::string::npos) fail("text of one word; the last word is to be said behind the others");
+        add(whole.substr(0, space), whole.substr(space + 1));
+      } else {
+        add(json.at("context").get<std::string>(), json.at("continuation").get<std::string>());
+      }
+      if (question.choices.size() > 1) {
+        if (!json.at("gold").is_number_integer()) fail("gold is " + json["gold"].dump() + ", not a number of a choice");
+        gold = json["gold"].get<int64_t>();
+      }
+    } catch (const nlohmann::json::exception& e) {
+      fail(e.what());
+    }
+    if (question.choices.empty()) fail("no choices there");
+    if (gold < 0 || gold >= int64_t(question.choices.size()))
+      fail("gold is " + std::to_string(gold) + "; the choices are 0 to " + std::to_string(question.choices.size() - 1));
+    question.gold = size_t(gold);
+    for (const Request& request : question.choices)
+      if (request.continuation.empty() || request.bytes == 0) fail("an answer is empty");
+    questions.push_back(std::move(question));
+  }
+  if (questions.empty()) throw UserError(path + ": no questions there");
+  return questions;
+}
+
+struct Score {
+  double log_likelihood = 0;  // nats, of all tokens of the continuation
+  bool greedy = true;         // each of them is the likeliest
+};
+
+// The score of a continuation from the logits (n, V) of the positions before its tokens.
+template <class Real>
+Score score_tokens(const Real* logits, const int* tokens, int n, int V) {
+  std::vector<Score> each(n);
+#pragma omp parallel for
+  for (int i = 0; i < n; ++i) {
+    const Real* row = logits + size_t(i) * V;
+    const double highest = *std::max_element(row, row + V);
+    double sum = 0;
+    for (int v = 0; v < V; ++v) sum += std::exp(double(row[v]) - highest);
+    each[i] = {double(row[tokens[i]]) - highest - std::log(sum), row[tokens[i]] == highest};
+  }
+  Score all;
+  for (const Score& one : each) all.log_likelihood += one.log_likelihood, all.greedy = all.greedy && one.greedy;
+  return all;
+}
+
+// The scores of all requests, in their order; model.B at a time, the longest first. The model sees as many of a
+// request's last tokens as it has positions; no continuation may be longer than that. progress(done) is called on the
+// way.
+template <class Backend, class Real, class Progress>
+std::vector<Score> score(Model<Backend, Real>& model, const std::vector<const Request*>& requests, Progress progress) {
+  const int V = model.config.vocab;
+  std::vector<std::vector<int>> tokens;
+  for (const Request* request : requests) {
+    std::vector<int> all = request->context;
+    all.insert(all.end(), request->continuation.begin(), request->continuation.end());
+    if (all.size() > size_t(model.T) + 1) all.erase(all.begin(), all.end() - model.T - 1);
+    tokens.push_back(std::move(all));
+  }
+  std::vector<size_t> order(requests.size());
+  std::iota(order.begin(), order.end(), size_t(0));
+  std::stable_sort(order.begin(), order.end(), [&](size_t a, size_t b) { return tokens[a].size() > tokens[b].size(); });
+  std::vector<Score> scores(requests.size());
+  std::vector<Acc<Real>> logits;
+  for (size_t begin = 0; begin < order.size(); begin += size_t(model.B)) {
+    const int count = int(std::min<size_t>(model.B, order.size() - begin));
+    const int length = int(tokens[order[begin]].size()) - 1;  // the longest; shorter ones are filled up behind
+    std::vector<int> inputs(size_t(count) * length, 0);
+    for (int b = 0; b < count; ++b)
+      std::copy(tokens[order[begin + b]].begin(), tokens[order[begin + b]].end() - 1, &inputs[size_t(b) * length]);
+    model.forward(inputs.data(), count, length);
+    for (int b = 0; b < count; ++b) {
+      const std::vector<int>& all = tokens[order[begin + b]];
+      const int n = int(requests[order[begin + b]]->continuation.size());
+      logits.resize(size_t(n) * V);
+      model.logits(logits.data(), b * length + int(all.size()) - 1, n);
+      scores[order[begin + b]] = score_tokens(logits.data(), &all[all.size() - n], n, V);
+    }
+    progress(begin + count);
+  }
+  return scores;
+}
+
+// A mean with its standard error: the sample's standard deviation / sqrt(n); NaN for one number.
+struct Mean {
+  double sum = 0, squares = 0;
+  size_t n = 0;
+  void add(double x) { sum += x, squares += x * x, ++n; }
+  double mean() const { return sum / double(n); }
+  double error() const { return std::sqrt(std::max(0.0, squares / double(n) - mean() * mean()) / (double(n) - 1)); }
+};
+
+// What the scores say about the questions.
+struct Report {
+  Mean accuracy;           // the right choice is the likeliest; a single one: each of its tokens is
+  Mean accuracy_per_byte;  // the same for log-likelihoods divided by the bytes of the choice
+  Mean bits_per_byte;      // of the right choice
+  Mean log_likelihood;     // of the right choice, nats
+};
+
+inline Report report(const std::vector<Question>& questions, const std::vector<Score>& scores) {
+  Report r;
+  const Score* score = scores.data();
+  for (const Question& question : questions) {
+    size_t best = 0, best_per_byte = 0;
+    auto per_byte = [&](size_t i) { return score[i].log_likelihood / double(question.choices[i].bytes); };
+    for (size_t i = 1; i < question.choices.size(); ++i) {
+      if (score[i].log_likelihood > score[best].log_likelihood) best = i;
+      if (per_byte(i) > per_byte(best_per_byte)) best_per_byte = i;
+    }
+    r.accuracy.add(question.choices.size() > 1 ? best == question.gold : score[0].greedy);
+    r.accuracy_per_byte.add(best_per_byte == question.gold);
+    r.bits_per_byte.add(-per_byte(question.gold) / M_LN2);
+    r.log_likelihood.add(score[question.gold].log_likelihood);
+    score += question.choices.size();
+  }
+  return r;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Loss by position
+
+// Positions [begin, end) of the window, and the loss there over windows.
+struct PositionBin {
+  int begin, end;
+  Mean loss;
+};
+
+// Bins of positions 0, 1, 2-3, 4-7, ... up to T. One ends at `context`, so that what lies beyond it stands apart.
+inline std::vector<PositionBin> position_bins(int T, int context) {
+  std::vector<PositionBin> bins;
+  for (int begin = 0; begin < T;) {
+    int end = std::min(T, std::max(1, 2 * begin));
+    if (begin < context && context < end) end = context;
+    bins.push_back({begin, end, {}});
+    begin = end;
+  }
+  return bins;
+}
+
+// The loss in windows of model.T positions, about `limit` tokens of them, from the beginning of the data on. A window
+// adds its mean over a bin to the bin, so the standard errors are those between windows.
+template <class Backend, class Real, class Progress>
+std::vector<PositionBin> loss_by_position(Model<Backend, Real>& model, const Dataset& data, size_t limit,
+                                          Progress progress) {
+  const int B = model.B, T = model.T;
+  std::vector<PositionBin> bins = position_bins(T, model.config.context);
+  std::vector<int> inputs(size_t(B) * T), targets(size_t(B) * T);
+  std::vector<Acc<Real>> losses(size_t(B) * T);
+  const size_t windows = std::min(data.windows(T), std::max<size_t>(1, limit / T));
+  for (size_t w = 0; w < windows; w += size_t(B)) {
+    const int count = int(std::min<size_t>(B, windows - w));
+    for (int b = 0; b < count; ++b) data.window(w + b, T, &inputs[size_t(b) * T], &targets[size_t(b) * T]);
+    model.forward(inputs.data(), count, T);
+    model.loss(losses.data(), targets.data(), count, T);
+    for (int b = 0; b < count; ++b)
+      for (PositionBin& bin : bins) {
+        double sum = 0;
+        for (int t = bin.begin; t < bin.end; ++t) sum += double(losses[size_t(b) * T + t]);
+        bin.loss.add(sum / (bin.end - bin.begin));
+      }
+    progress((w + count) * T);
+  }
+  return bins;
+}

@@ -1,0 +1,52 @@
+"""A model of partial-rope as a class for Hugging Face's Transformers:
+
+    AutoModelForCausalLM.from_pretrained(DIRECTORY, trust_remote_code=True)
+
+`eval export --with-code` writes this file and reference.py, which has the blocks, beside the weights, whose names are
+those of a checkpoint. There is no key/value cache: generation computes every token from all before it.
+"""
+
+import dataclasses
+
+import torch.nn as nn
+import torch.nn.functional as F
+from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutput
+
+from .reference import Block, Config, make_norm, rope_table
+
+
+class PartialRopeConfig(PretrainedConfig):
+    """The keys of a run's config.json, and the names that others look for."""
+
+    model_type = "partial_rope"
+    attribute_map = {"vocab_size": "vocab", "hidden_size": "width", "num_hidden_layers": "layers",
+                     "num_attention_heads": "heads", "max_position_embeddings": "context"}
+
+
+class PartialRopeForCausalLM(PreTrainedModel, GenerationMixin):
+    config_class = PartialRopeConfig
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.ours = c = Config(**{field.name: getattr(config, field.name) for field in dataclasses.fields(Config)})
+        self.embedding = nn.Embedding(c.vocab, c.width)
+        self.layers = nn.ModuleList(Block(c) for _ in range(c.layers))
+        self.final_norm = make_norm(c, c.width)
+        if not c.tied:
+            self.head = nn.Linear(c.width, c.vocab, bias=False)
+        self.post_init()
+
+    def forward(self, input_ids, attention_mask=None, labels=None, **unused):
+        """input_ids (B, T) -> logits (B, T, V); with labels (B, T) also the mean loss of all but the first, in nats."""
+        if attention_mask is not None and not attention_mask[:, 0].all():
+            raise ValueError("padding on the left is not supported: texts begin at position 0")
+        cos, sin = (table.to(input_ids.device) for table in rope_table(self.ours, input_ids.shape[1]))
+        x = self.embedding(input_ids)
+        for layer in self.layers:
+            x = layer(x, cos, sin)
+        logits = F.linear(self.final_norm(x), (self.embedding if self.ours.tied else self.head).weight)
+        loss = None
+        if labels is not None:
+            loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten())
+        return CausalLMOutput(loss=loss, logits=logits)

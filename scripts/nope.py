@@ -1,0 +1,310 @@
+"""What makes a model without position (NoPE) unstable, what cures it, and at what price in loss?
+
+    make nope                                           on a GPU, about 10 minutes; QUICK=1: 2 minutes
+    make nope-cpu                                       how the attention logits grow; 20 minutes on 2 cores
+    make nope ARGS="--recipe long --seeds 5"            another recipe of those below
+    build-python/bin/python scripts/nope.py --help      all of its own flags
+
+Trains {block} x {head size} x {what is rotated} x {learning rate} x {seed}. What stands behind -- goes to `train` as it
+is. The way to instability that is measured is that of Wortsman et al. 2023 (arXiv 2309.14322): attention logits grow,
+the softmax saturates, the loss leaves its course; and a higher learning rate brings it forward.
+"""
+import argparse
+import itertools
+import math
+import shlex
+import sys
+from pathlib import Path
+
+import numpy as np
+
+import runner
+import study
+from runner import UserError
+from study import FULL, number
+
+# What is compared: the rotated share (above 1: a number of channels), and whether with QK-Norm.
+ARMS = [("0", False), ("0", True), ("2", False), ("0.1", False), ("1", False)]
+
+# A recipe: block types, head sizes, learning rates, seeds 1 to `seeds`, steps, width; the rest are flags of `train`.
+# There are width / head size heads, so that all arms have the same number of parameters and of operations.
+DEFAULT = dict(blocks=["parallel", "sequential"], head_sizes=[32, 128], arms=ARMS, lrs=["3e-3", "1e-2", "3e-2"],
+               seeds=2, steps=1000, width=256, train="--layers 6 --context 512 --batch 32 --mlp-hidden 704")
+ONE_HEAD_SIZE = DEFAULT | dict(head_sizes=[128], lrs=["3e-3", "1e-2"], seeds=3, steps=3000)
+RECIPES = {
+    "default": DEFAULT,
+    "quick": DEFAULT | dict(blocks=["parallel"], head_sizes=[128], lrs=["3e-3", "1e-2"]),
+    "cpu": DEFAULT | dict(blocks=["parallel"], head_sizes=[128], lrs=["3e-3", "1e-2"], width=128, steps=2500,
+                          train="--layers 4 --context 256 --batch 4 --mlp-hidden 256"),
+    # 65,536 tokens a step, for some 50 MB of text in 4,096 BPE tokens.
+    "text": DEFAULT | dict(blocks=["parallel"], head_sizes=[128], lrs=["3e-3"], seeds=3, steps=3400,
+                           train="--layers 12 --context 2048 --batch 32 --mlp-hidden 704"),
+    # In search of loss spikes: each goes one way from the default.
+    "long": ONE_HEAD_SIZE | dict(steps=10000),
+    "context": ONE_HEAD_SIZE | dict(train="--layers 6 --context 2048 --batch 8 --mlp-hidden 704"),
+    "deep": ONE_HEAD_SIZE | dict(train="--layers 24 --context 512 --batch 32 --mlp-hidden 704"),
+    "noclip": ONE_HEAD_SIZE | dict(train=DEFAULT["train"] + " --clip 0"),
+    "rates": ONE_HEAD_SIZE | dict(lrs=["1e-3", "3e-3", "1e-2", "3e-2", "1e-1"]),
+}
+
+# A learning rate is unstable for an arm if, with any seed, the loss became inf or nan, or spiked (7 standard deviations
+# above its rolling mean), or ended this far above the best that a smaller learning rate reached.
+TOLERANCE = 0.1  # nats per token
+
+# Flags of `train` that the study sets itself.
+OWN = "run resume steps seed rotary-dim rotary-fraction qk-norm block data width heads head-size lr".split()
+
+
+def parse(argv):
+    own, passed = (argv[:argv.index("--")], argv[argv.index("--") + 1:]) if "--" in argv else (argv, [])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     allow_abbrev=False)
+
+    def items(text):
+        return text.split(",")
+
+    parser.add_argument("--recipe", default="default", help=", ".join(RECIPES))
+    parser.add_argument("--name", help="the runs and the report go to runs/NAME (default nope, or nope-RECIPE)")
+    parser.add_argument("--data", default="data/stories-20M/train_*.bin", help="training shards (default %(default)s)")
+    parser.add_argument("--jobs", type=int, default=0, help="runs at a time; 0: what the machine takes (default)")
+    parser.add_argument("--report", action="store_true", help="only write the report, of the runs that are there")
+    changes = parser.add_argument_group("changes of the recipe")
+    changes.add_argument("--blocks", type=items, metavar="LIST", help="sequential, parallel")
+    changes.add_argument("--head-sizes", type=items, metavar="LIST", help="channels of a head")
+    changes.add_argument("--lrs", type=items, metavar="LIST", help="peak learning rates")
+    for flag in ("seeds", "steps", "width"):
+        changes.add_argument(f"--{flag}", type=int, metavar="N")
+    args = parser.parse_args(own)
+    if args.recipe not in RECIPES:
+        raise UserError(f"--recipe {args.recipe}: must be one of {', '.join(RECIPES)}")
+    args.name = args.name or ("nope" if args.recipe == "default" else f"nope-{args.recipe}")
+    recipe = RECIPES[args.recipe] | {key: value for key, value in vars(args).items() if key in DEFAULT and value}
+    return args, recipe, runner.joined(passed, OWN)
+
+
+def jobs_of(args, recipe, passed):
+    jobs = []
+    for seed, lr, block, head_size, (rotate, qk_norm) in itertools.product(
+            range(1, recipe["seeds"] + 1), recipe["lrs"], recipe["blocks"], recipe["head_sizes"], recipe["arms"]):
+        heads, rest = divmod(recipe["width"], int(head_size))
+        if rest or not heads:
+            raise UserError(f"--head-sizes {head_size}: must divide the width of {recipe['width']}")
+        flags = [f"--data={args.data}", f"--width={recipe['width']}", f"--heads={heads}", f"--block={block}"]
+        flags += runner.joined(shlex.split(recipe["train"])) + passed + ["--qk-norm"] * qk_norm
+        flags += [f"--lr={lr}", runner.rotation_flag("arms", rotate), f"--seed={seed}"]
+        name = f"block={block}_hs={head_size}_rotate={rotate}_qknorm={int(qk_norm)}_lr={lr}_seed={seed}"
+        jobs.append(runner.Job(args.name, name, flags, recipe["steps"]))
+    return jobs
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What the runs say. A group is a block type and head size. An arm is {learning rate: runs by seed}.
+
+
+def groups_of(runs):
+    """{(block, head size): {label: arm}}."""
+    groups = {}
+    for key in sorted({(run.arm["block"], int(run.arm["hs"])) for run in runs}):
+        labels = study.by_rotation([run for run in runs if (run.arm["block"], int(run.arm["hs"])) == key])
+        groups[key] = {}
+        for label, arm in labels.items():
+            lrs = sorted({float(run.arm["lr"]) for run in arm})
+            groups[key][label] = {lr: [run for run in arm if float(run.arm["lr"]) == lr] for lr in lrs}
+    return groups
+
+
+def mean_loss(runs):
+    return float(np.mean([study.final_loss(run) for run in runs])) if runs else math.nan
+
+
+def best_lr(arm):
+    """The learning rate with the lowest mean loss."""
+    return min(arm, key=lambda lr: mean_loss(arm[lr]))
+
+
+def spiked(run):
+    return math.isfinite(study.first_spike(run))
+
+
+def is_stable(arm, lr):
+    best = min(mean_loss(arm[smaller]) for smaller in arm if smaller <= lr)
+    return all(run.state == "finished" and not spiked(run) and study.final_loss(run) <= best + TOLERANCE
+               for run in arm[lr])
+
+
+def sensitivity(arm):
+    """LR sensitivity, the mean over the seeds that were run at every learning rate; nan if none was."""
+    by_seed = [{run.seed: run for run in runs} for runs in arm.values()]
+    values = []
+    for seed in set.intersection(*map(set, by_seed)):
+        losses = [study.final_loss(runs[seed]) for runs in by_seed]
+        values.append(study.lr_sensitivity(losses, study.initial_loss(by_seed[0][seed])))
+    return float(np.mean(values)) if values else math.nan
+
+
+def logit_at_end(runs):
+    """Geometric mean over the seeds of the largest logit at the last diagnostics step where it was finite."""
+    logits = [kept[-1] for kept in (run.logit[np.isfinite(run.logit) & (run.logit > 0)] for run in runs) if len(kept)]
+    return float(np.exp(np.mean(np.log(logits)))) if logits else math.nan
+
+
+def growth(runs):
+    rates = [study.growth_per_1000(run.logit_step, run.logit) for run in runs]
+    rates = [rate for rate in rates if not math.isnan(rate)]
+    return float(np.mean(rates)) if rates else math.nan
+
+
+def measure(arm, lr):
+    """What is told of an arm. `lr` is the learning rate at which arms are compared, `here` the runs with it."""
+    best, here, every = best_lr(arm), arm.get(lr, []), [run for runs in arm.values() for run in runs]
+    return dict(
+        best_lr=best, loss=mean_loss(arm[best]), losses={run.seed: study.final_loss(run) for run in arm[best]},
+        sensitivity=sensitivity(arm), stable=study.largest_stable(arm, [is_stable(arm, lr) for lr in arm]),
+        loss_here=mean_loss(here), logit=logit_at_end(here), growth=growth(here),
+        first_spike=min(map(study.first_spike, here), default=math.inf), spiked=sum(map(spiked, here)), here=len(here),
+        unstable=sum(spiked(run) or run.state == "diverged" for run in every), runs=len(every))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The report
+
+SUMMARY = ["loss less that of 100 %", "LR sensitivity", "largest stable lr", "largest logit",
+           "its growth per 1,000 steps", "runs that spiked or diverged"]
+
+
+def price(measured, label, groups):
+    """Best loss of an arm less that of full rotation, paired by group and seed: mean, half-width, number."""
+    def losses(label):
+        return {(group, seed): loss for group in groups if label in measured[group]
+                for seed, loss in measured[group][label]["losses"].items()}
+    return study.interval_text(study.paired_difference(losses(label), losses(FULL))) if label != FULL else "-"
+
+
+def lr_text(lr):
+    return "none" if math.isnan(lr) else f"{lr:g}"
+
+
+def summary(measured, label, groups):
+    """SUMMARY of an arm over several groups."""
+    of = [measured[group][label] for group in groups if label in measured[group]]
+    stable = [m["stable"] for m in of]
+    return [price(measured, label, groups), number(np.mean([m["sensitivity"] for m in of]), 3),
+            lr_text(math.nan if any(map(math.isnan, stable)) else min(stable)),
+            number(np.exp(np.mean([np.log(m["logit"]) for m in of])), 1),
+            number(np.mean([m["growth"] for m in of]), 2, sign=True),
+            f"{sum(m['unstable'] for m in of)} of {sum(m['runs'] for m in of)}"]
+
+
+def panels(groups, draw):
+    """A figure with a panel per group."""
+    figure, axes = study.plt.subplots(1, len(groups), figsize=(max(5.5, 3.6 * len(groups)), 4), sharey=True,
+                                      squeeze=False)
+    for ax, (key, arms) in zip(axes[0], groups.items()):
+        draw(ax, key, arms)
+        ax.set_title(f"{key[0]}, head size {key[1]}", fontsize=10)
+        if ax.get_legend():
+            ax.get_legend().remove()
+    for ax in axes[0][1:]:
+        ax.set_ylabel("")
+    axes[0][-1].legend(fontsize=8)
+    return figure
+
+
+def against_lr(ax, arms, value, what, scale="linear"):
+    for label, arm in arms.items():
+        values = [value(arm[lr]) for lr in arm]
+        line, marker = study.style(label)
+        ax.plot(list(arm), [v if math.isfinite(v) else math.nan for v in values], label=label, markersize=5,
+                **line | marker)
+    ax.set(xlabel="peak learning rate", ylabel=what, xscale="log", yscale=scale)
+
+
+def write_runs(directory, runs):
+    """runs.csv: a row per run."""
+    with open(directory / "runs.csv", "w") as file:
+        print("block,head_size,rotate,qk_norm,lr,seed,state,steps,final_loss,max_logit,growth_per_1000,first_spike,"
+              "spikes", file=file)
+        for run in runs:
+            arm, spike = run.arm, study.first_spike(run)
+            print(arm["block"], arm["hs"], arm["rotate"], arm["qknorm"], arm["lr"], run.seed, run.state,
+                  len(run.log.get("step", [])), f"{study.final_loss(run):.6f}", run.logit[-1] if len(run.logit) else "",
+                  f"{study.growth_per_1000(run.logit_step, run.logit):.4f}", "" if math.isinf(spike) else int(spike),
+                  len(run.spikes.get("step", [])), sep=",", file=file)
+
+
+def report(name):
+    directory = Path("runs", name)
+    runs = [run for run in study.read_runs(name) if run.state != "unfinished"]
+    if not runs:
+        raise UserError(f"runs/{name}: no finished run there")
+    groups = groups_of(runs)
+    reference = {key: best_lr(arms.get(FULL) or next(iter(arms.values()))) for key, arms in groups.items()}
+    measured = {key: {label: measure(arm, reference[key]) for label, arm in arms.items()}
+                for key, arms in groups.items()}
+    labels = list(dict.fromkeys(label for arms in groups.values() for label in arms))
+    config = runs[0].config
+
+    write_runs(directory, runs)
+    study.use_style()
+    page = study.Report(directory, f"NoPE's instability: {name}")
+    page.text(
+        f"{config['layers']} layers x {config['width']}, context {config['context']}, {config['steps']:,} steps of "
+        f"{config['batch'] * config['accumulate'] * config['context']:,} tokens, clip {config['clip']:g}, on "
+        f"{config['data']}, which a run sees {number(runs[0].epochs, 2)} times; {len(runs)} runs. Losses are training "
+        "losses, the mean of the last 5 % of the steps.")
+    page.heading("What cures it, and at what price in loss?")
+    page.table("cures", ["rotated", *SUMMARY], [[label, *summary(measured, label, groups)] for label in labels])
+    page.text(
+        "Means over blocks and head sizes. Loss: at each arm's best learning rate, paired by block, head size and "
+        "seed, with the 95 % interval of Student's t. LR sensitivity (Wortsman et al. 2023): mean over the learning "
+        "rates of the loss, at most the one at the start, less the best. Largest stable learning rate: up to it no "
+        f"seed became nan or spiked, and none ended more than {TOLERANCE} nats above the best of the smaller ones; "
+        "the smallest of all groups. Largest attention logit, at the end (geometric mean), and its growth, the slope "
+        "of its logarithm over the last half: at the learning rate that is best for 100 % rotation in the group. "
+        "Spike: a loss more than 7 standard deviations above its rolling mean of 128 steps.")
+    page.heading("What makes it unstable?")
+    rows = []
+    for position, what in ((0, "block"), (1, "head size")):
+        for value in sorted({key[position] for key in groups}):
+            for label in (labels[0], FULL):
+                chosen = [key for key in groups if key[position] == value and label in groups[key]]
+                if chosen:
+                    rows.append([f"{what} {value}", label, *summary(measured, label, chosen)])
+    page.table("causes", ["where", "rotated", *SUMMARY], rows)
+    for key, arms in measured.items():
+        page.heading(f"{key[0]} block, head size {key[1]}")
+        page.table(
+            f"{key[0]}-{key[1]}",
+            ["rotated", "best loss", "at lr", "less that of 100 %", "LR sensitivity", "largest stable lr",
+             f"at lr {reference[key]:g}: loss", "largest logit", "growth per 1,000 steps", "seeds that spiked"],
+            [[label, number(m["loss"]), f"{m['best_lr']:g}", price(measured, label, [key]), number(m["sensitivity"], 3),
+              lr_text(m["stable"]), number(m["loss_here"]), number(m["logit"], 1), number(m["growth"], 2, sign=True),
+              f"{m['spiked']} of {m['here']}" + (f", from step {m['first_spike']:.0f}" if m["spiked"] else "")]
+             for label, m in arms.items()])
+
+    def here(key, arms):
+        return {label: arm.get(reference[key], []) for label, arm in arms.items()}
+    page.heading("Plots")
+    page.figure("logits", panels(groups, lambda ax, key, arms: study.plot_logits(ax, here(key, arms))),
+                "Largest attention logit of all layers and heads over the run, a line per seed, at the learning rate "
+                "that is best for 100 % rotation.")
+    page.figure("loss", panels(groups, lambda ax, key, arms: study.plot_loss_curves(ax, here(key, arms))),
+                "Training loss at the same learning rate; band: lowest to highest seed.")
+    page.figure("lr-loss", panels(groups, lambda ax, key, arms: against_lr(
+        ax, arms, mean_loss, "training loss at the end, nats per token")),
+        "Loss at the end by learning rate, mean of the seeds. A point is missing where a seed diverged.")
+    page.figure("lr-logit", panels(groups, lambda ax, key, arms: against_lr(
+        ax, arms, logit_at_end, "largest |attention logit| at the end", "log")),
+        "Largest attention logit at the end by learning rate, geometric mean of the seeds.")
+    page.write()
+
+
+def work():
+    args, recipe, passed = parse(sys.argv[1:])
+    failed = [] if args.report else runner.train_all(jobs_of(args, recipe, passed), args.jobs)
+    report(args.name)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    runner.main(work)

@@ -1,0 +1,339 @@
+"""Trains many runs at once, as many as the machine takes. sweep.py and nope.py say which.
+
+A run is a directory runs/STUDY/NAME, and beside it NAME.txt: its flags, its commands and what they printed. Runs that
+are finished are not repeated, one that was stopped goes on from its checkpoint. A run that diverged is a result and is
+not repeated either; one that failed for another reason is tried again by the next call. On Ctrl-C all runs save first.
+"""
+import fcntl
+import functools
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+BUILD = os.environ.get("BUILD", "build")
+# Flags of `train` that describe the model; eval and bench know them too.
+MODEL_FLAGS = ("layers width heads kv-heads head-size mlp-hidden context vocab rotary-dim rope-base rope-pairs qk-norm "
+               "block norm mlp bias tied").split()
+
+
+class UserError(Exception):
+    """A mistake of the user's: one line, exit code 2."""
+
+
+def main(work):
+    """Runs work() as a program: mistakes are one line and exit code 2, Ctrl-C and SIGTERM exit code 130."""
+    def stop(*_):
+        raise KeyboardInterrupt
+    signal.signal(signal.SIGTERM, stop)
+    try:
+        sys.exit(work())
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("\nstopped; the same command goes on from here", file=sys.stderr)
+        sys.exit(130)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Runs
+
+def joined(arguments, own=()):
+    """Flags of `train` as on a command line, each as one word: --flag=value or --flag. The study's own are refused."""
+    flags = []
+    for word in arguments:
+        if word == "--":
+            continue
+        if word.startswith("--"):
+            flags.append(word)
+        elif flags and "=" not in flags[-1]:
+            flags[-1] += "=" + word
+        else:
+            raise UserError(f"{word}: not a flag of train")
+        if flags[-1][2:].partition("=")[0].removeprefix("no-") in own:
+            raise UserError(f"-- {word}: the study sets this itself; --help lists its own flags")
+    return flags
+
+
+def rotation_flag(flag, rotate):
+    """The flag of `train` for a share of the head up to 1 or, above it, a number of channels; `flag` said so."""
+    try:
+        value = float(rotate)
+    except ValueError:
+        raise UserError(f"{flag} {rotate}: must be a share up to 1, or a number of channels") from None
+    return f"--rotary-dim={value:g}" if value > 1 else f"--rotary-fraction={value:g}"
+
+
+class Job:
+    """A run to be trained: `name` below runs/STUDY, and the flags of `train`, each as one word."""
+
+    def __init__(self, study, name, flags, steps, positions=0):
+        self.run, self.steps = f"{study}/{name}", steps
+        self.flags = [f"--val-every={steps}", f"--diagnostics-every={max(1, steps // 100)}", *flags, f"--steps={steps}"]
+        self.positions = positions  # tokens for `eval positions`; 0: do not
+        self.directory = Path("runs") / study / name
+        self.output = Path(f"{self.directory}.txt")
+        self.error = ""
+
+    def last_row(self):
+        """The last whole row of log.csv as (step, tokens, loss, gradient norm); None if there is none."""
+        try:
+            with open(self.directory / "log.csv", "rb") as file:
+                file.seek(max(0, os.fstat(file.fileno()).st_size - 1000))
+                row = file.read().decode().rpartition("\n")[0].rpartition("\n")[2].split(",")
+            return int(row[0]), int(row[1]), float(row[2]), float(row[4])
+        except (OSError, ValueError, IndexError):
+            return None
+
+    def state(self):
+        if (self.directory / "summary.json").exists():
+            return "finished"
+        row = self.last_row()
+        return "diverged" if row and not math.isfinite(row[2] + row[3]) else "unfinished"
+
+    def step(self):
+        state, row = self.state(), self.last_row()
+        return self.steps if state != "unfinished" else row[0] if row else 0
+
+    def next_command(self, threads):
+        """What is still to be done: train, or measure the loss by position; None: nothing. Removes what is left of a
+        run without a checkpoint, which begins again."""
+        state = self.state()
+        if state == "unfinished":
+            command = [f"{BUILD}/train", f"--run={self.run}"]
+            if any((self.directory / name / "state.json").exists() for name in ("checkpoint", "checkpoint.old")):
+                return command + ["--resume", f"--threads={threads}"]
+            shutil.rmtree(self.directory, ignore_errors=True)
+            return command + self.flags + [f"--threads={threads}"]
+        csv = self.directory / "positions.csv"
+        if state == "finished" and self.positions and not csv.exists():
+            device = [flag for flag in self.flags if flag.startswith(("--device=", "--dtype="))]
+            return [f"{BUILD}/eval", "positions", f"--run={self.run}", f"--tokens={self.positions}", f"--out={csv}",
+                    f"--threads={threads}", *device]
+        return None
+
+
+def refuse_other_flags(jobs):
+    """A study's directory holds runs of one recipe: those that are there must have been made with the same flags."""
+    for job in jobs:
+        if not (job.directory / "config.json").exists() or not job.output.exists():
+            continue
+        before = job.output.read_text(errors="replace").partition("\n")[0]
+        now = "flags: " + " ".join(job.flags)
+        if before != now:
+            differ = sorted(set(before.split()) ^ set(now.split()))
+            raise UserError(f"{job.directory} was made with other flags ({' '.join(differ)}); take another --name, or "
+                            f"remove {job.directory.parent}")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The machine
+
+def output_of(command):
+    """What a program prints; UserError with its own line if it fails."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True)
+    except OSError as error:
+        raise UserError(f"{command[0]}: {error.strerror}; `make` builds it") from None
+    if done.returncode:
+        raise UserError(done.stderr.strip().removeprefix("error: ") or f"{command[0]}: exit code {done.returncode}")
+    return done.stdout
+
+
+def device_of(flags):
+    """cpu or cuda: what `train` will take, by its --device and by what it was built for."""
+    asked = [flag for flag in flags if flag.startswith("--device=")] or ["--device=auto"]
+    settings = output_of([f"{BUILD}/bench", "--shape=nano", "--seconds=0", "--json", asked[-1]])
+    return json.loads(settings)["device"]
+
+
+@functools.cache
+def memory_of(flags):
+    """Bytes that `train` takes on a GPU with these flags."""
+    values = dict(flag[2:].partition("=")[::2] for flag in flags)
+    known = [flag for flag in flags
+             if flag[2:].partition("=")[0].removeprefix("no-") in ("preset", "batch", "recompute", *MODEL_FLAGS)]
+    meta = Path(values.get("data", "data/stories/")).parent / "meta.json"
+    if "vocab" not in values and meta.exists():
+        known.append(f"--vocab={json.loads(meta.read_text())['vocabulary']}")
+    memory = output_of([f"{BUILD}/eval", "memory", "--device=cuda"] + known)
+    return int(re.findall(r"^ *total .* ([\d,]+) bytes", memory, re.M)[-1].replace(",", ""))
+
+
+def slots_of(jobs, most):
+    """Where runs can go at the same time, as a list with a GPU's number for each, None on the CPU; and the CPU threads
+    of a run. `most`: as many at a time; 0: a run per core, or two on a GPU if its free memory holds them, so that one
+    trains while the other starts or ends. They take turns: 5.2 M tokens/s for one run of 6 layers x 256 on an H100, 4.6 M
+    for three and for six together.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    if device_of(jobs[0].flags) == "cpu":
+        slots = [None] * (most or cores)
+    else:
+        query = ["nvidia-smi", "--query-gpu=index,memory.free", "--format=csv,noheader,nounits"]
+        free = {gpu: float(mib) * 2**20 for gpu, mib in re.findall(r"(\d+), (\d+)", output_of(query))}
+        gpus = [gpu for gpu in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if gpu] or list(free)
+        same_for_all = ("--rotary", "--seed", "--lr")
+        needed = max(memory_of(tuple(flag for flag in job.flags if not flag.startswith(same_for_all))) for job in jobs)
+        needed = 1.2 * needed + 2**30  # CUDA itself and cuBLAS's workspace come on top
+        room = int(min(free.get(gpu, 0) for gpu in gpus) / needed)
+        each = -(-most // len(gpus)) if most else max(1, min(room, 2, cores // len(gpus)))
+        slots = (gpus * each)[:most or None]
+    slots = slots[:len(jobs)]
+    return slots, max(1, cores // len(slots))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Training them
+
+def duration(seconds):
+    hours, minutes, seconds = int(seconds) // 3600, int(seconds) // 60 % 60, int(seconds) % 60
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+class Display:
+    """One picture of all runs: rewritten in place on a terminal, elsewhere a line now and then."""
+
+    def __init__(self, jobs):
+        self.jobs, self.live = jobs, sys.stdout.isatty()
+        self.start, self.at_start = time.time(), sum(job.step() for job in jobs)
+        self.lines, self.next = 0, 0
+
+    def show(self, running, done, last=False):
+        now = time.time()
+        if now < self.next and not last:
+            return
+        self.next = now + (1 if self.live else 30)
+        rows = [(job, job.last_row()) for job in running]
+        steps, total = sum(job.step() for job in self.jobs), sum(job.steps for job in self.jobs)
+        made, passed = steps - self.at_start, now - self.start
+        head = f"{len(done)} of {len(self.jobs)} runs done"
+        for what, count in (("diverged", sum(job.state() == "diverged" for job in done)),
+                            ("failed", sum(bool(job.error) for job in done))):
+            head += f", {count} {what}" if count else ""
+        head += f"; {len(running)} at work"
+        started = [row for _, row in rows if row]
+        if started:  # all steps that were made, in the tokens that a step has now
+            head += f", {made / passed * sum(row[1] / row[0] for row in started) / len(started):,.0f} tokens/s"
+        head += f"; {duration(passed)} so far"
+        head += f", {duration((total - steps) * passed / made)} left" if made else ""
+        if not self.live:
+            return print(head, flush=True)
+        height, width = shutil.get_terminal_size()[::-1]
+        text = [head]
+        for job, row in rows[:height - 3]:
+            progress = f"step {row[0]}/{job.steps}  loss {row[2]:.4f}" if row else "starting"
+            text.append(f"  {job.directory.name:44} {progress}")
+        up = f"\033[{self.lines}A" if self.lines else ""
+        print(up + "\033[J" + "\n".join(line[:width - 1] for line in text), flush=True)
+        self.lines = len(text)
+
+
+def train_all(jobs, most=0):
+    """Trains all runs, `most` at a time (0: as many as the machine takes). Returns the jobs that failed."""
+    directory = jobs[0].directory.parent
+    directory.mkdir(parents=True, exist_ok=True)
+    # The runs inherit the lock: those of a driver that was killed keep it until they end.
+    lock = open(directory / "lock", "w")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        print(f"{directory}: waiting for the runs of an earlier call to end", flush=True)
+        fcntl.flock(lock, fcntl.LOCK_EX)
+    refuse_other_flags(jobs)
+    waiting = [job for job in jobs if job.next_command(1)]
+    done = [job for job in jobs if job not in waiting]
+    if not waiting:
+        return []
+    slots, threads = slots_of(waiting, most)
+    print(f"{len(waiting)} runs to train, {len(slots)} at a time, in {directory}", flush=True)
+    display, running, free = Display(jobs), {}, list(slots)  # running: job -> (process, GPU)
+
+    def start(job, gpu, command):
+        if not job.directory.exists():
+            job.output.write_text("flags: " + " ".join(job.flags) + "\n")
+        environment = dict(os.environ, OMP_WAIT_POLICY="passive")
+        if gpu is not None:
+            environment["CUDA_VISIBLE_DEVICES"] = gpu
+        with open(job.output, "a") as output:
+            print("$", *command, file=output, flush=True)
+            running[job] = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
+                                            env=environment, pass_fds=[lock.fileno()]), gpu
+
+    try:
+        while waiting or running:
+            while free and waiting:
+                job = waiting.pop(0)
+                start(job, free.pop(0), job.next_command(threads))
+            for job, (process, gpu) in list(running.items()):
+                if process.poll() is None:
+                    continue
+                del running[job]
+                command = job.next_command(threads)
+                if process.returncode and job.state() != "diverged" or command and command[:1] == process.args[:1]:
+                    job.error = job.output.read_text(errors="replace").rstrip().rpartition("\n")[2]
+                    if process.returncode < 0:
+                        job.error = f"ended by signal {-process.returncode}"
+                elif command:
+                    start(job, gpu, command)
+                    continue
+                free.append(gpu)
+                done.append(job)
+            display.show(running, done)
+            time.sleep(0.1)
+    except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        for process, _ in running.values():
+            process.terminate()
+        print("\nstopping: every run finishes its step and saves", flush=True)
+        for process, _ in running.values():
+            process.wait()
+        raise
+    display.show(running, done, last=True)
+    failed = [job for job in done if job.error]
+    for error in dict.fromkeys(job.error for job in failed):
+        names = [job.directory.name for job in failed if job.error == error]
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        print(f"failed: {', '.join(names[:3])}{more}: {error}", file=sys.stderr)
+    return failed
+
+
+def measure_speed(runs, seconds=2):
+    """tokens/s and seconds in RoPE of a training step, by `bench` alone on the machine: one of each model in `runs`.
+
+    Returns {run directory: (tokens per second, RoPE seconds per step)}, without those where bench fails. What bench
+    printed stays in the run's bench.json.
+    """
+    speeds, measured = {}, {}  # measured: what bench printed, by its command
+    for run in runs:
+        path = Path(run) / "bench.json"
+        if not path.exists():
+            config = json.loads((Path(run) / "config.json").read_text())
+            command = [f"{BUILD}/bench", "--shape=nano", f"--batch={config['batch']}", f"--device={config['device']}",
+                       f"--dtype={config['dtype']}", f"--seconds={seconds}", "--json"]
+            for flag in MODEL_FLAGS:
+                value = config[flag.replace("-", "_")]
+                if isinstance(value, bool):
+                    command.append(f"--{flag}" if value else f"--no-{flag}")
+                else:
+                    command.append(f"--{flag}={value}")
+            key = tuple(command)
+            if key not in measured:
+                print(f"measuring speed: {path.parent.name}", flush=True)
+            try:
+                measured[key] = measured.get(key) or output_of(command)
+                path.write_text(measured[key])
+            except UserError as error:
+                print(f"no speed of {path.parent.name}: {error}", file=sys.stderr)
+                continue
+        result = json.loads(path.read_text())
+        rope = sum(value for name, value in result["operation_seconds"].items() if "rope" in name)
+        speeds[run] = result["tokens_per_second"], rope
+    return speeds

@@ -1,0 +1,450 @@
+"""What a study's runs say: files into arrays, statistics, plots, the page of a report. For sweep.py, nope.py and the
+notebooks.
+
+A run's directory is runs/STUDY/NAME, with a NAME such as rotate=0.1_seed=2 that says what was varied.
+`python scripts/study.py` checks the statistics against values worked out by hand.
+"""
+import base64
+import csv
+import html
+import io
+import json
+import math
+import re
+import warnings
+from pathlib import Path
+from types import SimpleNamespace
+
+import matplotlib.pyplot as plt
+import numpy as np
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Runs
+
+
+def read_csv(path):
+    """The columns of a csv file as {name: array}; strings only where a column holds no numbers. {} if there is none."""
+    try:
+        with open(path, newline="") as file:
+            header, *rows = list(csv.reader(file))
+    except (OSError, ValueError):
+        return {}
+    rows = [row for row in rows if len(row) == len(header)]
+
+    def array(values):
+        try:
+            return np.array(values, dtype=float)
+        except ValueError:
+            return np.array(values)
+
+    return {name: array([row[i] for row in rows]) for i, name in enumerate(header)}
+
+
+def read_run(directory):
+    """A run: name, arm {key: text}, seed, config, summary ({} unless finished), and the csv files as columns.
+
+    `state` is finished, diverged (loss or gradient became inf or nan) or unfinished. `epochs`: how often all of its
+    steps see the training data; nan if unknown. `logit_step`, `logit`: the largest |attention logit| of all layers and
+    heads, per diagnostics step.
+    """
+    directory = Path(directory)
+    run = SimpleNamespace(name=directory.name, directory=directory)
+    for name in ("config", "summary"):
+        path = directory / f"{name}.json"
+        setattr(run, name, json.loads(path.read_text()) if path.exists() else {})
+    run.arm = dict(part.partition("=")[::2] for part in directory.name.split("_"))
+    run.seed = int(run.arm.get("seed", run.config.get("seed", 0)))
+    for name in ("log", "val", "layers", "tensors", "spikes", "positions"):
+        setattr(run, name, read_csv(directory / f"{name}.csv"))
+    output = Path(f"{directory}.txt")
+    found = re.search(r"so ([\d.]+) epochs", output.read_text(errors="replace")) if output.exists() else None
+    run.epochs = float(found[1]) if found else math.nan
+    last = [run.log[name][-1] for name in ("loss", "grad_norm") if len(run.log.get(name, []))]
+    run.state = "finished" if run.summary else "unfinished" if np.isfinite(last).all() else "diverged"
+    run.logit_step, run.logit = np.array([]), np.array([])
+    if len(run.layers.get("step", [])):
+        run.logit_step, row = np.unique(run.layers["step"], return_inverse=True)
+        run.logit = np.zeros(len(run.logit_step))
+        np.maximum.at(run.logit, row, run.layers["max_logit"])
+    return run
+
+
+def read_runs(study):
+    """All runs of a study, runs/STUDY."""
+    return [read_run(path.parent) for path in sorted(Path("runs", study).glob("*/config.json"))]
+
+
+def rotation_label(rotate, qk_norm=False):
+    """`rotate` as eval's --fractions has it: a share of the head up to 1, above it a number of channels."""
+    value = float(rotate)
+    text = "0 % (NoPE)" if value == 0 else f"{value:g} channels" if value > 1 else f"{100 * value:g} %"
+    return text + " + QK-Norm" * qk_norm
+
+
+FULL = rotation_label(1)
+
+
+def by_rotation(runs):
+    """{label: runs in the order of their seeds}, from little to much rotation."""
+    def key(run):  # channels come before shares
+        rotate = float(run.arm["rotate"])
+        return rotate if rotate <= 1 else 1e-9 * rotate, run.arm.get("qknorm", "0"), run.seed
+
+    groups = {}
+    for run in sorted(runs, key=key):
+        groups.setdefault(rotation_label(run.arm["rotate"], run.arm.get("qknorm") == "1"), []).append(run)
+    return groups
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Statistics
+
+
+def t_quantile(degrees, level=0.95):
+    """Half-width of a two-sided interval of Student's t, in standard errors."""
+    # With t = sqrt(n) tan(angle), the density of the angle is cos(angle)^(n-1): no infinite tails to integrate.
+    angle = np.linspace(0, np.pi / 2, 100001)
+    density = np.cos(angle) ** (degrees - 1)
+    share = np.concatenate([[0], np.cumsum(density[1:] + density[:-1])])
+    return math.sqrt(degrees) * math.tan(np.interp(level, share / share[-1], angle))
+
+
+def mean_interval(values):
+    """Mean of the values, half-width of its 95 % confidence interval (nan for fewer than two), their number."""
+    values = np.asarray(values, dtype=float)
+    n = len(values)
+    if n < 2:
+        return (values[0] if n else math.nan), math.nan, n
+    return values.mean(), t_quantile(n - 1) * values.std(ddof=1) / math.sqrt(n), n
+
+
+def paired_difference(values, reference):
+    """mean_interval of values - reference, both {seed: value}, over the seeds that both have."""
+    return mean_interval([values[seed] - reference[seed] for seed in sorted(values) if seed in reference])
+
+
+def initial_loss(run):
+    """The first step's loss, measured before its update."""
+    return float(run.log["loss"][0])
+
+
+def final_loss(run):
+    """Mean training loss of the last 5 % of the steps, nats per token; inf for a run that diverged."""
+    if run.state == "diverged":
+        return math.inf
+    loss = run.log["loss"]
+    return float(loss[-max(1, len(loss) // 20):].mean())
+
+
+def lr_sensitivity(losses, at_start):
+    """Mean over learning rates of min(loss, loss at initialisation), less the best loss; nan if all of them diverged.
+
+    Wortsman et al. 2023, arXiv 2309.14322, section 2.2: 0 if the learning rate does not matter. A diverged run's loss is
+    inf or nan.
+    """
+    losses = np.asarray(losses, dtype=float)
+    if not np.isfinite(losses).any():
+        return math.nan
+    return float(np.fmin(losses, at_start).mean() - np.fmin.reduce(losses))
+
+
+def largest_stable(lrs, stable):
+    """The largest learning rate up to which all are stable; nan if the smallest is not."""
+    best = math.nan
+    for lr, is_stable in sorted(zip(lrs, stable)):
+        if not is_stable:
+            break
+        best = lr
+    return best
+
+
+def growth_per_1000(step, value):
+    """Exponential growth rate over the last half of the steps: the slope of ln(value), per 1,000 steps."""
+    keep = (step > step[-1] / 2) & (value > 0) & np.isfinite(value) if len(step) else np.array([], dtype=bool)
+    if keep.sum() < 3:
+        return math.nan
+    return float(1000 * np.polyfit(step[keep], np.log(value[keep]), 1)[0])
+
+
+def first_spike(run):
+    """The first step whose loss spiked (spikes.csv); inf if none did."""
+    return float(np.min(run.spikes["step"])) if len(run.spikes.get("step", [])) else math.inf
+
+
+def self_test():
+    def near(a, b):
+        assert abs(a - b) < 1e-3 * max(1, abs(b)), f"{a} is not {b}"
+
+    for degrees, t in ((1, 12.706), (2, 4.303), (4, 2.776), (9, 2.262), (30, 2.042)):  # any table of Student's t
+        near(t_quantile(degrees), t)
+    mean, half, n = paired_difference({1: 1.0, 2: 2.0, 3: 4.0, 5: 9.0}, {3: 3.5, 2: 2.0, 1: 0.0, 4: 7.0})
+    near(mean, 0.5), near(half, 4.303 * 0.5 / math.sqrt(3)), near(n, 3)
+    near(lr_sensitivity([3.0, 2.0, 2.5], 5.0), 0.5)
+    near(lr_sensitivity([2.0, math.inf, math.nan, 7.0], 5.0), (2 + 3 * 5) / 4 - 2)
+    assert math.isnan(lr_sensitivity([math.inf, math.nan], 5.0))
+    near(largest_stable([0.1, 0.001, 0.01], [True, True, True]), 0.1)
+    near(largest_stable([0.1, 0.001, 0.01], [True, True, False]), 0.001)
+    assert math.isnan(largest_stable([1, 2], [False, True]))
+    step = np.arange(0, 2001, 10.0)
+    near(growth_per_1000(step, np.where(step < 1000, 7.0, np.exp(0.0023 * step))), 2.3)
+    near(first_spike(SimpleNamespace(spikes={"step": np.array([120.0, 90, 350])})), 90)
+    assert first_spike(SimpleNamespace(spikes={})) == math.inf
+    near(final_loss(SimpleNamespace(state="finished", log={"loss": np.arange(100.0)})), 97)
+    print("statistics: as worked out by hand")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Plots. Each draws into axes that it is given, from {label: runs}.
+
+# Okabe and Ito's colours, which the colour-blind tell apart, with another line and marker each for grey print.
+STYLES = {"0 % (NoPE)": ("#D55E00", "-", "o"), "0 % (NoPE) + QK-Norm": ("#CC79A7", "--", "s"),
+          "2 channels": ("#E69F00", "-.", "^"), "10 %": ("#009E73", "-", "D"), "25 %": ("#56B4E9", "--", "v"),
+          "50 %": ("#999999", "-.", "P"), "75 %": ("#0072B2", ":", "X"), "100 %": ("#000000", "-", "*")}
+
+
+def style(label):
+    """An arm's looks, the same in every plot: keyword arguments for a line, and for markers."""
+    others = list(STYLES.values())
+    color, line, marker = STYLES.get(label) or others[sum(label.encode()) % len(others)]
+    return dict(color=color, linestyle=line), dict(color=color, marker=marker)
+
+
+def use_style():
+    plt.rcParams.update({"figure.dpi": 110, "savefig.dpi": 160, "font.size": 10, "axes.grid": True, "grid.alpha": 0.3,
+                         "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False,
+                         "lines.linewidth": 1.6, "figure.constrained_layout.use": True})
+
+
+def stretches(x, y, count=100):
+    """x and y as means of `count` stretches: a curve without the noise of single steps."""
+    parts = [part for part in np.array_split(np.arange(len(x)), count) if len(part)]
+    return np.array([x[p].mean() for p in parts]), np.array([y[p].mean() for p in parts])
+
+
+def over_seeds(curves):
+    """Curves (x, y) of several seeds as x, mean, lowest, highest, at the x values that all of them have."""
+    if not curves:
+        return (np.array([]),) * 4
+    x = curves[0][0]
+    for other, _ in curves[1:]:
+        x = x[np.isin(x, other)]
+    y = np.array([np.asarray(values)[np.isin(steps, x)] for steps, values in curves]).reshape(len(curves), -1)
+    return x, y.mean(0), y.min(0), y.max(0)
+
+
+def draw_over_seeds(ax, label, curves, markers=False):
+    x, mean, low, high = over_seeds(curves)
+    line, dots = style(label)
+    ax.plot(x, mean, label=label, **line, **({"marker": dots["marker"], "markersize": 4} if markers else {}))
+    if len(curves) > 1:
+        ax.fill_between(x, low, high, color=line["color"], alpha=0.12, linewidth=0)
+
+
+def plot_loss_curves(ax, groups):
+    """Training loss over tokens: mean of the seeds, and the band between the lowest and the highest."""
+    visible = []
+    for label, runs in groups.items():
+        whole = []
+        for run in runs:
+            if len(run.log.get("loss", [])) < 2:
+                continue
+            x, y = stretches(run.log["tokens"] * 1e-6, run.log["loss"])
+            visible += [y[len(y) // 10:]]
+            if run.state == "finished":
+                whole.append((x, y))
+            else:  # ends early: a line of its own
+                ax.plot(x, y, **style(label)[0])
+        draw_over_seeds(ax, label, whole)
+    visible = np.concatenate(visible) if visible else np.array([])
+    visible = visible[np.isfinite(visible)]
+    floors = [run.summary["floor"] for runs in groups.values() for run in runs if "floor" in run.summary]
+    if floors:
+        ax.axhline(floors[0], color="#555555", linestyle=(0, (1, 3)), label="lowest reachable")
+    if len(visible):
+        low, high = visible.min(), visible.max()
+        if floors and low - floors[0] < high - low:
+            low = floors[0]
+        ax.set_ylim(low - 0.03 * (high - low), high)
+    ax.set(xlabel="training tokens, millions", ylabel="training loss, nats per token")
+    ax.legend()
+
+
+def plot_loss_curve_difference(ax, groups, reference=FULL):
+    """Training loss less that of the reference, as means over the seeds: what the curves themselves hide."""
+    curves = {}
+    for label, runs in groups.items():
+        logs = [run.log for run in runs if run.state == "finished"]
+        curves[label] = [stretches(log["tokens"] * 1e-6, log["loss"], 50) for log in logs]
+    base = over_seeds(curves.get(reference, []))[1]
+    shown = []
+    for label in curves:
+        x, mean, _, _ = over_seeds(curves[label])
+        if len(mean) and len(mean) == len(base) and label != reference:
+            ax.plot(x, mean - base, label=label, **style(label)[0])
+            shown.append((mean - base)[5:])
+    ax.axhline(0, color="#000000", linewidth=1)
+    if shown:  # the first tenth, where everything changes fast, may be cut
+        low, high = min(0, np.min(shown)), max(0, np.max(shown))
+        ax.set_ylim(low - 0.05 * (high - low) - 1e-6, high + 0.05 * (high - low) + 1e-6)
+        ax.legend()
+    ax.set(xlabel="training tokens, millions", ylabel=f"training loss less that of {reference}, nats")
+
+
+def losses_of(runs):
+    """{seed: validation loss} of the runs that finished."""
+    return {run.seed: run.summary["val_loss"] for run in runs if run.state == "finished"}
+
+
+def difference(groups, label, reference=FULL):
+    """Validation loss of an arm less that of the reference, paired by seed: mean, half-width, number of pairs."""
+    return paired_difference(losses_of(groups.get(label, [])), losses_of(groups.get(reference, [])))
+
+
+def plot_loss_by_fraction(ax, groups):
+    """Validation loss of every run by rotation, and the mean."""
+    means = []
+    for i, (label, runs) in enumerate(groups.items()):
+        values = list(losses_of(runs).values())
+        means.append(np.mean(values) if values else np.nan)
+        ax.plot([i] * len(values), values, linestyle="", markersize=7, alpha=0.8, **style(label)[1])
+    ax.plot(range(len(means)), means, color="#555555", linewidth=1, zorder=0)
+    ax.set_xticks(range(len(groups)), groups, rotation=25, ha="right")
+    ax.set(xlabel="rotated share of each head", ylabel="validation loss, nats per token")
+
+
+def plot_difference(ax, groups, reference=FULL):
+    """Difference of the validation loss to the reference, paired by seed, with its 95 % interval."""
+    for i, (label, runs) in enumerate(groups.items()):
+        mean, half, n = difference(groups, label, reference)
+        if label == reference:
+            continue
+        if n:
+            ax.errorbar([i], [mean], yerr=None if math.isnan(half) else [
+                        half], capsize=4, markersize=7, **style(label)[1])
+    ax.axhline(0, color="#000000", linewidth=1)
+    ax.set_xticks(range(len(groups)), groups, rotation=25, ha="right")
+    ax.set(xlabel="rotated share of each head", ylabel=f"validation loss less that of {reference}, nats")
+
+
+def plot_logits(ax, groups):
+    """Largest attention logit of all layers and heads, a line per run."""
+    for label, runs in groups.items():
+        for i, run in enumerate(run for run in runs if len(run.logit)):
+            ax.plot(run.logit_step, run.logit, label=label if i == 0 else None, **style(label)[0] | {"linewidth": 1.2})
+    ax.set_yscale("log")
+    ax.set(xlabel="step", ylabel="largest |attention logit|")
+    if ax.lines:
+        ax.legend()
+
+
+def plot_gradient_norms(ax, groups):
+    """Norm of the gradient before clipping, a line per run."""
+    for label, runs in groups.items():
+        for i, run in enumerate(run for run in runs if len(run.log.get("loss", [])) > 1):
+            x, y = stretches(run.log["step"], run.log["grad_norm"])
+            ax.plot(x, y, label=label if i == 0 else None, **style(label)[0] | {"linewidth": 1.2})
+    ax.set_yscale("log")
+    ax.set(xlabel="step", ylabel="gradient norm before clipping")
+
+
+def position_curve(run):
+    """Middle of each stretch of positions, counted from 1, and the loss there."""
+    return (run.positions["begin"] + run.positions["end"] + 1) / 2, run.positions["loss"]
+
+
+def plot_loss_by_position(ax, groups, reference=None):
+    """Loss by position in the window, mean of the seeds; with `reference`, less that arm's."""
+    base = over_seeds([position_curve(run) for run in groups.get(reference, []) if len(run.positions)])[1]
+    for label, runs in groups.items():
+        curves = [position_curve(run) for run in runs if len(run.positions)]
+        if curves and reference:
+            x, mean, _, _ = over_seeds(curves)
+            if label != reference and len(base) == len(mean):
+                draw_over_seeds(ax, label, [(x, mean - base)], markers=True)
+        elif curves:
+            draw_over_seeds(ax, label, curves, markers=True)
+    if reference:
+        ax.axhline(0, color="#000000", linewidth=1)
+    ax.set_xscale("log", base=2)
+    ax.xaxis.set_major_formatter("{x:g}")
+    ax.set(xlabel="position in the window", ylabel="loss" +
+           (f" less that of {reference}" if reference else "") + ", nats per token")
+    if ax.get_legend_handles_labels()[0]:
+        ax.legend()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The report
+
+
+def number(value, digits=4, sign=False):
+    """A number for a table: - where there is none."""
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return "-"
+    if isinstance(value, str):
+        return value
+    if math.isinf(value):
+        return "inf"
+    return f"{value:{'+' if sign else ''},.{digits}f}"
+
+
+def interval_text(interval):
+    """What mean_interval or paired_difference gave, for a table."""
+    mean, half, n = interval
+    return f"{number(mean, sign=True)} ± {number(half)} (n {n})" if n else "-"
+
+
+class Report:
+    """A page of headings, text, tables and figures: report.html, which is self-contained, and report.md. Beside them
+    lie the figures as PNG files and the tables as csv files."""
+
+    def __init__(self, directory, title):
+        self.directory, self.title = Path(directory), title
+        self.page, self.markdown = [f"<h1>{html.escape(title)}</h1>"], [f"# {title}\n"]
+
+    def heading(self, text):
+        self.page.append(f"<h2>{html.escape(text)}</h2>")
+        self.markdown.append(f"## {text}\n")
+
+    def text(self, text):
+        self.page.append(f"<p>{html.escape(text)}</p>")
+        self.markdown.append(text + "\n")
+
+    def table(self, name, header, rows):
+        def cells(row, tag):
+            return "<tr>" + "".join(f"<{tag}>{html.escape(str(cell))}</{tag}>" for cell in row) + "</tr>"
+
+        self.page.append("<table>" + cells(header, "th") + "".join(cells(row, "td") for row in rows) + "</table>")
+        lines = ["| " + " | ".join(map(str, row)) + " |" for row in [header, *rows]]
+        self.markdown.append("\n".join([lines[0], "|" + "---|" * len(header), *lines[1:]]) + "\n")
+        with open(self.directory / f"{name}.csv", "w", newline="") as file:
+            csv.writer(file).writerows([header, *rows])
+
+    def figure(self, name, figure, caption):
+        buffer = io.BytesIO()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a logarithmic axis without data
+            figure.savefig(buffer, format="png")
+        plt.close(figure)
+        (self.directory / f"{name}.png").write_bytes(buffer.getvalue())
+        image = base64.b64encode(buffer.getvalue()).decode()
+        self.page.append(f'<figure><img alt="{html.escape(caption)}" src="data:image/png;base64,{image}">'
+                         f"<figcaption>{html.escape(caption)}</figcaption></figure>")
+        self.markdown.append(f"![{caption}]({name}.png)\n")
+
+    def write(self):
+        style = ("body{font:16px/1.5 system-ui,sans-serif;max-width:70rem;margin:2rem auto;padding:0 1rem;color:#111}"
+                 "table{border-collapse:collapse;margin:1rem 0;font-size:14px}"
+                 "th,td{border-bottom:1px solid #ccc;padding:.25rem .6rem;text-align:right;vertical-align:top}"
+                 "th:first-child,td:first-child{text-align:left}figure{margin:1.5rem 0}img{max-width:100%}"
+                 "figcaption{color:#444;font-size:14px}")
+        head = (f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{html.escape(self.title)}</title>'
+                f"<style>{style}</style></head><body>")
+        (self.directory / "report.html").write_text(head + "\n".join(self.page) + "</body></html>\n")
+        (self.directory / "report.md").write_text("\n".join(self.markdown))
+        print("\n".join(part for part in self.markdown if not part.startswith("![")))
+        print(f"Report: {self.directory}/report.html (tables also as report.md and .csv, figures as .png)")
+
+
+if __name__ == "__main__":
+    self_test()

@@ -1,0 +1,227 @@
+// Benchmarks: what is asked, how it is scored and counted, and loss by position.
+#include "../benchmarks.h"
+
+#include <doctest/doctest.h>
+
+#include "../flags.h"
+#include "helpers.h"
+
+namespace {
+
+Config tiny(int R, bool qk_norm = false) {
+  Config c;
+  c.layers = 2, c.width = 16, c.heads = 2, c.mlp_hidden = 24, c.context = 12, c.vocab = 264;
+  c.rotary_dim = ROTARY_DIM_OR(R), c.qk_norm = qk_norm;
+  resolve(c);
+  return c;
+}
+
+using Tiny = Model<Cpu, float>;
+void scatter(Tiny& model) {  // so large that attention has preferences and positions matter
+  const std::vector<float> weights = random_values<float>(model.table.total, 5);
+  model.set_weights(weights.data());
+}
+
+std::string text_of(const std::vector<int>& ids) { return {ids.begin(), ids.end()}; }
+
+// ln P of each token but the first behind those before it, from the logits of one window of just that length.
+std::vector<double> log_likelihoods(Config c, const std::vector<int>& tokens) {
+  Cpu cpu;
+  const int T = int(tokens.size()) - 1, V = c.vocab;
+  c.context = T;
+  Tiny model(cpu, c, 1, T, false);
+  scatter(model);
+  std::vector<float> logits(size_t(T) * V);
+  model.forward(tokens.data(), 1, T);
+  model.logits(logits.data(), T, T);
+  std::vector<double> result;
+  for (int t = 0; t < T; ++t) {
+    double sum = 0;
+    for (int v = 0; v < V; ++v) sum += std::exp(double(logits[size_t(t) * V + v]));
+    result.push_back(double(logits[size_t(t) * V + tokens[t + 1]]) - std::log(sum));
+  }
+  return result;
+}
+
+// Two windows that differ in how many neighbours they have are equal up to the rounding of their sums: some 10 products
+// in a row per layer, each over some 50 terms; a logit here is below 100.
+constexpr double kClose = 10 * 2 * 50 * kRounding<float> * 100;
+
+std::vector<Question> read(const std::string& lines, const std::string& delimiter = " ", size_t limit = 0) {
+  TemporaryDirectory directory;
+  write_text_file(directory / "q.jsonl", lines);
+  return read_questions(directory / "q.jsonl", ByteTokenizer(), delimiter, limit);
+}
+
+}  // namespace
+
+TEST_CASE("benchmarks: white space before an answer belongs to the answer, and the context is encoded alone") {
+  const ByteTokenizer bytes;
+  Request r = make_request(bytes, "Who? \n ", "Ann");
+  CHECK(text_of(r.context) == "Who?");
+  CHECK(text_of(r.continuation) == " \n Ann");
+  CHECK(r.bytes == 3);
+  for (const char* empty : {"", " "}) {
+    r = make_request(bytes, empty, "Ann");
+    CHECK(r.context == std::vector<int>{256});
+    CHECK(text_of(r.continuation) == std::string(empty) + "Ann");
+  }
+  // BPE: the answer's tokens are those of the whole text behind as many as the context alone has.
+  const BpeTokenizer bpe("tests/fixtures/tokenizer.json");
+  const std::string context = "The fi", answer = "rst seen";
+  r = make_request(bpe, context, answer);
+  const std::vector<int> alone = encode_text(bpe, context), both = encode_text(bpe, context + answer);
+  CHECK(alone.back() != both[alone.size() - 1]);  // "i", but "ir" where the answer follows
+  CHECK(r.context == alone);
+  CHECK(r.continuation == std::vector<int>(both.begin() + long(alone.size()), both.end()));
+}
+
+TEST_CASE("benchmarks: the forms of a line") {
+  std::vector<Question> q = read(
+      "{\"query\": \"Question: Who?\\n\", \"choices\": [\"Ann\", \"Bob Lee\"], \"gold\": 1}\n\n"
+      "{\"context_options\": [\"Ann saw\", \"Bob saw\", \"I saw\"], \"continuation\": \"me.\", \"gold\": 2}\r\n"
+      "{\"context\": \"Ann saw\", \"continuation\": \"Bob\"}\n"
+      "{\"text\": \"Ann saw old Bob\"}");
+  REQUIRE(q.size() == 4);
+  REQUIRE(q[0].choices.size() == 2);
+  CHECK(q[0].gold == 1);
+  CHECK(text_of(q[0].choices[1].context) == "Question: Who?");
+  CHECK(text_of(q[0].choices[1].continuation) == "\n Bob Lee");
+  REQUIRE(q[1].choices.size() == 3);
+  CHECK(q[1].gold == 2);
+  CHECK(text_of(q[1].choices[2].context) == "I saw");
+  CHECK(text_of(q[1].choices[2].continuation) == " me.");
+  CHECK(text_of(q[2].choices[0].continuation) == " Bob");
+  CHECK(text_of(q[3].choices[0].context) == "Ann saw old");
+  CHECK(text_of(q[3].choices[0].continuation) == " Bob");
+  // A delimiter that begins a line takes the place of the query's line end, whether there was one or not.
+  for (const char* end : {"\\n", ""}) {
+    q = read(std::string("{\"query\": \"Question: Who? ") + end + "\", \"choices\": [\"A\", \"B\"], \"gold\": 0}",
+             "\nAnswer: ");
+    CHECK(text_of(q[0].choices[1].context) == "Question: Who? \nAnswer:");
+    CHECK(text_of(q[0].choices[1].continuation) == " B");
+  }
+  CHECK(read("{\"text\": \"a b\"}\n{\"text\": \"c d\"}\n{broken", " ", 2).size() == 2);
+}
+
+TEST_CASE("benchmarks: a line that is no question is named") {
+  auto error = [](const std::string& line) { return error_of([&] { read("{\"text\": \"a b\"}\n" + line); }); };
+  for (const char* line : {"{", "[]", "5", "{}", "{\"choices\": 5}", "{\"context\": \"c\"}", "{\"text\": \"word\"}",
+                           "{\"text\": \"\xff a\"}", "{\"context\": \"c\", \"continuation\": \"\"}",
+                           "{\"query\": \"q\", \"choices\": [\"a\", \"b\"]}",
+                           "{\"query\": \"q\", \"choices\": [], \"gold\": 0}",
+                           "{\"query\": 5, \"choices\": [\"a\", \"b\"], \"gold\": 0}",
+                           "{\"query\": \"q\", \"choices\": [\"a\", 7], \"gold\": 0}"}) {
+    CAPTURE(line);
+    CHECK(contains(error(line), "q.jsonl, line 2: "));
+  }
+  CHECK(contains(error("{\"query\": \"q\", \"choices\": [\"a\", \"b\"], \"gold\": 2}"), "gold is 2"));
+  CHECK(contains(error("{\"query\": \"q\", \"choices\": [\"a\", \"b\"], \"gold\": -1}"), "gold is -1"));
+  CHECK(contains(error_of([] { read("\n"); }), "no questions"));
+}
+
+TEST_CASE("benchmarks: scores are those of each answer by itself, for every batch") {
+  for (const Config& c : {tiny(4), tiny(0, true)}) {
+    // Lengths from 2 to beyond the 12 positions, where the beginning is lost.
+    std::vector<Request> requests;
+    for (int n = 2; n <= 20; ++n) {
+      const std::vector<int> tokens = random_tokens(n, 257, n);
+      const int answer = 1 + n % std::min(n - 1, 7);
+      requests.push_back({{tokens.begin(), tokens.end() - answer}, {tokens.end() - answer, tokens.end()}, 1});
+    }
+    std::vector<const Request*> pointers;
+    for (const Request& r : requests) pointers.push_back(&r);
+    for (int B : {1, 4, 32}) {
+      Cpu cpu;
+      Tiny model(cpu, c, B, c.context, false);
+      scatter(model);
+      size_t done = 0;
+      const std::vector<Score> scores = score(model, pointers, [&](size_t n) { done = n; });
+      CHECK(done == requests.size());
+      for (size_t i = 0; i < requests.size(); ++i) {
+        std::vector<int> all = requests[i].context;
+        all.insert(all.end(), requests[i].continuation.begin(), requests[i].continuation.end());
+        if (all.size() > 13) all.erase(all.begin(), all.end() - 13);
+        const std::vector<double> each = log_likelihoods(c, all);
+        const int n = int(requests[i].continuation.size());
+        const double expected = std::accumulate(each.end() - n, each.end(), 0.0);
+        CHECK(std::fabs(scores[i].log_likelihood - expected) < n * kClose);
+      }
+    }
+  }
+}
+
+TEST_CASE("benchmarks: the likeliest tokens are greedy, others are not") {
+  const float logits[] = {0, 2, 1, /**/ 3, -1, 3, /**/ -5, -6, -7};
+  const int likeliest[] = {1, 2, 0}, other[] = {1, 2, 1};
+  Score s = score_tokens(logits, likeliest, 3, 3);
+  CHECK(s.greedy);
+  const double expected = -std::log(std::exp(-2.0) + 1 + std::exp(-1.0)) - std::log(2 + std::exp(-4.0)) -
+                          std::log(1 + std::exp(-1.0) + std::exp(-2.0));
+  CHECK(s.log_likelihood == about(expected));
+  s = score_tokens(logits, other, 3, 3);
+  CHECK(!s.greedy);
+  CHECK(s.log_likelihood == about(expected - 1));
+}
+
+TEST_CASE("benchmarks: three questions counted by hand") {
+  auto choice = [](size_t bytes) { return Request{{}, {}, bytes}; };
+  const std::vector<Question> questions = {
+      {{choice(1), choice(4)}, 0},             // -2, -4: the first; per byte -2, -1: the second
+      {{choice(4), choice(1), choice(4)}, 0},  // -4, -2, -6: the second; per byte -1, -2, -1.5: the first
+      {{choice(3)}, 0},                        // one answer, not the likeliest token by token
+  };
+  const std::vector<Score> scores = {{-2, true}, {-4, true}, {-4, true}, {-2, true}, {-6, true}, {-6, false}};
+  const Report r = report(questions, scores);
+  CHECK(r.accuracy.mean() == about(1 / 3.0));
+  CHECK(r.accuracy.error() == about(1 / 3.0));  // variance of 1, 0, 0 is 1/3; / 3
+  CHECK(r.accuracy_per_byte.mean() == about(2 / 3.0));
+  CHECK(r.accuracy_per_byte.error() == about(1 / 3.0));
+  CHECK(r.bits_per_byte.mean() == about((2 + 1 + 2) / 3.0 / M_LN2));
+  CHECK(r.log_likelihood.mean() == about(-4));
+  CHECK(r.log_likelihood.error() == about(2 / std::sqrt(3.0)));
+}
+
+TEST_CASE("benchmarks: bins of positions double, and one ends at the training context") {
+  auto ends = [](int T, int context) {
+    std::vector<int> all;
+    int begin = 0;
+    for (const PositionBin& bin : position_bins(T, context)) {
+      CHECK(bin.begin == begin);
+      all.push_back(begin = bin.end);
+    }
+    return all;
+  };
+  CHECK(ends(1, 1) == std::vector<int>{1});
+  CHECK(ends(16, 16) == std::vector<int>{1, 2, 4, 8, 16});
+  CHECK(ends(48, 12) == std::vector<int>{1, 2, 4, 8, 12, 24, 48});
+}
+
+TEST_CASE("benchmarks: loss by position is the mean over windows, within the training context and at 8 times it") {
+  for (const Config& c : {tiny(4), tiny(0), tiny(0, true)})
+    for (int T : {12, 96}) {
+      TemporaryDirectory directory;
+      std::vector<int32_t> header(shard_header_ints, 0);
+      const std::vector<int> tokens = random_tokens(3 * 96 + 1, 257, 9);
+      header[0] = shard_magic, header[1] = shard_version, header[2] = int32_t(tokens.size());
+      const std::vector<uint16_t> stored(tokens.begin(), tokens.end());
+      write_file(directory / "a.bin", {{header.data(), shard_header_bytes}, {stored.data(), stored.size() * 2}});
+      const Dataset data(directory / "a.bin");
+      Cpu cpu;
+      Tiny model(cpu, c, 2, T, false);
+      scatter(model);
+      const size_t windows = 3;
+      const std::vector<PositionBin> bins = loss_by_position(model, data, windows * T + 5, [](size_t) {});
+      std::vector<std::vector<double>> losses;
+      for (size_t w = 0; w < windows; ++w)
+        losses.push_back(log_likelihoods(c, {tokens.begin() + long(w * T), tokens.begin() + long((w + 1) * T + 1)}));
+      for (const PositionBin& bin : bins) {
+        Mean expected;
+        for (const std::vector<double>& one : losses)
+          expected.add(-std::accumulate(one.begin() + bin.begin, one.begin() + bin.end, 0.0) / (bin.end - bin.begin));
+        CHECK(bin.loss.n == windows);
+        CHECK(std::fabs(bin.loss.mean() - expected.mean()) < kClose);
+        CHECK(std::fabs(bin.loss.error() - expected.error()) < kClose);
+      }
+    }
+}

@@ -1,0 +1,236 @@
+// diagnostics.h: what a step's diagnostics say against what the tensors hold, spikes, the csv files; and that looking
+// changes nothing.
+
+#include "diagnostics.h"
+
+#include "helpers.h"
+
+namespace {
+
+// Noise around a level, one value after the other.
+std::vector<double> noisy(size_t n, double level, double deviation) {
+  std::vector<double> losses = random_values<double>(n, 120, deviation);
+  for (double& loss : losses) loss += level;
+  return losses;
+}
+
+Config small_config() {
+  Config c;
+  c.layers = 2, c.width = 24, c.heads = 4, c.kv_heads = 2, c.head_size = 10, c.mlp_hidden = 21, c.context = 9;
+  c.vocab = 31, c.rotary_dim = ROTARY_DIM_OR(4);
+  resolve(c);
+  return c;
+}
+
+}  // namespace
+
+TEST_CASE("diagnostics: z-scores by hand") {
+  // 128 losses of 3 and 5 in turn have mean 4 and standard deviation 1.
+  std::vector<double> losses;
+  for (int i = 0; i < 128; ++i) losses.push_back(i % 2 ? 5 : 3);
+  losses.insert(losses.end(), {11.5, 4, -4});
+  for (size_t i = 0; i < 128; ++i) CHECK(z_score(losses, i, 128) == 0);  // too few before
+  CHECK(z_score(losses, 128, 128) == about(7.5));
+  CHECK(z_score(losses, 128, 1000) == about(7.5));  // as many as there are
+  // The window moves on: without the first 3, with the 11.5.
+  const double mean = (64 * 5 + 63 * 3 + 11.5) / 128,
+               variance = (64 * std::pow(5 - mean, 2) + 63 * std::pow(3 - mean, 2) + std::pow(11.5 - mean, 2)) / 128;
+  CHECK(z_score(losses, 129, 128) == about((4 - mean) / std::sqrt(variance), 1e-11));
+  // The first 3 is still in a window of 129.
+  const double mean129 = (mean * 128 + 3) / 129,
+               variance129 = (variance * 128 + 128 * std::pow(mean - mean129, 2) + std::pow(3 - mean129, 2)) / 129;
+  CHECK(z_score(losses, 129, 129) == about((4 - mean129) / std::sqrt(variance129), 1e-11));
+  CHECK(spike_score(losses, 128) == about(1.0 / 131));
+  losses.back() = -40;  // a drop counts as well
+  CHECK(spike_score(losses, 128) == about(2.0 / 131));
+  losses[128] = 10.9;
+  CHECK(spike_score(losses, 128) == about(1.0 / 131));
+  CHECK(spike_score({}, 128) == 0);
+}
+
+TEST_CASE("diagnostics: spikes in noise, and in a window that is longer than the run") {
+  std::vector<double> losses = noisy(3000, 3, 0.01);
+  CHECK(spike_score(losses, 128) == 0);  // 7 standard deviations: once in 4e11
+  CHECK(spike_score(losses, 1000) == 0);
+  losses[700] += 0.1;   // 10 standard deviations
+  losses[2000] += 0.1;
+  CHECK(spike_score(losses, 128) == about(2.0 / 3000));
+  CHECK(spike_score(losses, 1000) == about(2.0 / 3000));
+  losses[2001] = NAN;  // and what comes after has no mean
+  CHECK(spike_score(losses, 128) == about(2.0 / 3000));
+  CHECK(std::isnan(z_score(losses, 2100, 128)));
+  CHECK(std::isfinite(z_score(losses, 2130, 128)));
+}
+
+TEST_CASE_TEMPLATE("diagnostics: of a step with two micro-batches, from the tensors themselves", Real, float, double) {
+  const Config c = small_config();
+  const int B = 3, T = 9, N = B * T, QKV = c.qkv_width(), group = c.heads / c.kv_heads;
+  Cpu be;
+  Model<Cpu, Real> model(be, c, B, T, true);
+  model.initialise_weights(5, 0.3);
+  Diagnostics<Cpu, Real> diagnostics(model);
+  StepDiagnostics d;
+  const AdamW a{1e-2, 0.9, 0.95, 1e-8, 0.1, 1e-3, 2};
+  std::vector<double> max_logit(c.layers * c.heads), entropy(max_logit), q(max_logit), k(max_logit), x(c.layers);
+  std::vector<Real> before;
+  for (int step = 0; step < 2; ++step) {  // the second step's: what the first left must not matter
+    model.zero_gradients();
+    diagnostics.begin();
+    for (double* sums : {max_logit.data(), entropy.data(), q.data(), k.data()}) std::fill_n(sums, max_logit.size(), 0);
+    std::fill(x.begin(), x.end(), 0);
+    for (int micro = 0; micro < 2; ++micro) {
+      const std::vector<int> tokens = random_tokens(N + 1, c.vocab, 130 + 2 * step + micro);
+      model.train_batch(tokens.data(), tokens.data() + 1, 0.5 / N, 0);
+      diagnostics.add_micro_batch();
+      for (int l = 0; l < c.layers; ++l) {
+        const Real* qkv = model.acts.blocks[l].qkv;
+        for (int i = 0; i < N * c.width; ++i) x[l] += std::pow(double(model.acts.blocks[l].x[i]), 2) / (2 * N * c.width);
+        for (int h = 0; h < c.heads; ++h)
+          for (int n = 0; n < N; ++n) {
+            const Real *query = qkv + n * QKV + h * c.head_size,
+                       *keys = qkv + n / T * T * QKV + (c.heads + h / group) * c.head_size;
+            std::vector<double> score(n % T + 1);
+            double z = 0;
+            for (int j = 0; j <= n % T; ++j) {
+              for (int i = 0; i < c.head_size; ++i) score[j] += double(query[i]) * double(keys[j * QKV + i]);
+              score[j] /= std::sqrt(c.head_size);
+              z += std::exp(score[j]);
+            }
+            const int at = l * c.heads + h;
+            for (double s : score) {
+              max_logit[at] = std::max(max_logit[at], std::fabs(s));
+              entropy[at] -= std::exp(s) / z * std::log(std::exp(s) / z) / (2 * N);
+            }
+            for (int i = 0; i < c.head_size; ++i) {
+              q[at] += std::pow(double(query[i]), 2) / (2 * N * c.head_size);
+              k[at] += std::pow(double(keys[n % T * QKV + i]), 2) / (2 * N * c.head_size);
+            }
+          }
+      }
+    }
+    before.assign(model.master, model.master + model.table.total);
+    model.update(a);
+    diagnostics.add_update(a);
+    d = diagnostics.read();
+  }
+  REQUIRE(d.heads.size() == size_t(c.layers * c.heads));
+  // Scores are sums of 10 terms and up to 20 here; their roundings are absolute errors of log p.
+  const double tolerance = 20 * 20 * kRounding<Real>;
+  for (int l = 0; l < c.layers; ++l)
+    for (int h = 0; h < c.heads; ++h) {
+      const int at = l * c.heads + h;
+      CAPTURE(at);
+      CHECK(d.heads[at].layer == l);
+      CHECK(d.heads[at].head == h);
+      CHECK(d.heads[at].max_logit == about(max_logit[at], tolerance));
+      CHECK(d.heads[at].entropy == about(entropy[at], tolerance));
+      CHECK(d.heads[at].q_rms == about(std::sqrt(q[at]), 1e-12));  // in double, of the same numbers
+      CHECK(d.heads[at].k_rms == about(std::sqrt(k[at]), 1e-12));
+      CHECK(d.heads[at].residual_rms == about(std::sqrt(x[l]), 1e-12));
+      CHECK(d.heads[at].max_logit > 0.1);
+    }
+  REQUIRE(d.tensors.size() == model.table.rows.size());
+  for (size_t i = 0; i < d.tensors.size(); ++i) {
+    const ParameterRow& row = model.table.rows[i];
+    CAPTURE(row.name);
+    double g = 0, w = 0, u = 0;
+    for (size_t j = row.offset; j < row.offset + row.count; ++j) {
+      g += std::pow(double(model.gradients_flat[j]), 2);
+      w += std::pow(double(model.master[j]), 2);
+      u += std::pow(double(model.master[j]) - double(before[j]), 2);
+    }
+    CHECK(d.tensors[i].name == row.name);
+    CHECK(d.tensors[i].grad_norm == about(std::sqrt(g), 1e-12));
+    CHECK(d.tensors[i].weight_rms == about(std::sqrt(w / row.count), 1e-12));
+    // Weights of about 1 are rounded after a step of about 0.01 each, which the difference shows and the ratio does not.
+    CHECK(d.tensors[i].update_ratio == about(std::sqrt(u / w), 100 * 4 * kRounding<Real>));
+    CHECK(d.tensors[i].nonfinite == 0);
+    CHECK(u > 0);
+  }
+}
+
+TEST_CASE("diagnostics: gradients that are not finite are counted, and change nothing") {
+  const Config c = small_config();
+  Cpu be;
+  Model<Cpu, float> model(be, c, 1, 9, true);
+  model.initialise_weights(6);
+  model.gradients_flat[model.table.rows[1].offset + 3] = NAN;
+  model.gradients_flat[model.table.rows[2].offset] = INFINITY;
+  model.gradients_flat[model.table.rows[2].offset + 1] = -INFINITY;
+  const AdamW a{1e-2, 0.9, 0.95, 1e-8, 0.1, 1, 1};
+  Diagnostics<Cpu, float> diagnostics(model);
+  diagnostics.begin();
+  model.update(a);
+  diagnostics.add_update(a);
+  const StepDiagnostics d = diagnostics.read();
+  for (size_t i = 0; i < d.tensors.size(); ++i) {
+    CHECK(d.tensors[i].nonfinite == (i == 1 ? 1 : i == 2 ? 2 : 0));
+    CHECK(std::isfinite(d.tensors[i].grad_norm) == (i != 1 && i != 2));
+    CHECK(d.tensors[i].update_ratio == 0);
+  }
+}
+
+TEST_CASE("diagnostics: training is the same with and without, to the bit, and so are they for any number of threads") {
+  auto run = [&](bool look, bool recompute = false) {
+    Config c = small_config();
+    c.recompute = recompute;
+    Cpu be;
+    Model<Cpu, float> model(be, c, 3, 9, true);
+    model.initialise_weights(7);
+    Diagnostics<Cpu, float> diagnostics(model);
+    std::vector<double> seen;
+    for (int step = 1; step <= 3; ++step) {
+      const std::vector<int> tokens = random_tokens(28, c.vocab, 140 + step);
+      model.zero_gradients();
+      if (look) diagnostics.begin();
+      model.train_batch(tokens.data(), tokens.data() + 1, 1.0 / 27, 0);
+      if (look) diagnostics.add_micro_batch();
+      const AdamW a{1e-2, 0.9, 0.95, 1e-8, 0.1, 1, step};
+      model.update(a);
+      if (!look) continue;
+      diagnostics.add_update(a);
+      const StepDiagnostics d = diagnostics.read();
+      for (const HeadDiagnostics& h : d.heads)
+        seen.insert(seen.end(), {h.max_logit, h.entropy, h.q_rms, h.k_rms, h.residual_rms});
+      for (const TensorDiagnostics& t : d.tensors)
+        seen.insert(seen.end(), {t.grad_norm, t.weight_rms, t.update_ratio});
+    }
+    return std::make_pair(std::vector<float>(model.master, model.master + model.table.total), seen);
+  };
+  CHECK(same_bits(run(true).first, run(false).first));
+  CHECK(same_bits(run(true, true).second, run(true).second));
+  CHECK(same_for_any_threads([&] { return run(true).second; }));
+}
+
+TEST_CASE("diagnostics: csv files are cut at the checkpoint's step and read back by name") {
+  const TemporaryDirectory directory;
+  const std::string path = directory / "log.csv";
+  {
+    CsvLog log(path, "step,loss,grad_norm", 0);
+    for (int step = 1; step <= 12; ++step) log.row("%d,%.6f,%.6f\n", step, step == 12 ? -NAN : 1.5 * step, 0.2 * step);
+    log.flush();
+  }
+  CHECK(read_csv(path)["loss"].back() == "nan");
+  { CsvLog again(path, "step,loss,grad_norm", 10); }
+  CHECK(read_column(path, "loss").size() == 10);
+  CHECK(read_column(path, "loss").back() == 15);
+  CHECK(read_column(path, "other").empty());
+  CHECK(read_column(directory / "none.csv", "loss").empty());
+  CHECK(decimals(-NAN) == "nan");
+  CHECK(decimals(1.0 / 3) == "0.333333");
+
+  nlohmann::json summary = diagnostics_summary(directory.path, 1.0);
+  CHECK(summary["clip_rate"] == 0.5);  // 1.2 to 2.0; a norm of 1.0 is not clipped
+  CHECK(summary["spike_score_128"] == 0);
+  CHECK_FALSE(summary.contains("max_logit"));
+  CHECK(diagnostics_summary(directory.path, 0.0)["clip_rate"] == 0);  // no clipping
+  {
+    DiagnosticsLog log(directory.path, 0);
+    log.write(10, {{{0, 0, 50, 0.5, 1, 1, 1}, {0, 1, 2, 0.75, 1, 1, 1}}, {}});
+    log.write(20, {{{0, 0, 4, 1.5, 1, 1, 1}, {0, 1, 8, 1.25, 1, 1, 1}}, {}});
+  }
+  summary = diagnostics_summary(directory.path, 1.0);
+  CHECK(summary["max_logit"] == 8);
+  CHECK(summary["max_logit_ever"] == 50);
+  CHECK(summary["entropy_min"] == 1.25);
+}
