@@ -2,12 +2,12 @@
 # make test    builds and runs the tests
 #
 # make train ARGS="--rotary-fraction 1 --run full"     other flags: build/train --help
-# make shakespeare     fetches a data set and trains on it: shakespeare, tinystories, wikitext, fineweb, fineweb-edu
 # make notebooks       executes notebooks/*.ipynb in place; ARGS=notebooks/NAME.ipynb for one of them
 # make sweep   how much rotation does a model need: trains several fractions and seeds, writes runs/sweep/report.html (GPU)
 # make sweep-cpu   the same in a quarter of an hour on 2 cores; both go on where they were stopped
 # make nope    what makes a model without position unstable, what cures it: runs/nope/report.html (GPU, 10 minutes; QUICK=1: 2)
 # make nope-cpu   how its attention logits grow; 20 minutes on 2 cores
+# make shakespeare     fetches a data set and trains on it: shakespeare, tinystories, wikitext, fineweb, fineweb-edu
 # make bench   tokens per second and the time of each operation on the CPU; with a GPU, also: make build/ops_gpu
 #
 # make ROTARY_DIM=6     the rotary dimension as a compile-time constant
@@ -50,7 +50,7 @@ endif
 # PCRE2 and utf8proc for tokenizers, libarchive for compressed text.
 LDLIBS += -lpcre2-8 -lutf8proc -larchive
 
-.PHONY: all train test fuzz bench notebooks sweep sweep-cpu nope nope-cpu compile-cuda clean
+.PHONY: all train test bench notebooks sweep sweep-cpu nope nope-cpu fuzz compile-cuda clean
 all: $(BUILD)/train $(BUILD)/data $(BUILD)/eval
 
 train: $(BUILD)/train $(BUILD)/data data/stories/meta.json
@@ -84,7 +84,7 @@ fuzz: build-fuzz/fuzz
 	    { tail -30 build-fuzz/$$parser.log; exit 1; }; \
 	  grep -E "^#.*DONE|number_of_executed" build-fuzz/$$parser.log; \
 	done
-build-fuzz/fuzz: tests/fuzz.cpp $(wildcard *.h *.cuh) | $(BUILD)/python.h
+build-fuzz/fuzz: tests/fuzz.cpp $(wildcard *.h *.cuh) | $(BUILD)/ready
 	@mkdir -p build-fuzz
 	clang++ $(CPPFLAGS) -DLIBFUZZER -DDOCTEST_CONFIG_DISABLE -std=c++17 -O1 -g -fopenmp \
 	  -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=all tests/fuzz.cpp -o $@ $(LDLIBS)
@@ -116,7 +116,7 @@ $(BUILD)/%.o: bench/%.cpp $(BUILD)/ready
 $(BUILD)/%.o: bench/%.cu $(BUILD)/ready
 	$(COMPILE)
 # The Python files that `eval export --with-code` writes, as strings.
-$(addprefix $(BUILD)/,eval.o tests-huggingface.o tests-fuzz.o): $(BUILD)/python.h
+$(BUILD)/eval.o $(BUILD)/tests-huggingface.o $(BUILD)/tests-fuzz.o build-fuzz/fuzz: $(BUILD)/python.h
 $(BUILD)/python.h: scripts/modeling_partial_rope.py scripts/reference.py $(BUILD)/ready
 	@for name in modeling_partial_rope reference; do \
 	  printf 'inline const char* const k_%s_py = R"PYTHON(' $$name; cat scripts/$$name.py; echo ')PYTHON";'; done >$@

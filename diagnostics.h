@@ -241,6 +241,28 @@ class DiagnosticsLog {
   CsvLog layers_, tensors_;
 };
 
+// The same as tables for the terminal; of the `heads` heads of a layer those that stand out.
+inline void print_diagnostics(const StepDiagnostics& d, int heads) {
+  std::printf("\nlayer  largest logit (head)   least entropy (head)   largest rms of q, of k   residual rms\n");
+  for (auto begin = d.heads.begin(); begin != d.heads.end(); begin += heads) {
+    auto by = [](double HeadDiagnostics::*value) {  // NaN counts as the smallest
+      return [value](const HeadDiagnostics& a, const HeadDiagnostics& b) {
+        return std::isnan(a.*value) != std::isnan(b.*value) ? std::isnan(a.*value) : a.*value < b.*value;
+      };
+    };
+    const auto end = begin + heads, logit = std::max_element(begin, end, by(&HeadDiagnostics::max_logit)),
+               entropy = std::min_element(begin, end, by(&HeadDiagnostics::entropy)),
+               q = std::max_element(begin, end, by(&HeadDiagnostics::q_rms)),
+               k = std::max_element(begin, end, by(&HeadDiagnostics::k_rms));
+    std::printf("%5d %14.5g (%d) %18.5g (%d) %15.4g %9.4g %14.4g\n", begin->layer, logit->max_logit, logit->head,
+                entropy->entropy, entropy->head, q->q_rms, k->k_rms, begin->residual_rms);
+  }
+  std::printf("\n%-28s %14s %14s %14s %11s\n", "tensor", "gradient norm", "weight rms", "update/weight", "not finite");
+  for (const TensorDiagnostics& t : d.tensors)
+    std::printf("%-28s %14.5g %14.5g %14.5g %11.0f\n", t.name.c_str(), t.grad_norm, t.weight_rms, t.update_ratio,
+                t.nonfinite);
+}
+
 // What the csv files of a run come to, for summary.json. clip: that of AdamW.
 inline nlohmann::ordered_json diagnostics_summary(const std::string& directory, double clip) {
   nlohmann::ordered_json summary;

@@ -120,14 +120,14 @@ class Flags {
                   const std::string& help) {
     std::string all;
     for (const std::string& word : words) all += (all.empty() ? "" : "|") + word;
-    auto set = [&value, words, name, all](const std::string& word) {
+    auto choose = [&value, words, name, all](const std::string& word) {
       const auto found = std::find(words.begin(), words.end(), word);
       if (found == words.end()) throw UserError("--" + name + " " + word + ": must be one of " + all);
       value = Enum(found - words.begin());
     };
     table.push_back({name, group_, [&value, words] { return nlohmann::json(words[int(value)]); },
-                     [set](const nlohmann::json& j) { set(j.get<std::string>()); }});
-    app.add_option_function<std::string>("--" + name, set, help)
+                     [choose](const nlohmann::json& j) { choose(j.get<std::string>()); }});
+    app.add_option_function<std::string>("--" + name, choose, help)
         ->group(group_)
         ->type_name(all)
         ->default_str(words[int(value)]);

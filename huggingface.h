@@ -473,14 +473,15 @@ inline Settings import_model(const std::string& from, const std::string& run_dir
       throw UserError(file + ": tensor " + part.theirs + " is " + tensor->dtype + "; F32, F16 and BF16 can be read");
     used.insert(part.theirs);
   }
-  for (const auto& [tensor, where] : theirs) {
-    auto ends = [&name = tensor](const std::string& end) {
-      return name.size() >= end.size() && name.compare(name.size() - end.size(), end.size(), end) == 0;
+  for (const auto& entry : theirs) {
+    const std::string &tensor = entry.first, &file = entry.second.second;
+    auto ends = [&](const std::string& end) {
+      return tensor.size() >= end.size() && tensor.compare(tensor.size() - end.size(), end.size(), end) == 0;
     };
     const bool buffer = ends("rotary_emb.inv_freq") || ends("attention.bias") || ends("attention.masked_bias");
     const bool tied = s.model.tied && (tensor == "lm_head.weight" || tensor == "embed_out.weight");
     if (!used.count(tensor) && !buffer && !tied)
-      throw UserError(where.second + ": tensor " + tensor + " has no place in this model");
+      throw UserError(file + ": tensor " + tensor + " has no place in this model");
   }
 
   std::vector<float> flat(table.total);

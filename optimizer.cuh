@@ -77,8 +77,8 @@ struct TensorPlace {
 };
 
 // The change that the AdamW step `a` made to a weight, from what it left behind: w' = keep w - u gives
-// w' - w = -(u + (1 - keep) w) with w = (w' + u) / keep. No copy of the weights is needed, and w' is not subtracted from
-// a number that is almost the same.
+// w' - w = -(u + (1 - keep) w) with w = (w' + u) / keep. No copy of the weights is needed, and no two numbers that are
+// almost the same are subtracted.
 template <class T>
 struct AdamWChange {
   T step_size, correction2, eps, decay;

@@ -1,8 +1,8 @@
 // train: trains a GPT with partial RoPE on tokenized shards.
 //
 // One optimiser step: `accumulate` micro-batches forward and backward, clipping, AdamW. What a run writes is in
-// runs/NAME: config.json, log.csv, val.csv, spikes.csv, summary.json, checkpoint/, and with --diagnostics-every layers.csv
-// and tensors.csv. Ctrl-C finishes the step and saves. --replay-step repeats a step of a run to look into it.
+// runs/NAME: config.json, log.csv, val.csv, spikes.csv, summary.json, checkpoint/, and with --diagnostics-every
+// layers.csv and tensors.csv. Ctrl-C finishes the step and saves. --replay-step repeats a step of a run to look into it.
 
 #include <sys/ioctl.h>
 
@@ -97,7 +97,7 @@ static void prepare_replay(Run& run, const Settings& asked) {
     const std::string state = run.checkpoint + "/state.json";
     run.state = read_json_file(state);
     settings_from_state(state, run.state);  // refuses what is no state
-    run.kept_step = run.state["step"].get<int>();
+    run.kept_step = run.state["step"];
     if (run.kept_step >= asked.replay_step) run.checkpoint = "";
   }
   if (run.checkpoint.empty() && !run.s.init.empty()) {
@@ -445,8 +445,8 @@ int train(Backend& be, Run& run) {
     const double left = training_seconds / (step - first_step) * (s.steps - step);
     char line[160], val_text[24] = "";
     if (!std::isnan(val_loss)) std::snprintf(val_text, sizeof val_text, "  val %.4f", val_loss);
-    std::snprintf(line, sizeof line, "step %d/%d  loss %.4f%s  %.0f tokens/s  %s left", step, s.steps, result.loss, val_text,
-                  (step - first_step) * tokens_per_step / training_seconds, duration_text(left).c_str());
+    std::snprintf(line, sizeof line, "step %d/%d  loss %.4f%s  %.0f tokens/s  %s left", step, s.steps, result.loss,
+                  val_text, (step - first_step) * tokens_per_step / training_seconds, duration_text(left).c_str());
     if (terminal)
       std::printf("\r\033[K%s%s", line, validated ? "\n" : "");
     else if (validated || step % std::max(1, s.steps / 20) == 0 || step == first_step + 1)
@@ -531,8 +531,7 @@ int replay(Backend& be, Run& run) {
   DiagnosticsLog inside_log(directory, 0);
   StepDiagnostics inside;
   std::vector<Acc<Real>> losses;
-  int other = 0;  // the first step that is not as it was
-  std::string difference;
+  std::string difference;  // to the first step that is not as it was
   std::signal(SIGINT, on_interrupt);
   std::signal(SIGTERM, on_interrupt);
   while (trainer.done < last && !interrupted) {
@@ -545,35 +544,17 @@ int replay(Backend& be, Run& run) {
     if (diagnose) inside_log.write(step, inside);
     const auto row = std::find(logged["step"].begin(), logged["step"].end(), std::to_string(step));
     const size_t at = row - logged["step"].begin();
-    if (!other && (row == logged["step"].end() || logged["loss"][at] != loss || logged["grad_norm"][at] != norm)) {
-      other = step;
-      difference = "step " + std::to_string(step) + " has loss " + loss + " and gradient norm " + norm;
-      if (row != logged["step"].end())
-        difference += ", in log.csv " + logged["loss"][at] + " and " + logged["grad_norm"][at];
-    }
+    const bool known = row != logged["step"].end();
+    if (difference.empty() && !(known && logged["loss"][at] == loss && logged["grad_norm"][at] == norm))
+      difference = "step " + std::to_string(step) + " has loss " + loss + " and gradient norm " + norm +
+                   ", in log.csv " + (known ? logged["loss"][at] + " and " + logged["grad_norm"][at] : "no row");
     if (terminal) std::printf("\r\033[Kstep %d/%d  loss %s", step, last, loss.c_str());
     std::fflush(stdout);
   }
   if (terminal) std::printf("\n");
-  if (interrupted) throw UserError("interrupted before step " + std::to_string(last));
+  if (trainer.done < last) throw UserError("interrupted before step " + std::to_string(last));
 
-  std::printf("\nlayer  largest logit (head)   least entropy (head)   rms of q, k: largest head   residual rms\n");
-  for (int l = 0; l < s.model.layers; ++l) {
-    const HeadDiagnostics* heads = &inside.heads[size_t(l) * s.model.heads];
-    const HeadDiagnostics *logit = heads, *entropy = heads, *q = heads, *k = heads;
-    for (const HeadDiagnostics* h = heads; h < heads + s.model.heads; ++h) {
-      if (h->max_logit > logit->max_logit) logit = h;
-      if (!(h->entropy >= entropy->entropy)) entropy = h;
-      if (h->q_rms > q->q_rms) q = h;
-      if (h->k_rms > k->k_rms) k = h;
-    }
-    std::printf("%5d %14.5g (%d) %18.5g (%d) %17.4g %10.4g %14.4g\n", l, logit->max_logit, logit->head,
-                entropy->entropy, entropy->head, q->q_rms, k->k_rms, heads->residual_rms);
-  }
-  std::printf("\n%-28s %14s %14s %14s %11s\n", "tensor", "gradient norm", "weight rms", "update/weight", "not finite");
-  for (const TensorDiagnostics& t : inside.tensors)
-    std::printf("%-28s %14.5g %14.5g %14.5g %11.0f\n", t.name.c_str(), t.grad_norm, t.weight_rms, t.update_ratio,
-                t.nonfinite);
+  print_diagnostics(inside, s.model.heads);
 
   // The windows of the step's batch, and how the hardest of them begin.
   std::vector<std::pair<double, size_t>> hardest;
@@ -600,7 +581,7 @@ int replay(Backend& be, Run& run) {
   log.flush();
   windows.flush();
   std::printf("\nFiles: %s: log.csv layers.csv tensors.csv windows.csv\n", directory.c_str());
-  if (!other) {
+  if (difference.empty()) {
     std::printf("Loss and gradient norm of all repeated steps are those of the run's log.csv.\n");
     return 0;
   }

@@ -114,7 +114,7 @@ def groups_of(runs):
 
 
 def mean_loss(runs):
-    return float(np.mean([study.final_loss(run) for run in runs])) if runs else math.nan
+    return float(np.mean([run.final_loss for run in runs])) if runs else math.nan
 
 
 def best_lr(arm):
@@ -128,7 +128,7 @@ def spiked(run):
 
 def is_stable(arm, lr):
     best = min(mean_loss(arm[smaller]) for smaller in arm if smaller <= lr)
-    return all(run.state == "finished" and not spiked(run) and study.final_loss(run) <= best + TOLERANCE
+    return all(run.state == "finished" and not spiked(run) and run.final_loss <= best + TOLERANCE
                for run in arm[lr])
 
 
@@ -137,8 +137,8 @@ def sensitivity(arm):
     by_seed = [{run.seed: run for run in runs} for runs in arm.values()]
     values = []
     for seed in set.intersection(*map(set, by_seed)):
-        losses = [study.final_loss(runs[seed]) for runs in by_seed]
-        values.append(study.lr_sensitivity(losses, study.initial_loss(by_seed[0][seed])))
+        losses = [runs[seed].final_loss for runs in by_seed]
+        values.append(study.lr_sensitivity(losses, by_seed[0][seed].initial_loss))
     return float(np.mean(values)) if values else math.nan
 
 
@@ -158,7 +158,7 @@ def measure(arm, lr):
     """What is told of an arm. `lr` is the learning rate at which arms are compared, `here` the runs with it."""
     best, here, every = best_lr(arm), arm.get(lr, []), [run for runs in arm.values() for run in runs]
     return dict(
-        best_lr=best, loss=mean_loss(arm[best]), losses={run.seed: study.final_loss(run) for run in arm[best]},
+        best_lr=best, loss=mean_loss(arm[best]), losses={run.seed: run.final_loss for run in arm[best]},
         sensitivity=sensitivity(arm), stable=study.largest_stable(arm, [is_stable(arm, lr) for lr in arm]),
         loss_here=mean_loss(here), logit=logit_at_end(here), growth=growth(here),
         first_spike=min(map(study.first_spike, here), default=math.inf), spiked=sum(map(spiked, here)), here=len(here),
@@ -227,14 +227,14 @@ def write_runs(directory, runs):
         for run in runs:
             arm, spike = run.arm, study.first_spike(run)
             print(arm["block"], arm["hs"], arm["rotate"], arm["qknorm"], arm["lr"], run.seed, run.state,
-                  len(run.log.get("step", [])), f"{study.final_loss(run):.6f}", run.logit[-1] if len(run.logit) else "",
+                  len(run.log.get("step", [])), f"{run.final_loss:.6f}", run.logit[-1] if len(run.logit) else "",
                   f"{study.growth_per_1000(run.logit_step, run.logit):.4f}", "" if math.isinf(spike) else int(spike),
                   len(run.spikes.get("step", [])), sep=",", file=file)
 
 
 def report(name):
     directory = Path("runs", name)
-    runs = [run for run in study.read_runs(name) if run.state != "unfinished"]
+    runs = [run for run in study.read_runs(directory) if run.state != "unfinished"]
     if not runs:
         raise UserError(f"runs/{name}: no finished run there")
     groups = groups_of(runs)
@@ -245,7 +245,6 @@ def report(name):
     config = runs[0].config
 
     write_runs(directory, runs)
-    study.use_style()
     page = study.Report(directory, f"NoPE's instability: {name}")
     page.text(
         f"{config['layers']} layers x {config['width']}, context {config['context']}, {config['steps']:,} steps of "

@@ -1,13 +1,14 @@
 """One look for every plot: `import plots` sets it, and plots.COLOURS is its palette.
 
-The palette is Okabe and Ito's, which the colour-blind tell apart; lines also differ in their dashes, so that a copy in
-black and white can be read. Figures are 6.3 inches wide, the text of an A4 page.
+The palette is Okabe and Ito's and a grey, which the colour-blind tell apart; lines also differ in their dashes, so that
+a copy in black and white can be read. Figures are 6.3 inches wide, the text of an A4 page.
 """
 import matplotlib.pyplot as plt
 from cycler import cycler
 
-COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
-DASHES = ["-", "--", "-.", ":", (0, (6, 2)), (0, (3, 1, 1, 1, 1, 1)), (0, (1, 1))]
+COLOURS = BLUE, RED, GREEN, PINK, ORANGE, SKY, BLACK, GREY = [
+    "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999"]
+DASHES = ["-", "--", "-.", ":", (0, (6, 2)), (0, (3, 1, 1, 1, 1, 1)), (0, (1, 1)), (0, (5, 1, 1, 1))]
 
 plt.rcParams.update({
     "axes.prop_cycle": cycler(color=COLOURS) + cycler(linestyle=DASHES),

@@ -2,7 +2,9 @@
 notebooks.
 
 A run's directory is runs/STUDY/NAME, with a NAME such as rotate=0.1_seed=2 that says what was varied.
-`python scripts/study.py` checks the statistics against values worked out by hand.
+
+    python scripts/study.py                                           checks the statistics against values by hand
+    python scripts/study.py pack runs/sweep notebooks/sweep.json      a study in one small file, for the notebooks
 """
 import base64
 import csv
@@ -11,12 +13,17 @@ import io
 import json
 import math
 import re
+import sys
+import tempfile
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
 import matplotlib.pyplot as plt
 import numpy as np
+
+import plots
+import runner
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Runs
@@ -44,16 +51,17 @@ def read_run(directory):
     """A run: name, arm {key: text}, seed, config, summary ({} unless finished), and the csv files as columns.
 
     `state` is finished, diverged (loss or gradient became inf or nan) or unfinished. `epochs`: how often all of its
-    steps see the training data; nan if unknown. `logit_step`, `logit`: the largest |attention logit| of all layers and
-    heads, per diagnostics step.
+    steps see the training data; nan if unknown. Losses in nats per token: `initial_loss`, the first step's, before its
+    update; `final_loss`, mean of the last 5 % of the steps, inf for a run that diverged. `largest_z`: see there.
+    `logit_step`, `logit`, `entropy`: the largest |attention logit| of all layers and heads and the smallest head's
+    entropy in nats, per diagnostics step.
     """
     directory = Path(directory)
     run = SimpleNamespace(name=directory.name, directory=directory)
     for name in ("config", "summary"):
         path = directory / f"{name}.json"
         setattr(run, name, json.loads(path.read_text()) if path.exists() else {})
-    run.arm = dict(part.partition("=")[::2] for part in directory.name.split("_"))
-    run.seed = int(run.arm.get("seed", run.config.get("seed", 0)))
+    read_name(run)
     for name in ("log", "val", "layers", "tensors", "spikes", "positions"):
         setattr(run, name, read_csv(directory / f"{name}.csv"))
     output = Path(f"{directory}.txt")
@@ -61,17 +69,100 @@ def read_run(directory):
     run.epochs = float(found[1]) if found else math.nan
     last = [run.log[name][-1] for name in ("loss", "grad_norm") if len(run.log.get(name, []))]
     run.state = "finished" if run.summary else "unfinished" if np.isfinite(last).all() else "diverged"
-    run.logit_step, run.logit = np.array([]), np.array([])
+    loss = run.log.get("loss", np.array([]))
+    run.initial_loss = float(loss[0]) if len(loss) else math.nan
+    tail = loss[-max(1, len(loss) // 20):]
+    run.final_loss = math.inf if run.state == "diverged" else float(tail.mean()) if len(tail) else math.nan
+    run.largest_z = largest_z(loss)
+    run.logit_step, run.logit, run.entropy = np.array([]), np.array([]), np.array([])
     if len(run.layers.get("step", [])):
         run.logit_step, row = np.unique(run.layers["step"], return_inverse=True)
-        run.logit = np.zeros(len(run.logit_step))
+        run.logit, run.entropy = np.zeros(len(run.logit_step)), np.full(len(run.logit_step), np.inf)
         np.maximum.at(run.logit, row, run.layers["max_logit"])
+        np.minimum.at(run.entropy, row, run.layers["entropy"])
     return run
 
 
-def read_runs(study):
-    """All runs of a study, runs/STUDY."""
-    return [read_run(path.parent) for path in sorted(Path("runs", study).glob("*/config.json"))]
+def read_name(run):
+    run.arm = dict(part.partition("=")[::2] for part in run.name.split("_"))
+    run.seed = int(run.arm.get("seed", run.config.get("seed", 0)))
+
+
+def read_runs(path):
+    """All runs of a study: of its directory runs/STUDY, or of a file that pack() wrote."""
+    path = Path(path)
+    if path.suffix == ".json":
+        return unpack(path)
+    return [read_run(config.parent) for config in sorted(path.glob("*/config.json"))]
+
+
+# A study in one file, small enough for git: what the runs share of their configurations, and a line for each run that
+# ended, with curves of POINTS points. The training loss and the gradient norm are means of stretches; of the heads only
+# the last diagnostics step is kept.
+POINTS = 60
+KEPT = ["name", "state", "epochs", "initial_loss", "final_loss", "largest_z", "summary", "spikes", "positions"]
+
+
+def pack(directory, path):
+    runs = [run for run in read_runs(directory) if run.state != "unfinished"]
+    if not runs:
+        raise runner.UserError(f"{directory}: no finished run there")
+    shared = {key: value for key, value in runs[0].config.items() if all(run.config[key] == value for run in runs)}
+    lines = []
+    for run in runs:
+        parts = [slice(len(run.log["loss"]) * i // POINTS, len(run.log["loss"]) * (i + 1) // POINTS)
+                 for i in range(POINTS)]
+        n = len(run.logit_step)
+        apart = max(1, -(-n // POINTS))
+        every = slice((n - 1) % apart, None, apart)  # the last one included
+        last = run.layers["step"] == run.layers["step"][-1] if len(run.layers.get("step", [])) else []
+        lines.append({key: getattr(run, key) for key in KEPT} | {
+            "config": {key: value for key, value in run.config.items() if key not in shared},
+            "log": {key: [run.log[key][part].mean() for part in parts if part.start < part.stop]
+                    for key in ("step", "loss", "grad_norm")},
+            **{key: getattr(run, key)[every] for key in ("logit_step", "logit", "entropy")},
+            "layers": {key: values[last] for key, values in run.layers.items()}})
+
+    def short(value, digits=7):  # of floats; 5 in curves
+        if isinstance(value, dict):
+            return {key: short(entry, digits) for key, entry in value.items()}
+        if isinstance(value, (list, np.ndarray)):
+            return [short(entry, 5) for entry in value]
+        if isinstance(value, float):
+            value = float(f"{value:.{digits}g}")
+            return int(value) if value.is_integer() else value
+        return value
+
+    lines = [json.dumps(line, separators=(",", ":")) for line in map(short, [shared, *lines])]
+    Path(path).write_text("[" + ",\n".join(lines) + "]\n")
+
+
+def unpack(path):
+    shared, *lines = json.loads(Path(path).read_text())
+
+    def arrays(columns):
+        return {key: np.array(values, dtype=float) for key, values in columns.items()}
+
+    runs = []
+    for line in lines:
+        run = SimpleNamespace(**line | dict(config=shared | line["config"], directory=None, val={}, tensors={}))
+        read_name(run)
+        for name in ("log", "layers", "positions", "spikes"):
+            setattr(run, name, arrays(line[name]))
+        config = run.config
+        run.log["tokens"] = run.log["step"] * (config["batch"] * config["accumulate"] * config["context"])
+        vars(run).update(arrays({key: line[key] for key in ("logit_step", "logit", "entropy")}))
+        runs.append(run)
+    return runs
+
+
+def heads_at_end(run, column):
+    """A column of layers.csv at the last diagnostics step, (layers, heads)."""
+    last = run.layers["step"] == run.layers["step"][-1]
+    layer, head = run.layers["layer"][last].astype(int), run.layers["head"][last].astype(int)
+    values = np.full((layer.max() + 1, head.max() + 1), np.nan)
+    values[layer, head] = run.layers[column][last]
+    return values
 
 
 def rotation_label(rotate, qk_norm=False):
@@ -123,24 +214,21 @@ def paired_difference(values, reference):
     return mean_interval([values[seed] - reference[seed] for seed in sorted(values) if seed in reference])
 
 
-def initial_loss(run):
-    """The first step's loss, measured before its update."""
-    return float(run.log["loss"][0])
-
-
-def final_loss(run):
-    """Mean training loss of the last 5 % of the steps, nats per token; inf for a run that diverged."""
-    if run.state == "diverged":
-        return math.inf
-    loss = run.log["loss"]
-    return float(loss[-max(1, len(loss) // 20):].mean())
+def largest_z(loss, window=128):
+    """The most standard deviations that a step's loss lies above the mean of the `window` steps before it: above 7 is a
+    spike (diagnostics.h). nan for a run that is no longer than that."""
+    if len(loss) <= window:
+        return math.nan
+    before = np.lib.stride_tricks.sliding_window_view(loss, window)[:-1]
+    with np.errstate(invalid="ignore", divide="ignore"):  # a run that diverged
+        return float(np.max((loss[window:] - before.mean(1)) / before.std(1)))
 
 
 def lr_sensitivity(losses, at_start):
     """Mean over learning rates of min(loss, loss at initialisation), less the best loss; nan if all of them diverged.
 
-    Wortsman et al. 2023, arXiv 2309.14322, section 2.2: 0 if the learning rate does not matter. A diverged run's loss is
-    inf or nan.
+    Wortsman et al. 2023, arXiv 2309.14322, section 2.2: 0 if the learning rate does not matter. A diverged run's loss
+    is inf or nan.
     """
     losses = np.asarray(losses, dtype=float)
     if not np.isfinite(losses).any():
@@ -171,6 +259,31 @@ def first_spike(run):
     return float(np.min(run.spikes["step"])) if len(run.spikes.get("step", [])) else math.inf
 
 
+def test_pack():
+    """A made-up run, as its directory and as the file of its study say it."""
+    with tempfile.TemporaryDirectory() as directory:
+        run = Path(directory, "study", "rotate=0.1_seed=2")
+        run.mkdir(parents=True)
+        (run / "config.json").write_text('{"rotary_dim": 6, "batch": 5, "accumulate": 2, "context": 10}')
+        (run / "summary.json").write_text('{"val_loss": 3.14159}')
+        (run / "log.csv").write_text("step,tokens,loss,lr,grad_norm\n" + "".join(
+            f"{i},{100 * i},{10 - 0.01 * i},0.1,{i % 7}\n" for i in range(1, 401)))
+        (run / "layers.csv").write_text("step,layer,head,max_logit,entropy\n" + "".join(
+            f"{i},{layer},{head},{i + 2 * layer + head},{5 - layer - 0.1 * head}\n"
+            for i in range(4, 401, 4) for layer in range(2) for head in range(2)))
+        pack(Path(directory, "study"), Path(directory, "study.json"))
+        (whole,), (packed,) = read_runs(Path(directory, "study")), read_runs(Path(directory, "study.json"))
+    for run in whole, packed:
+        assert (run.seed, run.arm["rotate"], run.state, run.config["rotary_dim"]) == (2, "0.1", "finished", 6)
+        assert losses_of([run]) == {2: 3.14159}
+        assert abs(run.initial_loss - 9.99) < 1e-6 and abs(run.final_loss - (10 - 0.01 * 390.5)) < 1e-4
+        assert run.logit[-1] == 403 and run.entropy[-1] == 3.9 and run.logit_step[-1] == 400
+        assert heads_at_end(run, "max_logit").tolist() == [[400, 401], [402, 403]]
+    assert len(packed.log["loss"]) == POINTS and len(packed.logit) == 50
+    for key in "loss", "tokens":
+        assert abs(packed.log[key].mean() / whole.log[key].mean() - 1) < 0.01
+
+
 def self_test():
     def near(a, b):
         assert abs(a - b) < 1e-3 * max(1, abs(b)), f"{a} is not {b}"
@@ -189,17 +302,18 @@ def self_test():
     near(growth_per_1000(step, np.where(step < 1000, 7.0, np.exp(0.0023 * step))), 2.3)
     near(first_spike(SimpleNamespace(spikes={"step": np.array([120.0, 90, 350])})), 90)
     assert first_spike(SimpleNamespace(spikes={})) == math.inf
-    near(final_loss(SimpleNamespace(state="finished", log={"loss": np.arange(100.0)})), 97)
+    near(largest_z(np.array([1.0, 3, 1, 3, 5, 2]), 4), 3)
+    test_pack()
     print("statistics: as worked out by hand")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Plots. Each draws into axes that it is given, from {label: runs}.
 
-# Okabe and Ito's colours, which the colour-blind tell apart, with another line and marker each for grey print.
-STYLES = {"0 % (NoPE)": ("#D55E00", "-", "o"), "0 % (NoPE) + QK-Norm": ("#CC79A7", "--", "s"),
-          "2 channels": ("#E69F00", "-.", "^"), "10 %": ("#009E73", "-", "D"), "25 %": ("#56B4E9", "--", "v"),
-          "50 %": ("#999999", "-.", "P"), "75 %": ("#0072B2", ":", "X"), "100 %": ("#000000", "-", "*")}
+# An arm has its colour in every plot, with another line and marker each for grey print.
+STYLES = {"0 % (NoPE)": (plots.RED, "-", "o"), "0 % (NoPE) + QK-Norm": (plots.PINK, "--", "s"),
+          "2 channels": (plots.ORANGE, "-.", "^"), "10 %": (plots.GREEN, "-", "D"), "25 %": (plots.SKY, "--", "v"),
+          "50 %": (plots.GREY, "-.", "P"), "75 %": (plots.BLUE, ":", "X"), "100 %": (plots.BLACK, "-", "*")}
 
 
 def style(label):
@@ -209,10 +323,21 @@ def style(label):
     return dict(color=color, linestyle=line), dict(color=color, marker=marker)
 
 
-def use_style():
-    plt.rcParams.update({"figure.dpi": 110, "savefig.dpi": 160, "font.size": 10, "axes.grid": True, "grid.alpha": 0.3,
-                         "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False,
-                         "lines.linewidth": 1.6, "figure.constrained_layout.use": True})
+def side_by_side(draws, height=3):
+    """A figure as wide as a page of text: a panel for each of {title: draw(ax)}, and one legend below them."""
+    figure, axes = plt.subplots(1, len(draws), figsize=(6.3, height), squeeze=False)
+    handles = {}
+    for ax, (title, draw) in zip(axes[0], draws.items()):
+        draw(ax)
+        ax.set_title(title)
+        handles |= {label: handle for handle, label in zip(*ax.get_legend_handles_labels())}
+        if ax.get_legend():
+            ax.get_legend().remove()
+    for ax in axes[0][1:]:
+        ax.set_ylabel("")
+    if handles:
+        figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncol=4)
+    return figure, axes[0]
 
 
 def stretches(x, y, count=100):
@@ -308,7 +433,7 @@ def plot_loss_by_fraction(ax, groups):
         means.append(np.mean(values) if values else np.nan)
         ax.plot([i] * len(values), values, linestyle="", markersize=7, alpha=0.8, **style(label)[1])
     ax.plot(range(len(means)), means, color="#555555", linewidth=1, zorder=0)
-    ax.set_xticks(range(len(groups)), groups, rotation=25, ha="right")
+    ax.set_xticks(range(len(groups)), groups, rotation=45, ha="right")
     ax.set(xlabel="rotated share of each head", ylabel="validation loss, nats per token")
 
 
@@ -322,7 +447,7 @@ def plot_difference(ax, groups, reference=FULL):
             ax.errorbar([i], [mean], yerr=None if math.isnan(half) else [
                         half], capsize=4, markersize=7, **style(label)[1])
     ax.axhline(0, color="#000000", linewidth=1)
-    ax.set_xticks(range(len(groups)), groups, rotation=25, ha="right")
+    ax.set_xticks(range(len(groups)), groups, rotation=45, ha="right")
     ax.set(xlabel="rotated share of each head", ylabel=f"validation loss less that of {reference}, nats")
 
 
@@ -446,5 +571,14 @@ class Report:
         print(f"Report: {self.directory}/report.html (tables also as report.md and .csv, figures as .png)")
 
 
+def work():
+    if len(sys.argv) == 4 and sys.argv[1] == "pack":
+        pack(sys.argv[2], sys.argv[3])
+    elif len(sys.argv) == 1:
+        self_test()
+    else:
+        raise runner.UserError("study.py: takes nothing, or: pack runs/NAME FILE.json")
+
+
 if __name__ == "__main__":
-    self_test()
+    runner.main(work)

@@ -132,7 +132,7 @@ FIGURES = [
 
 def report(name):
     settings = {}
-    for run in study.read_runs(name):
+    for run in study.read_runs(Path("runs", name)):
         if run.state != "unfinished":
             setting = run.name.partition("rotate=")[0].strip("_").replace("=", " ").replace("_", ", ")
             settings.setdefault(setting, []).append(run)
@@ -143,7 +143,6 @@ def report(name):
               for groups in settings.values() for runs in groups.values()]
     speeds = runner.measure_speed([run.directory for run in models])
 
-    study.use_style()
     page = study.Report(Path("runs", name), f"How much rotation: {name}")
     page.text(
         "Mean and standard deviation over seeds, which change the initial weights and the order of the data. The "

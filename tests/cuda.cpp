@@ -642,7 +642,8 @@ TEST_CASE("cuda: statistics of parameter tensors") {
     std::vector<TensorStatistics> want(places.size());
     tensor_statistics(cpu, want.data(), places.data(), int(places.size()), master.data(), gradients.data(), m.data(),
                       v.data(), &norm, a);
-    Tensor<float> device_gradients(gradients), device_master(master), device_m(m), device_v(v), device_norm(Values{norm});
+    Tensor<float> device_gradients(gradients), device_master(master), device_m(m), device_v(v),
+        device_norm(Values{norm});
     Tensor<TensorPlace> device_places(places);
     Tensor<TensorStatistics> got(places.size());
     tensor_statistics(*gpu(), got(), device_places(), int(places.size()), device_master(), device_gradients(),

@@ -84,7 +84,8 @@ TEST_CASE_TEMPLATE("diagnostics: of a step with two micro-batches, from the tens
       diagnostics.add_micro_batch();
       for (int l = 0; l < c.layers; ++l) {
         const Real* qkv = model.acts.blocks[l].qkv;
-        for (int i = 0; i < N * c.width; ++i) x[l] += std::pow(double(model.acts.blocks[l].x[i]), 2) / (2 * N * c.width);
+        for (int i = 0; i < N * c.width; ++i)
+          x[l] += std::pow(double(model.acts.blocks[l].x[i]), 2) / (2 * N * c.width);
         for (int h = 0; h < c.heads; ++h)
           for (int n = 0; n < N; ++n) {
             const Real *query = qkv + n * QKV + h * c.head_size,
@@ -142,7 +143,7 @@ TEST_CASE_TEMPLATE("diagnostics: of a step with two micro-batches, from the tens
     CHECK(d.tensors[i].name == row.name);
     CHECK(d.tensors[i].grad_norm == about(std::sqrt(g), 1e-12));
     CHECK(d.tensors[i].weight_rms == about(std::sqrt(w / row.count), 1e-12));
-    // Weights of about 1 are rounded after a step of about 0.01 each, which the difference shows and the ratio does not.
+    // Weights of about 1 are rounded after a step of about 0.01, which the difference shows and the ratio does not.
     CHECK(d.tensors[i].update_ratio == about(std::sqrt(u / w), 100 * 4 * kRounding<Real>));
     CHECK(d.tensors[i].nonfinite == 0);
     CHECK(u > 0);
