@@ -81,7 +81,10 @@ inline std::vector<Question> read_questions(const std::string& path, const Token
       } else {
         add(json.at("context").get<std::string>(), json.at("continuation").get<std::string>());
       }
-      if (question.choices.size() > 1) gold = json.at("gold").get<int64_t>();
+      if (question.choices.size() > 1) {
+        if (!json.at("gold").is_number_integer()) fail("gold is " + json["gold"].dump() + ", not a number of a choice");
+        gold = json["gold"].get<int64_t>();
+      }
     } catch (const nlohmann::json::exception& e) {
       fail(e.what());
     }

@@ -9,6 +9,7 @@
 #include <map>
 #include <string>
 
+#include "../benchmarks.h"
 #include "../checkpoint.h"
 #include "../encode.h"
 #include "../flags.h"
@@ -101,9 +102,15 @@ void parse_shard(const std::string& directory, std::string bytes) {  // meta.jso
   for (uint64_t i = 0; i < 3; i++) data.batch(1, i, 4, 2, inputs.data(), targets.data());
 }
 
+void parse_questions(const std::string& directory, std::string bytes) {
+  write_bytes(directory + "/questions", bytes);
+  read_questions(directory + "/questions", ByteTokenizer(), "\nAnswer: ", 0);
+}
+
 const std::map<std::string, void (*)(const std::string& directory, std::string bytes)> parsers = {
     {"safetensors", parse_safetensors}, {"checkpoint", parse_checkpoint}, {"huggingface", parse_huggingface},
-    {"tokenizer", parse_tokenizer},     {"text", parse_text},             {"shard", parse_shard}};
+    {"tokenizer", parse_tokenizer},     {"text", parse_text},             {"shard", parse_shard},
+    {"questions", parse_questions}};
 
 }  // namespace
 
