@@ -836,86 +836,70 @@ __global__ __launch_bounds__(C::kThreads, C::kBlocks) void statistics_kernel(dou
   if (lane() == 0) raise_to(max_logit + at.head, top * scale);
 }
 
+}  // namespace flash
+
 // ---------------------------------------------------------------------------------------------------------------------
 // Launches
 
-template <int HS>
-void forward(Cuda& be, bf16* out, float* lse, const bf16* qkv, int B, int T, int NH, int NKV) {
-  using C = ForwardConfig<HS>;
-  launch(be, "flash_attention_forward", forward_kernel<HS, C>, divide_up(T, C::kTile) * B * NH, C::kThreads,
-         forward_bytes<HS, C>(), out, lse, qkv, T, NH, NKV, 1 / std::sqrt(float(HS)));
-}
-
-template <int HS>
-void backward(Cuda& be, bf16* dqkv, float* D, const bf16* dout, const bf16* qkv, const bf16* out, const float* lse,
-              int B, int T, int NH, int NKV) {
-  using Q = QueryConfig<HS>;
-  using K = KeyConfig<HS>;
-  const float scale = 1 / std::sqrt(float(HS));
-  launch(be, "flash_attention_backward (queries)", query_kernel<HS, Q>, divide_up(T, Q::kTile) * B * NH, Q::kThreads,
-         query_bytes<HS, Q>(), dqkv, D, dout, qkv, out, lse, T, NH, NKV, scale);
-  auto keys = [&](auto* kernel) {
-    launch(be, "flash_attention_backward (keys)", kernel, divide_up(T, K::kTile) * B * NKV, K::kThreads,
-           key_bytes<HS, K>(), dqkv, dout, qkv, lse, (const float*)D, T, NH, NKV, scale);
-  };
-  if constexpr (HS <= 128) {
-    keys(key_kernel<HS, K, true, true>);
-  } else {
-    keys(key_kernel<HS, K, true, false>);
-    keys(key_kernel<HS, K, false, true>);
-  }
-}
-
-template <int HS>
-void statistics(Cuda& be, double* max_logit, float* entropies, const bf16* qkv, const float* lse, int B, int T, int NH,
-                int NKV) {
-  using C = ForwardConfig<HS>;
-  launch(be, "flash_attention_statistics", statistics_kernel<HS, C>, divide_up(T, C::kTile) * B * NH, C::kThreads,
-         statistics_bytes<HS, C>(), max_logit, entropies, qkv, lse, T, NH, NKV, 1 / std::sqrt(float(HS)));
-}
-
-}  // namespace flash
-
 // Head sizes that the flash kernels know.
 inline bool flash_attention_supports(int HS) { return HS == 32 || HS == 64 || HS == 128 || HS == 256; }
+
+// Calls work(constant) with the head size as a constant.
+template <class Work>
+void with_flash_head_size(int HS, Work work) {
+  switch (HS) {
+    case 32: return work(std::integral_constant<int, 32>());
+    case 64: return work(std::integral_constant<int, 64>());
+    case 128: return work(std::integral_constant<int, 128>());
+    case 256: return work(std::integral_constant<int, 256>());
+    default: throw std::runtime_error("flash attention: the head size must be 32, 64, 128 or 256");
+  }
+}
 
 // Causal attention with scale 1/sqrt(HS); query head h reads key/value head h / (NH/NKV). bf16, sm_80 and up, B, T
 // >= 1. out: (B, T, NH, HS). lse: (B, NH, T) fp32, log sum exp of the scaled scores, in nats. qkv: (B, T, NH + 2*NKV,
 // HS). Equal to torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).
 inline void flash_attention_forward(Cuda& be, bf16* out, float* lse, const bf16* qkv, int B, int T, int NH, int NKV,
                                     int HS) {
-  switch (HS) {
-    case 32: return flash::forward<32>(be, out, lse, qkv, B, T, NH, NKV);
-    case 64: return flash::forward<64>(be, out, lse, qkv, B, T, NH, NKV);
-    case 128: return flash::forward<128>(be, out, lse, qkv, B, T, NH, NKV);
-    case 256: return flash::forward<256>(be, out, lse, qkv, B, T, NH, NKV);
-    default: throw std::runtime_error("flash_attention_forward: head size must be 32, 64, 128 or 256");
-  }
+  with_flash_head_size(HS, [&](auto size) {
+    using C = flash::ForwardConfig<size()>;
+    launch(be, "flash_attention_forward", flash::forward_kernel<size(), C>, divide_up(T, C::kTile) * B * NH,
+           C::kThreads, flash::forward_bytes<size(), C>(), out, lse, qkv, T, NH, NKV, 1 / std::sqrt(float(HS)));
+  });
 }
 
 // The gradient dqkv (B, T, NH + 2*NKV, HS), assigned, from dout (B, T, NH, HS) and the forward's qkv, out and lse. D:
 // workspace (B, NH, T) fp32. Deterministic: no atomics, every sum in a fixed order.
 inline void flash_attention_backward(Cuda& be, bf16* dqkv, float* D, const bf16* dout, const bf16* qkv, const bf16* out,
                                      const float* lse, int B, int T, int NH, int NKV, int HS) {
-  switch (HS) {
-    case 32: return flash::backward<32>(be, dqkv, D, dout, qkv, out, lse, B, T, NH, NKV);
-    case 64: return flash::backward<64>(be, dqkv, D, dout, qkv, out, lse, B, T, NH, NKV);
-    case 128: return flash::backward<128>(be, dqkv, D, dout, qkv, out, lse, B, T, NH, NKV);
-    case 256: return flash::backward<256>(be, dqkv, D, dout, qkv, out, lse, B, T, NH, NKV);
-    default: throw std::runtime_error("flash_attention_backward: head size must be 32, 64, 128 or 256");
-  }
+  const float scale = 1 / std::sqrt(float(HS));
+  with_flash_head_size(HS, [&](auto size) {
+    using Q = flash::QueryConfig<size()>;
+    using K = flash::KeyConfig<size()>;
+    launch(be, "flash_attention_backward (queries)", flash::query_kernel<size(), Q>, divide_up(T, Q::kTile) * B * NH,
+           Q::kThreads, flash::query_bytes<size(), Q>(), dqkv, D, dout, qkv, out, lse, T, NH, NKV, scale);
+    auto keys = [&](auto* kernel) {
+      launch(be, "flash_attention_backward (keys)", kernel, divide_up(T, K::kTile) * B * NKV, K::kThreads,
+             flash::key_bytes<size(), K>(), dqkv, dout, qkv, lse, (const float*)D, T, NH, NKV, scale);
+    };
+    if constexpr (size() <= 128) {
+      keys(flash::key_kernel<size(), K, true, true>);
+    } else {
+      keys(flash::key_kernel<size(), K, true, false>);
+      keys(flash::key_kernel<size(), K, false, true>);
+    }
+  });
 }
 
 // attention_statistics() of attention.cuh without the sum of the entropies.
 inline void flash_attention_statistics(Cuda& be, double* max_logit, float* entropies, const bf16* qkv, const float* lse,
                                        int B, int T, int NH, int NKV, int HS) {
-  switch (HS) {
-    case 32: return flash::statistics<32>(be, max_logit, entropies, qkv, lse, B, T, NH, NKV);
-    case 64: return flash::statistics<64>(be, max_logit, entropies, qkv, lse, B, T, NH, NKV);
-    case 128: return flash::statistics<128>(be, max_logit, entropies, qkv, lse, B, T, NH, NKV);
-    case 256: return flash::statistics<256>(be, max_logit, entropies, qkv, lse, B, T, NH, NKV);
-    default: throw std::runtime_error("flash_attention_statistics: head size must be 32, 64, 128 or 256");
-  }
+  with_flash_head_size(HS, [&](auto size) {
+    using C = flash::ForwardConfig<size()>;
+    launch(be, "flash_attention_statistics", flash::statistics_kernel<size(), C>, divide_up(T, C::kTile) * B * NH,
+           C::kThreads, flash::statistics_bytes<size(), C>(), max_logit, entropies, qkv, lse, T, NH, NKV,
+           1 / std::sqrt(float(HS)));
+  });
 }
 
 #endif  // __CUDACC__
