@@ -158,9 +158,10 @@ def measure(arm, lr):
     """What is told of an arm. `lr` is the learning rate at which arms are compared, `here` the runs with it."""
     best, here, every = best_lr(arm), arm.get(lr, []), [run for runs in arm.values() for run in runs]
     return dict(
-        best_lr=best, loss=mean_loss(arm[best]), losses={run.seed: run.final_loss for run in arm[best]},
+        losses={run.seed: run.final_loss for run in arm[best]},
+        loss_by_lr={lr: mean_loss(arm[lr]) for lr in arm}, logit_by_lr={lr: logit_at_end(arm[lr]) for lr in arm},
         sensitivity=sensitivity(arm), stable=study.largest_stable(arm, [is_stable(arm, lr) for lr in arm]),
-        loss_here=mean_loss(here), logit=logit_at_end(here), growth=growth(here),
+        growth=growth(here),
         first_spike=min(map(study.first_spike, here), default=math.inf), spiked=sum(map(spiked, here)), here=len(here),
         unstable=sum(spiked(run) or run.state == "diverged" for run in every), runs=len(every))
 
@@ -168,8 +169,10 @@ def measure(arm, lr):
 # ----------------------------------------------------------------------------------------------------------------------
 # The report
 
-SUMMARY = ["loss less that of 100 %", "LR sensitivity", "largest stable lr", "largest logit",
-           "its growth per 1,000 steps", "runs that spiked or diverged"]
+def summary_header(lrs):
+    return ["loss less that of 100 %", "LR sensitivity", "largest stable lr",
+            f"largest logit at lr {' / '.join(f'{lr:g}' for lr in lrs)}", "its growth per 1,000 steps",
+            "runs that spiked or diverged"]
 
 
 def price(measured, label, groups):
@@ -184,14 +187,18 @@ def lr_text(lr):
     return "none" if math.isnan(lr) else f"{lr:g}"
 
 
-def summary(measured, label, groups):
-    """SUMMARY of an arm over several groups."""
+def by_lr(values, lrs, digits):
+    return " / ".join(number(values.get(lr, math.nan), digits) for lr in lrs)
+
+
+def summary(measured, label, groups, lrs):
+    """The columns of summary_header for an arm over several groups."""
     of = [measured[group][label] for group in groups if label in measured[group]]
     stable = [m["stable"] for m in of]
+    logits = {lr: np.exp(np.mean([np.log(m["logit_by_lr"].get(lr, math.nan)) for m in of])) for lr in lrs}
     return [price(measured, label, groups), number(np.mean([m["sensitivity"] for m in of]), 3),
             lr_text(math.nan if any(map(math.isnan, stable)) else min(stable)),
-            number(np.exp(np.mean([np.log(m["logit"]) for m in of])), 1),
-            number(np.mean([m["growth"] for m in of]), 2, sign=True),
+            by_lr(logits, lrs, 1), number(np.mean([m["growth"] for m in of]), 2, sign=True),
             f"{sum(m['unstable'] for m in of)} of {sum(m['runs'] for m in of)}"]
 
 
@@ -242,6 +249,7 @@ def report(name):
     measured = {key: {label: measure(arm, reference[key]) for label, arm in arms.items()}
                 for key, arms in groups.items()}
     labels = list(dict.fromkeys(label for arms in groups.values() for label in arms))
+    lrs = sorted({float(run.arm["lr"]) for run in runs})
     config = runs[0].config
 
     write_runs(directory, runs)
@@ -252,15 +260,16 @@ def report(name):
         f"{config['data']}, which a run sees {number(runs[0].epochs, 2)} times; {len(runs)} runs. Losses are training "
         "losses, the mean of the last 5 % of the steps.")
     page.heading("What cures it, and at what price in loss?")
-    page.table("cures", ["rotated", *SUMMARY], [[label, *summary(measured, label, groups)] for label in labels])
+    page.table("cures", ["rotated", *summary_header(lrs)],
+               [[label, *summary(measured, label, groups, lrs)] for label in labels])
     page.text(
         "Means over blocks and head sizes. Loss: at each arm's best learning rate, paired by block, head size and "
         "seed, with the 95 % interval of Student's t. LR sensitivity (Wortsman et al. 2023): mean over the learning "
         "rates of the loss, at most the one at the start, less the best. Largest stable learning rate: up to it no "
         f"seed became nan or spiked, and none ended more than {TOLERANCE} nats above the best of the smaller ones; "
-        "the smallest of all groups. Largest attention logit, at the end (geometric mean), and its growth, the slope "
-        "of its logarithm over the last half: at the learning rate that is best for 100 % rotation in the group. "
-        "Spike: a loss more than 7 standard deviations above its rolling mean of 128 steps.")
+        "the smallest of all groups. Largest attention logit: at the end, geometric mean. Its growth: the slope of "
+        "its logarithm over the last half, at the learning rate that is best for 100 % rotation in the group. Spike: "
+        "a loss more than 7 standard deviations above its rolling mean of 128 steps.")
     page.heading("What makes it unstable?")
     rows = []
     for position, what in ((0, "block"), (1, "head size")):
@@ -268,27 +277,30 @@ def report(name):
             for label in (labels[0], FULL):
                 chosen = [key for key in groups if key[position] == value and label in groups[key]]
                 if chosen:
-                    rows.append([f"{what} {value}", label, *summary(measured, label, chosen)])
-    page.table("causes", ["where", "rotated", *SUMMARY], rows)
+                    rows.append([f"{what} {value}", label, *summary(measured, label, chosen, lrs)])
+    page.table("causes", ["where", "rotated", *summary_header(lrs)], rows)
     for key, arms in measured.items():
         page.heading(f"{key[0]} block, head size {key[1]}")
         page.table(
             f"{key[0]}-{key[1]}",
-            ["rotated", "best loss", "at lr", "less that of 100 %", "LR sensitivity", "largest stable lr",
-             f"at lr {reference[key]:g}: loss", "largest logit", "growth per 1,000 steps", "seeds that spiked"],
-            [[label, number(m["loss"]), f"{m['best_lr']:g}", price(measured, label, [key]), number(m["sensitivity"], 3),
-              lr_text(m["stable"]), number(m["loss_here"]), number(m["logit"], 1), number(m["growth"], 2, sign=True),
+            ["rotated", f"loss at lr {' / '.join(f'{lr:g}' for lr in lrs)}", *summary_header(lrs)[:-1],
+             f"seeds that spiked at lr {reference[key]:g}"],
+            [[label, by_lr(m["loss_by_lr"], lrs, 4), *summary(measured, label, [key], lrs)[:-1],
               f"{m['spiked']} of {m['here']}" + (f", from step {m['first_spike']:.0f}" if m["spiked"] else "")]
              for label, m in arms.items()])
 
-    def here(key, arms):
-        return {label: arm.get(reference[key], []) for label, arm in arms.items()}
+    def runs_at(arms, lr):
+        return {label: arm.get(lr, []) for label, arm in arms.items()}
     page.heading("Plots")
-    page.figure("logits", panels(groups, lambda ax, key, arms: study.plot_logits(ax, here(key, arms))),
-                "Largest attention logit of all layers and heads over the run, a line per seed, at the learning rate "
-                "that is best for 100 % rotation.")
-    page.figure("loss", panels(groups, lambda ax, key, arms: study.plot_loss_curves(ax, here(key, arms))),
-                "Training loss at the same learning rate; band: lowest to highest seed.")
+    for file, where, lr_of in (("", "that is best for 100 % rotation", reference.get),
+                               ("-highest", f"{max(lrs):g}, the highest", lambda key: max(lrs))):
+        page.figure(f"logits{file}", panels(
+            groups, lambda ax, key, arms: study.plot_logits(ax, runs_at(arms, lr_of(key)))),
+            "Largest attention logit of all layers and heads over the run, a line per seed, at the learning rate "
+            f"{where}.")
+        page.figure(f"loss{file}", panels(
+            groups, lambda ax, key, arms: study.plot_loss_curves(ax, runs_at(arms, lr_of(key)))),
+            f"Training loss at the learning rate {where}; band: lowest to highest seed.")
     page.figure("lr-loss", panels(groups, lambda ax, key, arms: against_lr(
         ax, arms, mean_loss, "training loss at the end, nats per token")),
         "Loss at the end by learning rate, mean of the seeds. A point is missing where a seed diverged.")
