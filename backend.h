@@ -141,8 +141,8 @@ struct Cuda {
       throw UserError("--device cuda: " + std::string(properties.name) + " has compute capability " +
                       std::to_string(properties.major) + "." + std::to_string(properties.minor) +
                       "; 7.5 or newer is needed; use --device cpu");
-    // Memory brings the L2 cache a sector of 32 bytes, not two, of which partial RoPE would not read the second: a head
-    // of 64 channels then takes it 0.073 ms where it took 0.085 (H100). A hint, for whole lines it changes nothing.
+    // Memory brings the L2 cache a sector of 32 bytes, not two, of which partial RoPE would not read the second: 6 of 64
+    // channels, 65,536 tokens x 24 heads, then take 0.078 ms instead of 0.090 (H100). A hint; all 64 take the same.
     cudaDeviceSetLimit(cudaLimitMaxL2FetchGranularity, 32);
     cudaGetLastError();  // GPUs before sm_80 do not know it
     check(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "cudaStreamCreate");

@@ -263,7 +263,7 @@ __global__ void __launch_bounds__(256) hash_kernel(unsigned long long* sum, cons
   atomicAdd(sum, here);
 }
 
-// cuBLASLt orders its proposals by an estimate; on an H100 the fastest at 65,536 x 768 x 2048 was the sixth, by 13 %.
+// cuBLASLt orders its proposals by an estimate; on an H100 the fastest at 65,536 x 768 x 2048 was the sixth, by 12 %.
 // The fastest by the clock may be another one in the next run, so it is chosen among those that give the same bits as
 // the first, which most do: then it does not matter which. start(algorithm) must give the same result each time.
 template <class Out, class Start>

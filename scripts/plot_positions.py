@@ -8,10 +8,9 @@ import argparse
 import csv
 import pathlib
 
-import matplotlib
+import matplotlib.pyplot as plt
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
+import plots  # noqa: F401  the look
 
 
 def main():
