@@ -271,8 +271,7 @@ __device__ __forceinline__ float warp_max(float x) {
   return x;
 }
 
-// Sum over the block, whose number of threads is a power of two, in double and in a fixed order, for the first thread;
-// the others, which could read it too early, get 0.
+// Sum over the block, whose number of threads is a power of two, in double and in a fixed order.
 __device__ inline double block_sum(double x) {
   __shared__ double sums[1024];
   __syncthreads();  // another sum may still be read
@@ -281,7 +280,8 @@ __device__ inline double block_sum(double x) {
     __syncthreads();
     if (threadIdx.x < half) sums[threadIdx.x] += sums[threadIdx.x + half];
   }
-  return threadIdx.x == 0 ? sums[0] : 0;
+  __syncthreads();
+  return sums[0];
 }
 
 // Raises *to to x if that is larger; neither may be negative. The order of such calls does not matter, so that the
