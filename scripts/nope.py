@@ -1,6 +1,6 @@
 """What makes a model without position (NoPE) unstable, what cures it, and at what price in loss?
 
-    make nope                                           on a GPU, about 10 minutes; QUICK=1: 2 minutes
+    make nope                                           on a GPU, about 8 minutes; QUICK=1: 2 minutes
     make nope-cpu                                       how the attention logits grow; 20 minutes on 2 cores
     make nope ARGS="--recipe long --seeds 5"            another recipe of those below
     build-python/bin/python scripts/nope.py --help      all of its own flags
