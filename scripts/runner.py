@@ -165,8 +165,7 @@ def slots_of(jobs, most):
     else:
         query = ["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"]
         gpus = [gpu for gpu in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if gpu] or output_of(query).split()
-        each = -(-most // len(gpus)) or 1
-        slots = (gpus * each)[:most or None]
+        slots = [gpus[i % len(gpus)] for i in range(most or len(gpus))]
     slots = slots[:len(jobs)]
     return slots, max(1, cores // len(slots))
 
