@@ -5,7 +5,7 @@
 # make notebooks       executes notebooks/*.ipynb in place; ARGS=notebooks/NAME.ipynb for one of them
 # make sweep   how much rotation does a model need: trains several fractions and seeds, writes runs/sweep/report.html (GPU)
 # make sweep-cpu   the same in a quarter of an hour on 2 cores; both go on where they were stopped
-# make nope    what makes a model without position unstable, what cures it: runs/nope/report.html (GPU, 4 minutes; QUICK=1: 2)
+# make nope    what makes a model without position unstable, what cures it: runs/nope/report.html (GPU, 4 min; QUICK=1: 1.5)
 # make nope-cpu   how its attention logits grow; 18 minutes on 2 cores
 # make shakespeare     fetches a data set and trains on it: shakespeare, tinystories, wikitext, fineweb, fineweb-edu
 # make bench   tokens per second and the time of each operation on the CPU; with a GPU, also: make build/ops_gpu

@@ -1,6 +1,6 @@
 """What makes a model without position (NoPE) unstable, what cures it, and at what price in loss?
 
-    make nope                                           on a GPU, about 4 minutes; QUICK=1: 2 minutes
+    make nope                                           on a GPU, about 4 minutes; QUICK=1: 1.5 minutes
     make nope-cpu                                       how the attention logits grow; 18 minutes on 2 cores
     make nope ARGS="--recipe long --seeds 5"            another recipe of those below
     build-python/bin/python scripts/nope.py --help      all of its own flags
@@ -39,8 +39,7 @@ RECIPES = {
     "quick": GRID | dict(blocks=["parallel"], head_sizes=[128], lrs=["3e-3", "1e-2"]),
     "cpu": GRID | dict(blocks=["parallel"], head_sizes=[128], lrs=["3e-3", "1e-2"], seeds=1, width=128, steps=2500,
                        train="--layers 4 --context 256 --batch 4 --mlp-hidden 256"),
-    # For some 50 MB of text in 4,096 BPE tokens. With an initial deviation of 0.05, NoPE spiked with seed 1, not with
-    # seed 2.
+    # For some 50 MB of text in 4,096 BPE tokens; 21 minutes. NoPE spiked with one seed of three.
     "text": GRID | dict(blocks=["parallel"], head_sizes=[128], lrs=["3e-3"], seeds=3, steps=3400,
                         train="--layers 12 --context 2048 --batch 32 --mlp-hidden 704 --init-std 0.02"),
     # In search of loss spikes: each goes one way from the grid.
