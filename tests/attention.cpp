@@ -33,29 +33,38 @@ std::vector<Real> attend_backward(const std::vector<Real>& qkv, const std::vecto
   return dqkv;
 }
 
-// The definition, one score after the other.
+// Channels of head `which` at a position: the query heads, then the key heads, then the value heads.
+template <class Real>
+const Real* head_of(const std::vector<Real>& qkv, AttentionShape s, int b, int position, int which) {
+  return &qkv[((size_t(b) * s.T + position) * (s.NH + 2 * s.NKV) + which) * s.HS];
+}
+
+// The definition, one score after the other: those of query head h at position t, (t + 1).
+template <class Real>
+std::vector<double> scores_of(const std::vector<Real>& qkv, AttentionShape s, int b, int h, int t) {
+  const Real* query = head_of(qkv, s, b, t, h);
+  std::vector<double> score(t + 1);
+  for (int j = 0; j <= t; ++j) {
+    const Real* key = head_of(qkv, s, b, j, s.NH + h / (s.NH / s.NKV));
+    for (int c = 0; c < s.HS; ++c) score[j] += double(query[c]) * double(key[c]);
+    score[j] /= std::sqrt(s.HS);
+  }
+  return score;
+}
+
 Result<double> attend_slowly(const std::vector<double>& qkv, AttentionShape s) {
   Result<double> r{std::vector<double>(out_size(s)), std::vector<double>(rows(s))};
-  const int heads = s.NH + 2 * s.NKV;
   for (int b = 0; b < s.B; ++b)
     for (int h = 0; h < s.NH; ++h)
       for (int t = 0; t < s.T; ++t) {
-        auto head = [&](int position, int which) {
-          return &qkv[((size_t(b) * s.T + position) * heads + which) * s.HS];
-        };
-        const int kv = h / (s.NH / s.NKV);
-        std::vector<double> score(t + 1);
-        double highest = -INFINITY, sum = 0;
-        for (int j = 0; j <= t; ++j) {
-          for (int c = 0; c < s.HS; ++c) score[j] += head(t, h)[c] * head(j, s.NH + kv)[c];
-          score[j] /= std::sqrt(s.HS);
-          highest = std::max(highest, score[j]);
-        }
+        const std::vector<double> score = scores_of(qkv, s, b, h, t);
+        const double highest = *std::max_element(score.begin(), score.end());
+        double sum = 0;
         for (int j = 0; j <= t; ++j) sum += std::exp(score[j] - highest);
         for (int j = 0; j <= t; ++j)
           for (int c = 0; c < s.HS; ++c)
             r.out[((size_t(b) * s.T + t) * s.NH + h) * s.HS + c] +=
-                std::exp(score[j] - highest) / sum * head(j, s.NH + s.NKV + kv)[c];
+                std::exp(score[j] - highest) / sum * head_of(qkv, s, b, j, s.NH + s.NKV + h / (s.NH / s.NKV))[c];
         r.lse[(size_t(b) * s.NH + h) * s.T + t] = highest + std::log(sum);
       }
   return r;
@@ -91,22 +100,15 @@ TEST_CASE_TEMPLATE("attention: statistics equal those of the explicit matrix", R
                           expected_entropy = entropy, expected(rows(s));
       std::vector<Real> entropies = garbage<Real>(rows(s));
       attention_statistics(be, max_logit.data(), entropy.data(), entropies.data(), qkv.data(), r.lse.data(), s);
-      const int heads = s.NH + 2 * s.NKV;
       for (int b = 0; b < s.B; ++b)
         for (int h = 0; h < s.NH; ++h)
           for (int t = 0; t < s.T; ++t) {
-            auto head = [&](int position, int which) {
-              return &qkv[((size_t(b) * s.T + position) * heads + which) * s.HS];
-            };
-            std::vector<double> score(t + 1), p(t + 1);
-            double highest = -INFINITY, sum = 0;
-            for (int j = 0; j <= t; ++j) {
-              for (int c = 0; c < s.HS; ++c)
-                score[j] += double(head(t, h)[c]) * double(head(j, s.NH + h / (s.NH / s.NKV))[c]);
-              score[j] /= std::sqrt(s.HS);
-              highest = std::max(highest, score[j]);
-              expected_logit[h] = std::max(expected_logit[h], std::fabs(score[j]));
-            }
+            const std::vector<double> score = scores_of(qkv, s, b, h, t);
+            const double highest = *std::max_element(score.begin(), score.end());
+            const double lowest = *std::min_element(score.begin(), score.end());
+            expected_logit[h] = std::max({expected_logit[h], highest, -lowest});
+            std::vector<double> p(t + 1);
+            double sum = 0;
             for (int j = 0; j <= t; ++j) sum += p[j] = std::exp(score[j] - highest);
             double& row = expected[(size_t(b) * s.NH + h) * s.T + t];
             for (int j = 0; j <= t; ++j)
