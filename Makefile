@@ -153,7 +153,7 @@ sweep: $(STUDY) data/stories-20M/meta.json
 	  --step-tokens 32768 --steps 1200 --seeds 5 $(ARGS)
 sweep-cpu: $(STUDY) data/stories/meta.json
 	@$(PYTHON) scripts/study.py
-	@BUILD=$(BUILD) $(PYTHON) scripts/sweep.py --name sweep-cpu --steps 1500 --positions 131072 $(ARGS) -- --device cpu
+	@BUILD=$(BUILD) $(PYTHON) scripts/sweep.py --name sweep-cpu --steps 900 --positions 131072 $(ARGS) -- --device cpu
 nope: $(STUDY) data/stories-20M/meta.json
 	@$(PYTHON) scripts/study.py
 	@BUILD=$(BUILD) $(PYTHON) scripts/nope.py $(if $(QUICK),--recipe quick) $(if $(DATA),--data "$(DATA)") $(ARGS)
