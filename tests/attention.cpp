@@ -61,10 +61,11 @@ Result<double> attend_slowly(const std::vector<double>& qkv, AttentionShape s) {
         const double highest = *std::max_element(score.begin(), score.end());
         double sum = 0;
         for (int j = 0; j <= t; ++j) sum += std::exp(score[j] - highest);
-        for (int j = 0; j <= t; ++j)
+        for (int j = 0; j <= t; ++j) {
+          const double* value = head_of(qkv, s, b, j, s.NH + s.NKV + h / (s.NH / s.NKV));
           for (int c = 0; c < s.HS; ++c)
-            r.out[((size_t(b) * s.T + t) * s.NH + h) * s.HS + c] +=
-                std::exp(score[j] - highest) / sum * head_of(qkv, s, b, j, s.NH + s.NKV + h / (s.NH / s.NKV))[c];
+            r.out[((size_t(b) * s.T + t) * s.NH + h) * s.HS + c] += std::exp(score[j] - highest) / sum * value[c];
+        }
         r.lse[(size_t(b) * s.NH + h) * s.T + t] = highest + std::log(sum);
       }
   return r;
