@@ -84,7 +84,7 @@ fuzz: build-fuzz/fuzz
 	    { tail -30 build-fuzz/$$parser.log; exit 1; }; \
 	  grep -E "^#.*DONE|number_of_executed" build-fuzz/$$parser.log; \
 	done
-build-fuzz/fuzz: tests/fuzz.cpp $(wildcard *.h *.cuh) | $(BUILD)/ready
+build-fuzz/fuzz: tests/fuzz.cpp $(wildcard *.h *.cuh device/* text/* run/* eval/*) | $(BUILD)/ready
 	@mkdir -p build-fuzz
 	clang++ $(CPPFLAGS) -DLIBFUZZER -DDOCTEST_CONFIG_DISABLE -std=c++17 -O1 -g -fopenmp \
 	  -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=all tests/fuzz.cpp -o $@ $(LDLIBS)

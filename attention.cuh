@@ -10,8 +10,8 @@
 
 #include <vector>
 
-#include "backend.h"
-#include "matmul.h"
+#include "device/backend.h"
+#include "device/matmul.cuh"
 #include "rope.cuh"
 
 // Shapes of one attention call. Positions first .. T-1 of each sequence are the queries; keys and values of all
@@ -243,11 +243,11 @@ void qk_norm_rope_backward(Cpu&, Real* dqkv, Acc<Real>* dq_weight, Acc<Real>* dk
 
 // ---------------------------------------------------------------------------------------------------------------------
 // CUDA. The first rung: kernels that follow the formulas, for fp32, for any head size up to 256, and for sampling.
-// The second, for bf16 on tensor cores, is flash.cuh.
+// The second, for bf16 on tensor cores, is device/flash.cuh.
 
 #ifdef __CUDACC__
 
-#include "flash.cuh"
+#include "device/flash.cuh"
 
 constexpr int kAttentionWarps = 8;  // per block, each with a query (or key) of its own
 

@@ -14,11 +14,11 @@
 #include <string>
 #include <vector>
 
-#include "command_line.h"
-#include "data.h"
-#include "encode.h"
-#include "fetch.h"
-#include "stories.h"
+#include "run/command_line.h"
+#include "text/shards.h"
+#include "text/encode.h"
+#include "text/fetch.h"
+#include "text/stories.h"
 
 namespace {
 

@@ -17,14 +17,14 @@
 #include <filesystem>
 #include <iostream>
 
-#include "benchmarks.h"
-#include "checkpoint.h"
-#include "data.h"
-#include "eval.h"
-#include "flags.h"
-#include "generate.h"
-#include "huggingface.h"
-#include "trace.h"
+#include "eval/questions.h"
+#include "run/checkpoint.h"
+#include "text/shards.h"
+#include "eval/loss.h"
+#include "run/flags.h"
+#include "eval/generate.h"
+#include "eval/huggingface.h"
+#include "eval/trace.h"
 
 namespace {
 

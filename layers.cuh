@@ -4,8 +4,8 @@
 
 #include <vector>
 
-#include "backend.h"
-#include "matmul.h"
+#include "device/backend.h"
+#include "device/matmul.cuh"
 
 enum class NormKind { rms, layer };
 

@@ -18,7 +18,7 @@
 #include <vector>
 
 #include "attention.cuh"
-#include "backend.h"
+#include "device/backend.h"
 #include "layers.cuh"
 #include "optimizer.cuh"
 #include "rope.cuh"

@@ -3,7 +3,7 @@
 
 #include <vector>
 
-#include "backend.h"
+#include "device/backend.h"
 
 enum class Schedule { cosine, linear, constant };
 

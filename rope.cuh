@@ -10,7 +10,7 @@
 // Which channels pair up:  half:        (i, i + R/2)     GPT-NeoX, Hugging Face
 //                          interleaved: (2i, 2i + 1)     GPT-J, the original Llama
 
-#include "backend.h"
+#include "device/backend.h"
 
 enum class RopePairs { half, interleaved };
 

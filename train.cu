@@ -12,12 +12,12 @@
 #include <iostream>
 #include <memory>
 
-#include "checkpoint.h"
-#include "data.h"
-#include "diagnostics.h"
-#include "eval.h"
-#include "flags.h"
-#include "generate.h"
+#include "run/checkpoint.h"
+#include "text/shards.h"
+#include "run/diagnostics.h"
+#include "eval/loss.h"
+#include "run/flags.h"
+#include "eval/generate.h"
 
 namespace fs = std::filesystem;
 

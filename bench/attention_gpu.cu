@@ -12,7 +12,7 @@
 #include <functional>
 #include <vector>
 
-#include "../flash.cuh"
+#include "device/flash.cuh"
 
 // A normal deviate from (seed, i): Box-Muller over two hashes.
 __device__ uint32_t hash(uint32_t x) {

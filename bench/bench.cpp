@@ -25,8 +25,8 @@
 #include <Eigen/Core>
 #endif
 
-#include "diagnostics.h"
-#include "flags.h"
+#include "run/diagnostics.h"
+#include "run/flags.h"
 #include "model.h"
 
 namespace {

@@ -12,7 +12,7 @@
 #include <cstdio>
 #include <random>
 
-#include "../model.h"
+#include "model.h"
 
 static Cuda* be;
 

@@ -1,7 +1,7 @@
 // The project's own rotation and attention as a shared library, build/librope.so, that 01_rope_by_hand calls through
 // ctypes. A line of C around each function of rope.cuh and attention.cuh; all numbers are fp32.
 
-#include "../attention.cuh"
+#include "attention.cuh"
 
 static RopePairs pairs(int interleaved) { return interleaved ? RopePairs::interleaved : RopePairs::half; }
 static Cpu cpu;

@@ -216,7 +216,7 @@ def paired_difference(values, reference):
 
 def largest_z(loss, window=128):
     """The most standard deviations that a step's loss lies above the mean of the `window` steps before it: above 7 is a
-    spike (diagnostics.h). nan for a run that is no longer than that."""
+    spike (run/diagnostics.h). nan for a run that is no longer than that."""
     if len(loss) <= window:
         return math.nan
     before = np.lib.stride_tricks.sliding_window_view(loss, window)[:-1]

@@ -1,4 +1,4 @@
-"""Writes tests/fixtures/tokenizer.json and tokenizer_cases.json: ids by Hugging Face's library, for tokenizer.h to equal.
+"""Writes tests/fixtures/tokenizer.json and tokenizer_cases.json: ids by Hugging Face's library, for text/tokenizer.h to equal.
 
     python scripts/tokenizer_fixtures.py          needs tokenizers; takes seconds; the same bytes each time
 

@@ -2,7 +2,7 @@
 
 #include "attention.cuh"
 
-#include "helpers.h"
+#include "tests/helpers.h"
 #include "layers.cuh"
 
 namespace {

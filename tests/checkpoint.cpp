@@ -1,10 +1,10 @@
-// Tests of checkpoint.h: files that lie are refused before anything that they claim is read or allocated.
-#include "../checkpoint.h"
+// Tests of run/checkpoint.h: files that lie are refused before anything that they claim is read or allocated.
+#include "run/checkpoint.h"
 
 #include <doctest/doctest.h>
 
-#include "../flags.h"
-#include "helpers.h"
+#include "run/flags.h"
+#include "tests/helpers.h"
 
 namespace {
 

@@ -6,14 +6,14 @@
 
 #include <doctest/doctest.h>
 
-#include "../backend.h"
+#include "device/backend.h"
 
 #ifdef __CUDACC__
 
 #include <array>
 #include <random>
 
-#include "../model.h"
+#include "model.h"
 
 namespace {
 

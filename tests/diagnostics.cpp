@@ -1,9 +1,9 @@
-// diagnostics.h: what a step's diagnostics say against what the tensors hold, spikes, the csv files; and that looking
+// run/diagnostics.h: what a step's diagnostics say against what the tensors hold, spikes, the csv files; and that looking
 // changes nothing.
 
-#include "diagnostics.h"
+#include "run/diagnostics.h"
 
-#include "helpers.h"
+#include "tests/helpers.h"
 
 namespace {
 

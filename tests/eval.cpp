@@ -1,12 +1,12 @@
-// Tests of generate.h, eval.h and trace.h: text with the key/value cache, loss over shards, memory, the trace.
-#include "../eval.h"
+// Tests of eval/generate.h, eval/loss.h and eval/trace.h: text with the key/value cache, loss over shards, memory, the trace.
+#include "eval/loss.h"
 
 #include <filesystem>
 
-#include "../flags.h"
-#include "../generate.h"
-#include "../trace.h"
-#include "helpers.h"
+#include "run/flags.h"
+#include "eval/generate.h"
+#include "eval/trace.h"
+#include "tests/helpers.h"
 
 namespace {
 

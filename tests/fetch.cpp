@@ -1,9 +1,9 @@
-// Tests of fetch.h, from file:// URLs: what comes, what is refused, what is continued.
-#include "../fetch.h"
+// Tests of text/fetch.h, from file:// URLs: what comes, what is refused, what is continued.
+#include "text/fetch.h"
 
 #include <doctest/doctest.h>
 
-#include "helpers.h"
+#include "tests/helpers.h"
 
 namespace {
 

@@ -9,12 +9,12 @@
 #include <map>
 #include <string>
 
-#include "../benchmarks.h"
-#include "../checkpoint.h"
-#include "../encode.h"
-#include "../flags.h"
-#include "../huggingface.h"
-#include "helpers.h"
+#include "eval/questions.h"
+#include "run/checkpoint.h"
+#include "text/encode.h"
+#include "run/flags.h"
+#include "eval/huggingface.h"
+#include "tests/helpers.h"
 
 namespace {
 

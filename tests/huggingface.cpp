@@ -1,10 +1,10 @@
 // Hugging Face's format: there and back for every class, and what is refused. That the models mean the same over there
 // is scripts/parity.py's business.
-#include "../huggingface.h"
+#include "eval/huggingface.h"
 
 #include <doctest/doctest.h>
 
-#include "helpers.h"
+#include "tests/helpers.h"
 
 namespace {
 

@@ -4,7 +4,7 @@
 
 #include <functional>
 
-#include "helpers.h"
+#include "tests/helpers.h"
 
 namespace {
 

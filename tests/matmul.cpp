@@ -1,11 +1,11 @@
-// matmul.h against sums in double, over odd sizes, in all three ways that a linear layer uses it.
+// device/matmul.cuh against sums in double, over odd sizes, in all three ways that a linear layer uses it.
 
 #define EIGEN_DONT_PARALLELIZE
 #define EIGEN_NO_CUDA
 #include <Eigen/Core>
 
 #include "layers.cuh"
-#include "matmul.h"
+#include "device/matmul.cuh"
 
 #include <cmath>
 #include <random>

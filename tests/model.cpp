@@ -3,7 +3,7 @@
 
 #include "model.h"
 
-#include "helpers.h"
+#include "tests/helpers.h"
 
 namespace {
 

@@ -2,7 +2,7 @@
 
 #include "optimizer.cuh"
 
-#include "helpers.h"
+#include "tests/helpers.h"
 
 namespace {
 

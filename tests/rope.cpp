@@ -4,7 +4,7 @@
 
 #include <complex>
 
-#include "helpers.h"
+#include "tests/helpers.h"
 
 namespace {
 

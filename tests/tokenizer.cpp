@@ -1,10 +1,10 @@
 // Byte-level BPE against Hugging Face's library (tests/fixtures/tokenizer_cases.json, by scripts/tokenizer_fixtures.py),
 // and what is refused.
-#include "../tokenizer.h"
+#include "text/tokenizer.h"
 
 #include <doctest/doctest.h>
 
-#include "helpers.h"
+#include "tests/helpers.h"
 
 namespace {
 

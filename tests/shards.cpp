@@ -1,14 +1,14 @@
-// Tests of data.h (shards, order), encode.h (writing) and stories.h (the built-in corpus).
-#include "../data.h"
+// Tests of text/shards.h (order), text/encode.h (writing) and text/stories.h (the built-in corpus).
+#include "text/shards.h"
 
 #include <doctest/doctest.h>
 
 #include <filesystem>
 #include <map>
 
-#include "../encode.h"
-#include "../stories.h"
-#include "helpers.h"
+#include "text/encode.h"
+#include "text/stories.h"
+#include "tests/helpers.h"
 
 namespace {
 

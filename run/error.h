@@ -1,4 +1,4 @@
-// error.h: the one exception type for mistakes that the user can mend, and what becomes of it.
+// The one exception type for mistakes that the user can mend, and what becomes of it.
 #pragma once
 #include <cstdio>
 #include <stdexcept>

@@ -1,10 +1,10 @@
 // Benchmarks: what is asked, how it is scored and counted, and loss by position.
-#include "../benchmarks.h"
+#include "eval/questions.h"
 
 #include <doctest/doctest.h>
 
-#include "../flags.h"
-#include "helpers.h"
+#include "run/flags.h"
+#include "tests/helpers.h"
 
 namespace {
 

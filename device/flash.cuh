@@ -22,7 +22,7 @@
 #include <cmath>
 #include <stdexcept>
 
-#include "backend.h"
+#include "device/backend.h"
 
 #ifdef __CUDACC__
 

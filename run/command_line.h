@@ -7,7 +7,7 @@
 #include <string>
 #include <vector>
 
-#include "error.h"
+#include "run/error.h"
 
 // The closest of some words to a mistyped one (fewest letters inserted, deleted or changed), or "" if none is close.
 inline std::string closest(const std::string& word, const std::vector<std::string>& known) {

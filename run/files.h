@@ -1,4 +1,4 @@
-// files.h: a whole file as bytes, and as JSON.
+// A whole file as bytes, and as JSON.
 #pragma once
 #include <cerrno>
 #include <cstring>
@@ -7,7 +7,7 @@
 #include <nlohmann/json.hpp>
 #include <string>
 
-#include "error.h"
+#include "run/error.h"
 
 // The bytes of a file. UserError if it cannot be read.
 inline std::string read_text_file(const std::string& path) {

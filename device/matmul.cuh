@@ -19,7 +19,7 @@
 
 #include <omp.h>
 
-#include "backend.h"
+#include "device/backend.h"
 
 // Vectors are those of GCC and clang, not of one processor: the compiler turns them into AVX-512, AVX, SSE or NEON.
 #if defined(__AVX512F__)

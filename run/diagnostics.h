@@ -15,7 +15,7 @@
 
 #include <nlohmann/json.hpp>
 
-#include "checkpoint.h"
+#include "run/checkpoint.h"
 #include "model.h"
 
 // ---------------------------------------------------------------------------------------------------------------------

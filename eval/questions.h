@@ -4,8 +4,8 @@
 
 #include <numeric>
 
-#include "encode.h"
-#include "eval.h"
+#include "text/encode.h"
+#include "eval/loss.h"
 
 // How likely is `continuation` behind `context`? Both are ids.
 struct Request {

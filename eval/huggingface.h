@@ -16,10 +16,10 @@
 
 #include <list>
 
-#include "checkpoint.h"
-#include "flags.h"
+#include "run/checkpoint.h"
+#include "run/flags.h"
 #include "python.h"  // made by the Makefile: files of scripts/ as strings
-#include "tokenizer.h"
+#include "text/tokenizer.h"
 
 // Their tensor `theirs` is rows [row, row + rows) of our tensor `ours`; all of them where rows is 0. per_head: query,
 // key and value rows of a head stand together there, as in GPT-NeoX.

@@ -1,4 +1,4 @@
-// encode.h: writing text as shards, and reading it back. What data.cpp's commands do, without the command line.
+// Writing text as shards, and reading it back. What data.cpp's commands do, without the command line.
 #pragma once
 #include <archive.h>
 #include <archive_entry.h>
@@ -15,9 +15,9 @@
 #include <string>
 #include <vector>
 
-#include "data.h"
-#include "stories.h"
-#include "tokenizer.h"
+#include "text/shards.h"
+#include "text/stories.h"
+#include "text/tokenizer.h"
 
 // A file that appears under its name only when it is complete: written as NAME.part, synced, renamed by commit().
 // Without commit() the destructor removes it. UserError when the disk is full or the directory not writable.

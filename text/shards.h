@@ -1,4 +1,4 @@
-// data.h: token shards on disk, the order in which training reads them, and the byte tokenizer.
+// Token shards on disk, the order in which training reads them, and the byte tokenizer.
 //
 // Knows nothing of models. train.cu and eval.cpp read with it, data.cpp writes with it.
 #pragma once
@@ -21,7 +21,7 @@
 #include <utility>
 #include <vector>
 
-#include "files.h"
+#include "run/files.h"
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Shards. llm.c's format: 256 int32 of header (magic, version, number of tokens, zeros), then the tokens as uint16.

@@ -11,9 +11,9 @@
 
 #include <nlohmann/json.hpp>
 
-#include "eval.h"
+#include "eval/loss.h"
 #include "model.h"
-#include "tokenizer.h"
+#include "text/tokenizer.h"
 
 // A query or key head at one position, on its way through RoPE. All vectors (HS).
 struct HeadTrace {

@@ -23,7 +23,7 @@
 #include <unordered_map>
 #include <vector>
 
-#include "files.h"
+#include "run/files.h"
 
 struct Tokenizer {
   virtual ~Tokenizer() = default;

@@ -20,7 +20,7 @@
 
 #include <nlohmann/json.hpp>
 
-#include "files.h"
+#include "run/files.h"
 #include "model.h"
 
 // Writes a file from pieces of memory and syncs it. UserError (disk full, not writable) with the file's name.

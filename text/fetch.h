@@ -1,4 +1,4 @@
-// fetch.h: data sets by name: where they are, how they come here, and whether what came is whole.
+// Data sets by name: where they are, how they come here, and whether what came is whole.
 #pragma once
 #include <fcntl.h>
 #include <sys/wait.h>
@@ -11,7 +11,7 @@
 #include <string>
 #include <vector>
 
-#include "encode.h"
+#include "text/encode.h"
 
 // Files of text, or shards of GPT-2's tokens, all in the directory `url`.
 struct DataSet {

@@ -12,7 +12,7 @@
 #include <string>
 #include <vector>
 
-#include "command_line.h"
+#include "run/command_line.h"
 #include "model.h"
 
 struct Settings {

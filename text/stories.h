@@ -1,4 +1,4 @@
-// stories.h: the built-in corpus, drawn from a small probabilistic grammar in which order matters.
+// The built-in corpus, drawn from a small probabilistic grammar in which order matters.
 //
 // A document is a run of short lines of seven kinds: who did what in which order, a thing passed along, things swapped,
 // a bag packed, a row of letters, a word said again or backwards, brackets closed in order. A line first draws

@@ -16,7 +16,7 @@
 #include <omp.h>
 #include <unistd.h>
 
-#include "error.h"
+#include "run/error.h"
 
 #ifdef __CUDACC__
 #include <cublasLt.h>

@@ -7,10 +7,10 @@
 #include <string>
 #include <vector>
 
-#include "checkpoint.h"
-#include "data.h"
+#include "run/checkpoint.h"
+#include "text/shards.h"
 #include "model.h"
-#include "tokenizer.h"
+#include "text/tokenizer.h"
 
 // 1234567 -> "1,234,567".
 inline std::string grouped(size_t n) {
