@@ -7,7 +7,14 @@
 //
 // The matrix of probabilities (T, T) is never kept. The forward pass stores one number per row, the log-sum-exp of its
 // scores, from which the backward pass makes the probabilities again: p_s = exp(score_s - lse).
+//
+// The ladder:
+//   rung 0   the definition, loops in the order of the formula (CPU); the tests hold every other version against it
+//   CPU      the same with matrix products, a block of queries at a time: what training on a CPU runs
+//   rung 1   a GPU kernel with a warp per query, for any shape and number type
+//   last     device/flash.cuh: tensor cores, bf16; bench/attention_ladder.cu has the steps between, with their times
 
+#include <algorithm>
 #include <vector>
 
 #include "device/backend.h"
@@ -18,17 +25,109 @@
 // positions 0 .. T-1 are read from the buffer (first > 0 while sampling: the buffer is the key/value cache).
 using AttentionShape = RopeShape;
 
-// Queries worked on together on the CPU: a multiple of kTileRows, and few enough that their scores (kQueryBlock, T)
-// stay in the L2 cache and that little is computed beyond the diagonal.
-constexpr int kQueryBlock = 48;
+// ---------------------------------------------------------------------------------------------------------------------
+// Rung 0: the definition
+
+// Where in qkv (B, T, NH + 2*NKV, HS) a head begins. Query head h reads key head NH + h / (NH/NKV), and the value head
+// that lies NKV heads further.
+inline size_t head_at(AttentionShape s, int b, int t, int head) {
+  return ((size_t(b) * s.T + t) * (s.NH + 2 * s.NKV) + head) * s.HS;
+}
+
+// The scores of query head h at position t: q . k_j / sqrt(HS) for the keys j = 0 .. t.
+template <class Real>
+std::vector<Real> attention_scores(const Real* qkv, AttentionShape s, int b, int h, int t) {
+  const Real* q = qkv + head_at(s, b, t, h);
+  std::vector<Real> score(t + 1);
+  for (int j = 0; j <= t; ++j) {
+    const Real* k = qkv + head_at(s, b, j, s.NH + h / (s.NH / s.NKV));
+    for (int c = 0; c < s.HS; ++c) score[j] += q[c] * k[c];
+    score[j] /= std::sqrt(Real(s.HS));
+  }
+  return score;
+}
+
+// Scores to probabilities: p_j = exp(score_j) / sum_i exp(score_i). Returns log sum_i exp(score_i). The highest score
+// is taken out first, which changes neither and keeps exp from overflowing.
+template <class Real>
+Real softmax(std::vector<Real>& score) {
+  const Real highest = *std::max_element(score.begin(), score.end());
+  Real sum = 0;
+  for (Real& x : score) sum += x = std::exp(x - highest);
+  for (Real& x : score) x /= sum;
+  return highest + std::log(sum);
+}
+
+// out (B, T, NH, HS), lse (B, NH, T) from qkv (B, T, NH + 2*NKV, HS), as attention_forward().
+template <class Real>
+void attention_forward_by_definition(Real* out, Acc<Real>* lse, const Real* qkv, AttentionShape s) {
+#pragma omp parallel for collapse(3)
+  for (int b = 0; b < s.B; ++b)
+    for (int h = 0; h < s.NH; ++h)
+      for (int t = s.first; t < s.T; ++t) {
+        std::vector<Real> p = attention_scores(qkv, s, b, h, t);
+        lse[(size_t(b) * s.NH + h) * s.T + t] = softmax(p);
+        Real* o = out + ((size_t(b) * s.T + t) * s.NH + h) * s.HS;
+        std::fill_n(o, s.HS, Real(0));
+        for (int j = 0; j <= t; ++j) {  // out = sum_j p_j v_j
+          const Real* v = qkv + head_at(s, b, j, s.NH + s.NKV + h / (s.NH / s.NKV));
+          for (int c = 0; c < s.HS; ++c) o[c] += p[j] * v[c];
+        }
+      }
+}
+
+// dqkv (B, T, NH + 2*NKV, HS), assigned, from dout (B, T, NH, HS) and qkv: the steps of the forward pass in reverse,
+// each by the chain rule. s.first = 0.
+template <class Real>
+void attention_backward_by_definition(Real* dqkv, const Real* dout, const Real* qkv, AttentionShape s) {
+  const int group = s.NH / s.NKV;
+  const Real scale = Real(1) / std::sqrt(Real(s.HS));
+  std::fill_n(dqkv, head_at(s, s.B, 0, 0), Real(0));
+#pragma omp parallel for collapse(2)
+  for (int b = 0; b < s.B; ++b)
+    for (int hkv = 0; hkv < s.NKV; ++hkv)  // the heads of a group add to one dk and one dv
+      for (int h = hkv * group; h < (hkv + 1) * group; ++h)
+        for (int t = 0; t < s.T; ++t) {
+          const size_t q_at = head_at(s, b, t, h), out_at = ((size_t(b) * s.T + t) * s.NH + h) * s.HS;
+          std::vector<Real> p = attention_scores(qkv, s, b, h, t), dp(t + 1);
+          softmax(p);
+          // Forward, out = sum_j p_j v_j. So dv_j += p_j dout, and dp_j = dout . v_j.
+          for (int j = 0; j <= t; ++j) {
+            const size_t v_at = head_at(s, b, j, s.NH + s.NKV + hkv);
+            for (int c = 0; c < s.HS; ++c) {
+              dqkv[v_at + c] += p[j] * dout[out_at + c];
+              dp[j] += dout[out_at + c] * qkv[v_at + c];
+            }
+          }
+          // p = softmax(score). dp_i / dscore_j = p_i ((i == j) - p_j), so dscore_j = p_j (dp_j - sum_i p_i dp_i).
+          Real mean = 0;
+          for (int i = 0; i <= t; ++i) mean += p[i] * dp[i];
+          // score_j = q . k_j / sqrt(HS).
+          for (int j = 0; j <= t; ++j) {
+            const Real dscore = p[j] * (dp[j] - mean);
+            const size_t k_at = head_at(s, b, j, s.NH + hkv);
+            for (int c = 0; c < s.HS; ++c) {
+              dqkv[q_at + c] += dscore * scale * qkv[k_at + c];
+              dqkv[k_at + c] += dscore * scale * qkv[q_at + c];
+            }
+          }
+        }
+}
 
 // ---------------------------------------------------------------------------------------------------------------------
 // CPU
+
+// Queries worked on together on the CPU: a multiple of kTileRows, and few enough that their scores (kQueryBlock, T)
+// stay in the L2 cache and that little is computed beyond the diagonal.
+constexpr int kQueryBlock = 48;
 
 inline void check_head_size(Cpu&, int) {}  // any
 
 // out (B, T, NH, HS), lse (B, NH, T): natural log of the sum of exp(scaled scores); qkv (B, T, NH + 2*NKV, HS).
 // Equal to torch.nn.functional.scaled_dot_product_attention(is_causal=True, enable_gqa=True).
+//
+// Both sums of the definition become matrix products, Q K^T and P V, of kQueryBlock queries at a time with all keys and
+// values that they see; keys and values are packed once per head, as matmul.cuh packs them.
 template <class Real>
 void attention_forward(Cpu&, Real* out, Acc<Real>* lse, const Real* qkv, AttentionShape s) {
   const int heads = s.NH + 2 * s.NKV, group = s.NH / s.NKV, stride = heads * s.HS, p_stride = round_up(s.T, 16) + 16;
@@ -73,7 +172,7 @@ void attention_forward(Cpu&, Real* out, Acc<Real>* lse, const Real* qkv, Attenti
 
 // dqkv (B, T, NH + 2*NKV, HS) from dout (B, T, NH, HS) and what the forward pass read and wrote. With P the
 // probabilities:  dV = P^T dO,  dP = dO V^T,  dS = P * (dP - D) with D_t = dO_t . O_t,  dQ = dS K,  dK = dS^T Q.
-// `delta` (B, NH, T) is scratch for D, which the CUDA version computes in a pass of its own.
+// D_t is the definition's sum_s p_s dP_s, as out = sum_s p_s v_s. `delta` (B, NH, T) is scratch for D, which the CUDA version computes in a pass of its own.
 template <class Real>
 void attention_backward(Cpu&, Real* dqkv, Acc<Real>* delta, const Real* dout, const Real* qkv, const Real* out,
                         const Acc<Real>* lse, AttentionShape s) {

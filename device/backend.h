@@ -1,8 +1,11 @@
 #pragma once
 // What a device is: memory, copies, order of execution, number types, errors. Nothing here knows of models.
 //
-// Every operation of the trainer is a function with two overloads, on the type of its first argument:
-// `Cpu` (the definition: plain loops) and `Cuda` (the speed). A build without nvcc has `Cpu` only.
+// Every operation of the trainer is a function with two overloads, on the type of its first argument: `Cpu` and `Cuda`.
+// The CPU's is the definition, loops in the order of the formula, but for two operations that take most of the time:
+// the matrix product (device/matmul.cuh) is made tile by tile from packed panels, and attention of such products; a
+// product's definition is one line, attention's stands first in attention.cuh, and the tests hold both to it. The
+// `Cuda` version is the speed. A build without nvcc has `Cpu` only.
 
 #include <cmath>
 #include <cstdint>
