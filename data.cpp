@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "run/command_line.h"
+#include "run/print.h"
 #include "text/shards.h"
 #include "text/encode.h"
 #include "text/fetch.h"
@@ -47,13 +48,6 @@ void print_written(const std::string& directory, const Meta& meta) {
   print_split("train", meta.train);
   print_split("val", meta.val);
   std::printf("written to %s\n", directory.c_str());
-}
-
-// Bytes of other people's text on a terminal: no control characters but line ends and tabs.
-std::string printable(const std::string& text) {
-  std::string safe;
-  for (unsigned char c : text) safe += (c < 32 && c != '\n' && c != '\t') || c == 127 ? '?' : char(c);
-  return safe;
 }
 
 // `tokenizer` is "bytes" or the path of a tokenizer.json.

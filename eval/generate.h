@@ -36,13 +36,6 @@ int sample_token(const T* logits, int vocabulary, double temperature, int top_k,
   return ids[std::min(chosen, ids.size() - 1)];
 }
 
-// A model may say any byte; a terminal should not obey them. Control bytes become '?'.
-inline std::string printable(std::string text) {
-  for (char& c : text)
-    if ((static_cast<unsigned char>(c) < 32 && c != '\n' && c != '\t') || c == 127) c = '?';
-  return text;
-}
-
 // Appends up to `count` tokens to `tokens` (the prompt, at least one token). emit(token) is called with each; the
 // stop_token (-1: none) ends the text, is appended but not emitted. Token n is drawn with a random number that depends
 // on (seed, n) alone. When the model's T positions are full, the last half of them is kept and computed again.

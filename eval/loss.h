@@ -8,27 +8,10 @@
 #include <vector>
 
 #include "run/checkpoint.h"
+#include "run/print.h"
 #include "text/shards.h"
 #include "model.h"
 #include "text/tokenizer.h"
-
-// 1234567 -> "1,234,567".
-inline std::string grouped(size_t n) {
-  std::string text = std::to_string(n);
-  for (size_t at = text.size(); at > 3; at -= 3) text.insert(at - 3, ",");
-  return text;
-}
-
-// 49152 -> "48 KiB"; four digits, binary units.
-inline std::string human_bytes(size_t bytes) {
-  static const char* units[] = {"B", "KiB", "MiB", "GiB", "TiB", "PiB"};
-  double value = double(bytes);
-  int unit = 0;
-  while (value >= 1023.95 && unit < 5) value /= 1024, ++unit;
-  char text[32];
-  std::snprintf(text, sizeof text, "%.4g %s", value, units[unit]);
-  return text;
-}
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Loss

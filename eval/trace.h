@@ -12,6 +12,7 @@
 #include <nlohmann/json.hpp>
 
 #include "eval/loss.h"
+#include "run/print.h"
 #include "model.h"
 #include "text/tokenizer.h"
 
@@ -262,12 +263,6 @@ class Page {
  private:
   bool colour_;
 };
-
-inline std::string format(const char* pattern, double value) {
-  char text[64];
-  std::snprintf(text, sizeof text, pattern, value);
-  return text;
-}
 
 // A token as one short printable word.
 inline std::string token_text(const Tokenizer* tokenizer, int token) {

@@ -1,0 +1,214 @@
+#pragma once
+// What is decided before a run starts: its settings, its data, where its files go and what it starts from.
+
+#include <filesystem>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "run/diagnostics.h"
+#include "run/flags.h"
+#include "run/print.h"
+#include "text/shards.h"
+#include "text/tokenizer.h"
+
+// What is decided before any memory is taken: settings, data, where the run's files go, what it starts from.
+struct Run {
+  Settings s;
+  std::string directory;
+  std::string checkpoint, init;  // the checkpoint to resume from, or to take the weights from, or empty
+  nlohmann::json state;
+  int kept_step = 0;  // of the run's checkpoint, when a step is replayed
+  Meta meta;
+  std::unique_ptr<Dataset> train, val;
+  std::unique_ptr<Tokenizer> tokenizer;  // null where the shards do not say which
+};
+
+// --replay-step: the run's settings; and its checkpoint if that is of an earlier step than the one to be repeated,
+// else what it started from.
+inline void prepare_replay(Run& run, const Settings& asked) {
+  const std::string flag = "--replay-step " + std::to_string(asked.replay_step);
+  if (asked.run.empty()) throw UserError(flag + ": say of which run with --run NAME");
+  run.directory = "runs/" + asked.run;
+  const std::vector<double> logged = read_column(run.directory + "/log.csv", "step");
+  if (logged.empty()) throw UserError(flag + ": there are no steps in " + run.directory + "/log.csv");
+  if (asked.replay_step < 1 || asked.replay_step > logged.back())
+    throw UserError(flag + ": must be one of the steps 1 to " + std::to_string(int(logged.back())) + " of " +
+                    run.directory + "/log.csv");
+  const std::string config = run.directory + "/config.json";
+  run.s = settings_from_json(config, read_json_file(config));
+  run.checkpoint = locate_checkpoint(run.directory);
+  if (!run.checkpoint.empty()) {
+    const std::string state = run.checkpoint + "/state.json";
+    run.state = read_json_file(state);
+    settings_from_state(state, run.state);  // refuses what is no state
+    run.kept_step = run.state["step"];
+    if (run.kept_step >= asked.replay_step) run.checkpoint = "";
+  }
+  if (run.checkpoint.empty() && !run.s.init.empty()) {
+    run.init = locate_checkpoint(run.s.init);
+    if (run.init.empty()) throw UserError(flag + ": the run started from " + run.s.init + ", which is no longer there");
+  }
+}
+
+inline Run prepare(const std::vector<std::string>& args) {
+  Run run;
+  Settings& s = run.s;
+  Settings asked;
+  apply_flags(asked, args);
+  const bool replay = asked.replay_step != -1, again = asked.resume || replay;
+  if (asked.resume && replay) throw UserError("--resume, --replay-step: give one of them");
+  if (asked.resume) {
+    if (asked.run.empty()) throw UserError("--resume: say which run with --run NAME");
+    run.directory = "runs/" + asked.run;
+    run.checkpoint = find_checkpoint(run.directory);
+    run.state = read_json_file(run.checkpoint + "/state.json");
+    s = settings_from_state(run.checkpoint + "/state.json", run.state);
+    check_weights(s.model, run.checkpoint);
+  } else if (replay) {
+    prepare_replay(run, asked);
+  } else {
+    apply_flags(s, preset_flags(asked.preset));
+  }
+  if (!asked.init.empty() && !again) {
+    run.init = locate_checkpoint(asked.init);
+    if (run.init.empty())
+      throw UserError("--init " + asked.init + ": no checkpoint in runs/" + asked.init + " or " + asked.init);
+    const std::string state = run.init + "/state.json";
+    s.model = settings_from_state(state, read_json_file(state)).model;
+    check_weights(s.model, run.init);
+    s.rotary_fraction = NAN;
+  }
+  Settings before = s;
+  // A preset named again on resume must not reset the run's own flags: its flags count as given by the user.
+  std::vector<std::string> user = args;
+  if (again)
+    for (const std::string& arg : args)
+      if (arg.rfind("--preset", 0) == 0) {
+        user = preset_flags(asked.preset);
+        user.insert(user.end(), args.begin(), args.end());
+      }
+  apply_flags(s, user);
+
+  expect_positive("steps", s.steps);
+  expect_positive("batch", s.batch);
+  expect_positive("accumulate", s.accumulate);
+  expect_positive("lr", s.lr);
+  if (s.min_lr != -1) expect_positive("min-lr", s.min_lr, true);
+  if (s.warmup != -1) expect_positive("warmup", s.warmup, true);
+  expect_positive("weight-decay", s.weight_decay, true);
+  expect_positive("eps", s.eps);
+  expect_positive("init-std", s.init_std);
+  expect_positive("clip", s.clip, true);
+  expect_positive("z-loss", s.z_loss, true);
+  expect_positive("val-every", s.val_every, true);
+  expect_positive("val-tokens", s.val_tokens);
+  expect_positive("sample-every", s.sample_every, true);
+  expect_positive("checkpoint-every", s.checkpoint_every, true);
+  expect_positive("diagnostics-every", s.diagnostics_every, true);
+  expect_positive("threads", s.threads, true);
+  for (auto [flag, beta] : {std::pair{"--beta1 ", s.beta1}, std::pair{"--beta2 ", s.beta2}})
+    if (!(beta >= 0 && beta < 1)) throw UserError(flag + std::to_string(beta) + ": must lie between 0 and 1");
+
+  if (s.val.empty()) {
+    s.val = s.data;
+    const size_t slash = s.val.rfind('/') == std::string::npos ? 0 : s.val.rfind('/');
+    const size_t at = s.val.find("train", slash);
+    if (at == std::string::npos)
+      throw UserError("--val: cannot be guessed from --data " + s.data + ", which does not say train");
+    s.val.replace(at, 5, "val");
+  }
+  run.train = std::make_unique<Dataset>(s.data);
+  run.val = std::make_unique<Dataset>(s.val);
+  run.meta = read_meta(s.data);
+  if (!run.meta.tokenizer.empty()) run.tokenizer = make_tokenizer(run.meta.tokenizer, directory_of(s.data));
+  if (s.model.vocab == 0) {
+    if (!run.meta.vocabulary) throw UserError("--vocab: needed, because there is no meta.json beside " + s.data);
+    s.model.vocab = (run.meta.vocabulary + 7) / 8 * 8;
+  }
+  resolve(s.model, s.rotary_fraction);
+  for (const Dataset* data : {run.train.get(), run.val.get()}) {
+    data->windows(s.model.context);
+    data->check_tokens(s.model.vocab);
+  }
+  if (again || !run.init.empty()) {
+    std::vector<std::string> groups = {"Model"};
+    if (again) groups.push_back("Optimiser");
+    const std::string flag = replay ? "--replay-step" : asked.resume ? "--resume" : "--init",
+                      may_differ = replay ? "" : asked.resume ? "steps" : "context";
+    const auto was = settings_json(before, groups), is = settings_json(s, groups);
+    for (const auto& [key, value] : was.items())
+      if (key != may_differ && is[key] != value)
+        throw UserError(flag + ": " + key + " is " + is[key].dump() + " but was " + value.dump() + " in " +
+                        (replay ? run.directory : asked.resume ? run.checkpoint : run.init) +
+                        "; leave the flag out, or start a new run");
+  }
+  if (!again) {
+    const std::string base = s.run.empty() ? s.preset : s.run;
+    std::string name = base;
+    for (int i = 2; s.run.empty() && std::filesystem::exists("runs/" + name); ++i) name = base + "-" + std::to_string(i);
+    run.directory = "runs/" + name;
+    if (std::filesystem::exists(run.directory))
+      throw UserError("--run " + name + ": " + run.directory +
+                      " exists; add --resume to go on with it, or choose another name");
+    s.run = name;
+  }
+  return run;
+}
+
+// All settings, a group a paragraph, lines of at most 110 characters.
+inline void print_settings(Settings& s) {
+  for (const char* group : {"Model", "Optimiser", "Run"}) {
+    std::string line = std::string(group) + ":";
+    const nlohmann::ordered_json settings = settings_json(s, {group});
+    for (const auto& [key, value] : settings.items()) {
+      const std::string item = " " + key + "=" + (value.is_string() ? value.get<std::string>() : value.dump());
+      if (line.size() + item.size() > 110) {
+        std::printf("%s\n", line.c_str());
+        line = " ";
+      }
+      line += item;
+    }
+    std::printf("%s\n", line.c_str());
+  }
+}
+
+// Refuses what does not fit, and says what would.
+template <class Backend, class Real>
+inline void expect_memory(Config c, int B, size_t available, const MemoryReport& needed) {
+  if (needed.total() <= available) return;
+  std::string advice;
+  if (!c.recompute) {
+    c.recompute = true;
+    advice = "; --recompute would take " + human_bytes(memory_report<Backend, Real>(c, B, c.context).total());
+    c.recompute = false;
+  }
+  while (B > 1 && memory_report<Backend, Real>(c, B, c.context).total() > available) --B;
+  if (memory_report<Backend, Real>(c, B, c.context).total() <= available)
+    advice += "; --batch " + std::to_string(B) + " fits (with more --accumulate)";
+  else
+    advice += "; even --batch 1 does not fit: a smaller model or --context is needed";
+  throw UserError("--batch: not enough memory: " + human_bytes(needed.total()) + " needed, " + human_bytes(available) +
+                  (std::is_same_v<Backend, Cpu> ? " in this machine" : " free on the GPU") + advice);
+}
+
+// What a run says when it starts.
+template <class Backend, class Real>
+void print_start(Run& run, size_t parameters, int step) {
+  Settings& s = run.s;
+  const Config& c = s.model;
+  const MemoryReport memory = memory_report<Backend, Real>(c, s.batch, c.context);
+  const size_t tokens_per_step = size_t(s.batch) * c.context * s.accumulate;
+  print_settings(s);
+  std::printf("RoPE turns %d of %d channels of each query and key head (%.1f %%); table %s.\n", c.rotary_dim,
+              c.head_size, 100.0 * c.rotary_dim / c.head_size, human_bytes(memory.rope_table).c_str());
+  std::printf(
+      "%.2f M parameters on %s, %s. Memory: parameters %s, gradients %s, optimiser %s, activations %s; %s in all.\n",
+      parameters * 1e-6, Backend::name, dtype_name<Real>(), human_bytes(memory.parameters).c_str(),
+      human_bytes(memory.gradients).c_str(), human_bytes(memory.optimizer).c_str(),
+      human_bytes(memory.activations).c_str(), human_bytes(memory.total()).c_str());
+  std::printf("Data: %.2f M training tokens, %zu a step, so %.2f epochs in %d steps.\n", run.train->tokens() * 1e-6,
+              tokens_per_step, double(tokens_per_step) * s.steps / run.train->tokens(), s.steps);
+  if (step) std::printf("Resumed at step %d.\n", step);
+  std::fflush(stdout);
+}

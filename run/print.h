@@ -1,0 +1,79 @@
+// Numbers, durations, text of others and curves, as a terminal shows them.
+#pragma once
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <string>
+#include <vector>
+
+// One number through a pattern of printf.
+inline std::string format(const char* pattern, double value) {
+  char text[64];
+  std::snprintf(text, sizeof text, pattern, value);
+  return text;
+}
+
+// 1234567 -> "1,234,567".
+inline std::string grouped(size_t n) {
+  std::string text = std::to_string(n);
+  for (size_t at = text.size(); at > 3; at -= 3) text.insert(at - 3, ",");
+  return text;
+}
+
+// 49152 -> "48 KiB"; four digits, binary units.
+inline std::string human_bytes(size_t bytes) {
+  static const char* units[] = {"B", "KiB", "MiB", "GiB", "TiB", "PiB"};
+  double value = double(bytes);
+  int unit = 0;
+  while (value >= 1023.95 && unit < 5) value /= 1024, ++unit;
+  char text[32];
+  std::snprintf(text, sizeof text, "%.4g %s", value, units[unit]);
+  return text;
+}
+
+// 75 -> "1:15", 3700 -> "1:01:40".
+inline std::string duration_text(double seconds) {
+  const long s = std::lround(std::max(0.0, seconds));
+  char text[32];
+  if (s < 3600)
+    std::snprintf(text, sizeof text, "%ld:%02ld", s / 60, s % 60);
+  else
+    std::snprintf(text, sizeof text, "%ld:%02ld:%02ld", s / 3600, s / 60 % 60, s % 60);
+  return text;
+}
+
+// A model may say any byte; a terminal should not obey them. Control bytes become '?'.
+inline std::string printable(std::string text) {
+  for (char& c : text)
+    if ((static_cast<unsigned char>(c) < 32 && c != '\n' && c != '\t') || c == 127) c = '?';
+  return text;
+}
+
+// The loss over the steps as a picture of text: a column per stretch of steps, its mean as a dot; the floor as a line.
+// The axis is logarithmic: most of a run happens near its end.
+inline void print_curve(const std::vector<double>& steps, const std::vector<double>& losses, double floor) {
+  const int width = 64, height = 12;
+  if (losses.size() < 2) return;
+  std::vector<double> sum(width), count(width);
+  for (size_t i = 0; i < losses.size(); ++i) {
+    const size_t column = i * width / losses.size();
+    sum[column] += losses[i];
+    count[column] += 1;
+  }
+  double high = -INFINITY, low = std::isnan(floor) ? INFINITY : floor;
+  for (int x = 0; x < width; ++x)
+    if (count[x]) high = std::max(high, sum[x] / count[x]), low = std::min(low, sum[x] / count[x]);
+  if (!(low > 0 && high > low)) return;
+  const double range = std::log(high / low);
+  auto line_of = [&](double value) { return int(std::lround(std::log(high / value) / range * (height - 1))); };
+  std::printf("\n  training loss, nats per token\n");
+  for (int y = 0; y < height; ++y) {
+    std::string line(width, !std::isnan(floor) && line_of(floor) == y ? '.' : ' ');
+    for (int x = 0; x < width; ++x)
+      if (count[x] && line_of(sum[x] / count[x]) == y) line[x] = '*';
+    std::printf("  %6.2f |%s%s\n", high * std::exp(-range * y / (height - 1)), line.c_str(),
+                !std::isnan(floor) && line_of(floor) == y ? " floor" : "");
+  }
+  std::printf("         +%s\n          step %-10.0f%*s%.0f\n\n", std::string(width, '-').c_str(), steps.front(),
+              width - 22, "", steps.back());
+}
