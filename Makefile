@@ -32,7 +32,7 @@ BUILD := build$(if $(DEBUG),-debug)$(if $(SAN),-san)$(if $(ROTARY_DIM),-rotary$(
 OPTIMISE := $(if $(DEBUG),-O0 -g,$(if $(SAN),-O1 -g,-O3 -march=native -fno-math-errno -fno-trapping-math))
 comma := ,
 SANITIZE := $(if $(SAN),-fsanitize=address$(comma)undefined -fno-sanitize-recover=all)
-CPPFLAGS += -I. -I$(BUILD) $(addprefix -isystem ,/usr/include/eigen3 /usr/local/include/eigen3 /opt/homebrew/include/eigen3) $(if $(ROTARY_DIM),-DROTARY_DIM=$(ROTARY_DIM))
+CPPFLAGS += -I. -I$(BUILD) $(addprefix -isystem ,/usr/include/eigen3 /usr/local/include/eigen3 /opt/homebrew/include/eigen3) $(if $(ROTARY_DIM),-DROTARY_DIM=$(ROTARY_DIM)) $(if $(DEBUG),-DDEBUG)
 CXXFLAGS += -std=c++17 -Wall -Wextra -fopenmp $(SANITIZE)
 
 # One way to make a program from its sources, with the compiler that the machine has.

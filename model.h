@@ -281,6 +281,13 @@ void visit_activations(const Config& c, size_t N, Activations<Real>& a, Visit vi
   visit("log_z", N, a.log_z);
 }
 
+// The rows from `first` on, of a batch of one: each tensor moves on by what the rows before take.
+template <class Backend, class Real>
+Activations<Real> rows_from(const Config& c, Activations<Real> a, int first) {
+  visit_activations<Backend>(c, first, a, [](const char*, size_t count, auto*& pointer) { pointer += count; });
+  return a;
+}
+
 template <class Real, class Visit>
 void visit_activation_gradients(const Config& c, size_t N, ActivationGradients<Real>& d, Visit visit) {
   const size_t C = c.width, A = size_t(c.heads) * c.head_size;
@@ -435,36 +442,34 @@ struct Model {
     const Config& c = config;
     const int C = c.width, A = c.heads * c.head_size, F = c.mlp_hidden, QKV = c.qkv_width(), UP = c.up_width();
     const int N = batch * (length - first);
-    const size_t f = first;  // rows already there
     const RopeShape shape = c.heads_shape(batch, length, first);
-    embedding_forward(be, acts.blocks[0].x + f * C, acts.tokens + f, weights.embedding, N, C);
+    const bool parallel = c.block == BlockKind::parallel;
+    const Activations<Real> rows = rows_from<Backend>(c, acts, first);  // those to be worked on
+    embedding_forward(be, rows.blocks[0].x, rows.tokens, weights.embedding, N, C);
     for (int l = 0; l < c.layers; ++l) {
       const BlockParameters<Real>& w = weights.blocks[l];
-      const BlockActivations<Real>& a = acts.blocks[l];
-      Real* next = l + 1 < c.layers ? acts.blocks[l + 1].x : acts.x;
-      const Real* mlp_input = c.block == BlockKind::parallel ? a.x : a.x2;
+      const BlockActivations<Real>&a = rows.blocks[l], &all = acts.blocks[l];  // all: RoPE and attention know `first`
+      Real* next = l + 1 < c.layers ? rows.blocks[l + 1].x : rows.x;
 
-      norm_forward(be, c.norm, a.h1 + f * C, a.mean1 + f, a.rstd1 + f, a.x + f * C, w.norm1, w.norm1_bias, N, C,
-                   c.norm_eps);
-      linear_forward(be, a.qkv + f * QKV, a.h1 + f * C, w.qkv, w.qkv_bias, N, C, QKV);
+      norm_forward(be, c.norm, a.h1, a.mean1, a.rstd1, a.x, w.norm1, w.norm1_bias, N, C, c.norm_eps);
+      linear_forward(be, a.qkv, a.h1, w.qkv, w.qkv_bias, N, C, QKV);
       if (c.qk_norm)
-        qk_norm_rope_forward(be, a.qkv, a.qk_raw, a.qk_rstd, w.q_norm, w.k_norm, rope, shape, c.norm_eps);
+        qk_norm_rope_forward(be, all.qkv, all.qk_raw, all.qk_rstd, w.q_norm, w.k_norm, rope, shape, c.norm_eps);
       else
-        rope_forward(be, a.qkv, rope, shape);
-      attention_forward(be, a.att, a.lse, a.qkv, shape);
-      linear_residual_forward(be, a.x2 + f * C, a.x + f * C, a.att + f * A, w.proj, w.proj_bias, N, A, C);
+        rope_forward(be, all.qkv, rope, shape);
+      attention_forward(be, all.att, all.lse, all.qkv, shape);
+      linear_residual_forward(be, a.x2, a.x, a.att, w.proj, w.proj_bias, N, A, C);
 
-      norm_forward(be, c.norm, a.h2 + f * C, a.mean2 + f, a.rstd2 + f, mlp_input + f * C, w.norm2, w.norm2_bias, N, C,
-                   c.norm_eps);
-      linear_forward(be, a.up + f * UP, a.h2 + f * C, w.up, w.up_bias, N, C, UP);
+      norm_forward(be, c.norm, a.h2, a.mean2, a.rstd2, parallel ? a.x : a.x2, w.norm2, w.norm2_bias, N, C, c.norm_eps);
+      linear_forward(be, a.up, a.h2, w.up, w.up_bias, N, C, UP);
       if (c.mlp == MlpKind::swiglu)
-        swiglu_forward(be, a.act + f * F, a.up + f * UP, N, F);
+        swiglu_forward(be, a.act, a.up, N, F);
       else
-        gelu_forward(be, a.act + f * F, a.up + f * UP, N, F);
-      linear_residual_forward(be, next + f * C, a.x2 + f * C, a.act + f * F, w.down, w.down_bias, N, F, C);
+        gelu_forward(be, a.act, a.up, N, F);
+      linear_residual_forward(be, next, a.x2, a.act, w.down, w.down_bias, N, F, C);
     }
-    norm_forward(be, c.norm, acts.final + f * C, acts.final_mean + f, acts.final_rstd + f, acts.x + f * C,
-                 weights.final_norm, weights.final_norm_bias, N, C, c.norm_eps);
+    norm_forward(be, c.norm, rows.final, rows.final_mean, rows.final_rstd, rows.x, weights.final_norm,
+                 weights.final_norm_bias, N, C, c.norm_eps);
   }
 
   // After forward(): losses per token in nats, host (batch, length), for targets, host (batch, length); a negative
@@ -522,6 +527,7 @@ struct Model {
               UP = c.up_width();
     const int N = batch * length, run = loss_rows<Backend>(c, size_t(B) * T);
     const RopeShape shape = c.heads_shape(batch, length, 0);
+    const bool parallel = c.block == BlockKind::parallel;
     ActivationGradients<Real>& d = grads;
     for (int n = 0; n < N; n += run) {
       const int rows = std::min(run, N - n);
@@ -538,7 +544,6 @@ struct Model {
       const BlockParameters<Real>& w = weights.blocks[l];
       const BlockParameters<Acc<Real>>& g = gradients.blocks[l];
       const BlockActivations<Real>& a = acts.blocks[l];
-      const bool parallel = c.block == BlockKind::parallel;
 
       if (c.recompute) {  // the same calls as in forward(), with the same results
         norm_forward(be, c.norm, a.h1, a.mean1, a.rstd1, a.x, w.norm1, w.norm1_bias, N, C, c.norm_eps);

@@ -199,7 +199,8 @@ struct Cuda {
 
   // Runs work(), a row of kernel launches that is the same every time, to the addresses: the first time as it stands
   // (so that libraries load what they need), the second time recorded as a CUDA graph, which is started as a whole from
-  // then on. That takes a small model's step off the time that some hundred single launches need.
+  // then on. That takes a small model's step off the time that some hundred single launches need. Under `make DEBUG=1`
+  // nothing is recorded, so that a breakpoint in work() stops every time.
   struct Recording {
     cudaGraphExec_t graph = nullptr;
     bool warm = false;
@@ -217,6 +218,9 @@ struct Cuda {
   }
   template <class Work>
   void replay(Recording& recording, Work work) {
+#ifdef DEBUG
+    recording.warm = false;
+#endif
     if (!recording.warm) {
       recording.warm = true;
       return work();
