@@ -24,7 +24,7 @@
 #include "run/flags.h"
 #include "eval/generate.h"
 #include "eval/huggingface.h"
-#include "eval/trace.h"
+#include "eval/trace_print.h"
 
 namespace {
 

@@ -1,11 +1,11 @@
-// Tests of eval/generate.h, eval/loss.h and eval/trace.h: text with the key/value cache, loss over shards, memory, the trace.
+// Tests of eval/generate.h, eval/loss.h and eval/trace_print.h: text with the key/value cache, loss over shards, memory, the trace.
 #include "eval/loss.h"
 
 #include <filesystem>
 
 #include "run/flags.h"
 #include "eval/generate.h"
-#include "eval/trace.h"
+#include "eval/trace_print.h"
 #include "tests/helpers.h"
 
 namespace {
