@@ -19,6 +19,7 @@
 #include "text/shards.h"
 #include "text/encode.h"
 #include "text/fetch.h"
+#include "text/identity.h"
 #include "text/stories.h"
 
 namespace {
@@ -96,12 +97,13 @@ void encode(std::vector<std::string> inputs, const std::vector<std::string>& val
 
 void decode(const std::string& path, uint64_t offset, uint64_t count, const std::string& separator) {
   Shard shard(path);
-  std::string name = read_meta(path).tokenizer;
-  if (name.empty()) throw UserError(path + ": no meta.json beside it that names a tokenizer");
+  const Meta meta = read_meta(path);
+  if (meta.tokenizer.empty()) throw UserError(path + ": no meta.json beside it that names a tokenizer");
   if (offset > shard.size())
     throw UserError("--offset " + std::to_string(offset) + ": the shard has " + std::to_string(shard.size()) +
                     " tokens");
-  auto tokenizer = make_tokenizer(name, directory_of(path));
+  auto tokenizer = make_tokenizer(meta.tokenizer, directory_of(path));
+  check_same_tokenizer(path, identity_of(meta, path), "the file beside it", identity_of(tokenizer.get()));
   count = std::min<uint64_t>(count, shard.size() - offset);
   auto write = [](const std::string& text) {
     if (std::fwrite(text.data(), 1, text.size(), stdout) != text.size())
@@ -116,6 +118,9 @@ void info(const std::string& pattern, int documents_shown) {
   Meta meta = read_meta(pattern);
   std::unique_ptr<Tokenizer> tokenizer;
   if (!meta.tokenizer.empty()) tokenizer = make_tokenizer(meta.tokenizer, directory_of(pattern));
+  check_content(data, meta);
+  if (tokenizer)
+    check_same_tokenizer(pattern, identity_of(meta, pattern), "the file beside it", identity_of(tokenizer.get()));
   for (const Shard& shard : data.shards()) {
     if (meta.vocabulary > 0) shard.check_tokens(meta.vocabulary);
     uint64_t documents = 0;

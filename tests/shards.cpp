@@ -7,6 +7,7 @@
 #include <map>
 
 #include "text/encode.h"
+#include "text/identity.h"
 #include "text/stories.h"
 #include "tests/helpers.h"
 
@@ -394,6 +395,39 @@ TEST_CASE("data: nothing is left of a corpus that fails") {
                    }),
                    "No space left"));
   }
+}
+
+TEST_CASE("data: a fingerprint of the content stands in meta.json, and another content is noticed") {
+  TemporaryDirectory directory;
+  write_stories(directory / "a", 3000, 1);
+  write_stories(directory / "b", 3000, 2);
+  const std::string train = directory / "a/train_*.bin";
+  const Meta meta = read_meta(train);
+  CHECK(meta.tokenizer_fingerprint == ByteTokenizer().fingerprint());
+  CHECK(meta.shards.size() == 2);
+  CHECK(meta.shards.at("train_000.bin") == Shard(directory / "a/train_000.bin").fingerprint());
+  CHECK(Dataset(train).fingerprint() != Dataset(directory / "b/train_*.bin").fingerprint());
+  check_content(Dataset(train), meta);
+  // One bit of one token.
+  std::string bytes = read_text_file(directory / "a/train_000.bin");
+  const std::string before = Dataset(train).fingerprint();
+  bytes[bytes.size() - 700] ^= 1;
+  write_file(directory / "a/train_000.bin", bytes);
+  CHECK(Dataset(train).fingerprint() != before);
+  CHECK(contains(error_of([&] { check_content(Dataset(train), meta); }), "a/train_000.bin: its content"));
+  // What ends elsewhere is another thing; a long run of zeros has a length; the order counts.
+  std::set<std::string> all;
+  for (const char* parts : {"ab,c", "a,bc", "abc", "abc,", "c,ab"}) {
+    Fingerprint one;
+    std::stringstream list(parts + std::string(1, ','));
+    for (std::string part; std::getline(list, part, ',');) one.add(part);
+    all.insert(one.text());
+  }
+  const std::string zeros(100, 0);
+  for (size_t n = 0; n < 40; n++) all.insert(Fingerprint().add(zeros.data(), n).text());
+  for (uint64_t bit = 0; bit < 64; bit++)  // two changes of one bit do not cancel
+    all.insert(Fingerprint().add(1ull << bit).add(1ull << bit).text());
+  CHECK(all.size() == 5 + 40 + 64);
 }
 
 TEST_CASE("data: meta.json is read from beside the shards") {

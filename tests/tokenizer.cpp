@@ -5,6 +5,7 @@
 #include <doctest/doctest.h>
 
 #include "tests/helpers.h"
+#include "text/identity.h"
 
 namespace {
 
@@ -149,4 +150,69 @@ TEST_CASE("tokenizer: a file that is not understood in full is refused") {
   }
   std::ofstream(directory / "deep.json") << std::string(100000, '[');
   CHECK(contains(error_of([&] { BpeTokenizer(directory / "deep.json"); }), "nested"));
+}
+
+namespace {
+
+// The tokenizer of bytes as a tokenizer.json, as an export writes it.
+nlohmann::json byte_level_json() {
+  nlohmann::json vocab;
+  for (int b = 0, next = 256; b < 256; b++) {
+    const int code = (b >= 33 && b <= 126) || (b >= 161 && b <= 172) || b >= 174 ? b : next++;
+    vocab[code < 128 ? std::string(1, char(code)) : std::string{char(0xC0 | code >> 6), char(0x80 | (code & 63))}] = b;
+  }
+  vocab["<|endoftext|>"] = 256;
+  return {{"added_tokens", {{{"id", 256}, {"content", "<|endoftext|>"}, {"special", true}, {"normalized", false}}}},
+          {"pre_tokenizer", {{"type", "ByteLevel"}, {"add_prefix_space", false}, {"use_regex", false}}},
+          {"model", {{"vocab", vocab}, {"merges", nlohmann::json::array()}}}};
+}
+
+}  // namespace
+
+TEST_CASE("tokenizer: a fingerprint is that of what it does") {
+  const std::string own = with({})->fingerprint(), bytes = ByteTokenizer().fingerprint();
+  CHECK(own.size() == 16);
+  CHECK(own == with({{"post_processor", nullptr}})->fingerprint());  // it adds nothing to a document's text
+  CHECK(own != bytes);
+  CHECK(with(byte_level_json())->fingerprint() == bytes);
+  // Each change of what it does is another tokenizer.
+  const nlohmann::json file = fixture("tokenizer.json");
+  nlohmann::json vocab = file["model"]["vocab"], merges = file["model"]["merges"], added = file["added_tokens"];
+  std::swap(vocab["a"], vocab["b"]);
+  merges.erase(merges.size() - 1);
+  added.push_back({{"id", 420}, {"content", "<z>"}, {"special", false}});
+  std::set<std::string> others = {own, bytes};
+  for (const nlohmann::json& change : std::vector<nlohmann::json>{
+           {{"model", {{"vocab", vocab}}}},
+           {{"model", {{"merges", merges}}}},
+           {{"added_tokens", added}},
+           {{"normalizer", {{"type", "NFC"}}}},
+           {{"pre_tokenizer", {{"type", "ByteLevel"}, {"add_prefix_space", true}}}},
+           {{"pre_tokenizer", {{"type", "ByteLevel"}, {"add_prefix_space", false}, {"use_regex", false}}}}})
+    others.insert(with(change)->fingerprint());
+  CHECK(others.size() == 8);
+}
+
+TEST_CASE("tokenizer: tokens of another one are refused, and what cannot be compared is taken") {
+  TemporaryDirectory directory;
+  auto refused = [](const TokenizerIdentity& theirs, const TokenizerIdentity& ours) {
+    return error_of([&] { check_same_tokenizer("--data x", theirs, "the model", ours); });
+  };
+  const ByteTokenizer bytes;
+  const TokenizerIdentity ours = identity_of(&bytes), imported = {"tokenizer.json", ours.fingerprint};
+  CHECK(refused(imported, ours) == "");
+  CHECK(contains(refused({"tokenizer.json", "0123456789abcdef"}, imported), "--data x: its tokenizer is \"tok"));
+  CHECK(refused({"tokenizer.json", ""}, {"tokenizer.json", "0123456789abcdef"}) == "");
+  CHECK(contains(refused({"tokenizer.json", ""}, ours), "\"bytes\""));
+  CHECK(refused({}, ours) == "");
+  // A meta.json without a fingerprint: that of the tokenizer beside it.
+  Meta meta;
+  meta.tokenizer = "bytes";
+  CHECK(identity_of(meta, directory / "train_*.bin").fingerprint == ours.fingerprint);
+  meta.tokenizer = "tokenizer.json";
+  CHECK(identity_of(meta, directory / "train_*.bin").fingerprint == "");
+  std::ofstream(directory / "tokenizer.json") << fixture("tokenizer.json").dump();
+  CHECK(identity_of(meta, directory / "train_*.bin").fingerprint == with({})->fingerprint());
+  meta.tokenizer_fingerprint = "5";
+  CHECK(identity_of(meta, directory / "train_*.bin").fingerprint == "5");
 }

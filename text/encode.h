@@ -94,8 +94,8 @@ class ShardWriter {
     }
   }
 
-  // Fills in the headers. Nothing has its final name yet.
-  void finish() {
+  // Fills in the headers, and says the fingerprint of each file. Nothing has its final name yet.
+  void finish(std::map<std::string, std::string>& fingerprints) {
     // A last shard of a few tokens would be too short for any context: what is less than half full joins its neighbour.
     if (files_.size() > 1 && counts_.back() < shard_tokens_ / 2) {
       std::vector<char> buffer(1 << 20);
@@ -115,6 +115,7 @@ class ShardWriter {
       int32_t header[3] = {shard_magic, shard_version, int32_t(counts_[i])};
       files_[i].write_at(0, header, sizeof header);
       files_[i].sync();
+      fingerprints[std::filesystem::path(path(i)).filename()] = Shard(path(i) + ".part").fingerprint();
     }
   }
 
@@ -189,12 +190,13 @@ class CorpusWriter {
     if (train_.shards.tokens() == 0) throw UserError(directory_ + ": there is no text to write");
     Meta meta;
     meta.tokenizer = tokenizer_->name();
+    meta.tokenizer_fingerprint = tokenizer_->fingerprint();
     meta.vocabulary = tokenizer_->vocabulary();
     train_.meta.entropy = train_entropy;
     val_.meta.entropy = val_entropy;
     for (Split* split : {&train_, &val_}) {
       split->meta.tokens = split->shards.tokens();
-      split->shards.finish();
+      split->shards.finish(meta.shards);
     }
     meta.train = train_.meta;
     meta.val = val_.meta;

@@ -279,12 +279,14 @@ inline Meta describe_gpt2_shards(const DataSet& set, const std::string& url, con
   }
   Meta meta;
   meta.tokenizer = tokenizer ? tokenizer->name() : "";
+  meta.tokenizer_fingerprint = tokenizer ? tokenizer->fingerprint() : "";
   meta.vocabulary = gpt2_vocabulary;
   for (const auto& [name, split] : {std::pair{set.train, &meta.train}, std::pair{set.val, &meta.val}}) {
     const Dataset data(directory + "/" + name + "*.bin");
     for (const Shard& shard : data.shards()) {
       shard.check_tokens(gpt2_vocabulary);
       split->tokens += shard.size();
+      meta.shards[std::filesystem::path(shard.path()).filename()] = shard.fingerprint();
       for (size_t i = 0; i < shard.size(); i++) {
         split->documents += shard[i] == gpt2_end_of_text;
         split->bytes += bytes_of[shard[i]];

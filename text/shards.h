@@ -1,4 +1,4 @@
-// Token shards on disk, the order in which training reads them, and the byte tokenizer.
+// Token shards on disk, and the order in which training reads them.
 //
 // Knows nothing of models. train.cu and eval.cpp read with it, data.cpp writes with it.
 #pragma once
@@ -14,6 +14,7 @@
 #include <cstdint>
 #include <cstdio>
 #include <cstring>
+#include <map>
 #include <memory>
 #include <nlohmann/json.hpp>
 #include <stdexcept>
@@ -22,6 +23,7 @@
 #include <vector>
 
 #include "run/files.h"
+#include "text/fingerprint.h"
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Shards. llm.c's format: 256 int32 of header (magic, version, number of tokens, zeros), then the tokens as uint16.
@@ -73,6 +75,9 @@ class Shard {
     return reinterpret_cast<const uint16_t*>(static_cast<const char*>(map_) + shard_header_bytes);
   }
   uint16_t operator[](size_t i) const { return tokens()[i]; }
+
+  // Of the whole file. Reads it.
+  std::string fingerprint() const { return Fingerprint().add(map_, bytes_).text(); }
 
   // Throws UserError if any token is not below `vocabulary`, naming the first such. Reads the whole shard.
   void check_tokens(int vocabulary) const {
@@ -181,6 +186,13 @@ class Dataset {
     for (const Shard& shard : shards_) shard.check_tokens(vocabulary);
   }
 
+  // Of all shards in their order: the same one, the same windows. Reads all the data.
+  std::string fingerprint() const {
+    Fingerprint all;
+    for (const Shard& shard : shards_) all.add(shard.fingerprint());
+    return all.text();
+  }
+
   // Number of windows of T positions. UserError if a shard is too short for even one.
   size_t windows(int T) const {
     if (T < 1) throw UserError("context " + std::to_string(T) + ": should be 1 or more");
@@ -240,8 +252,10 @@ struct Meta {
     double entropy = NAN;  // lowest reachable loss in nats per token, NAN where it is not known
   };
   std::string tokenizer;  // empty: unknown
+  std::string tokenizer_fingerprint;  // of what it does; empty in older files
   int vocabulary = 0;     // 0: unknown
   Split train, val;
+  std::map<std::string, std::string> shards;  // the fingerprint of each file's content; none in older files
 };
 
 inline nlohmann::ordered_json meta_to_json(const Meta& meta) {
@@ -250,10 +264,11 @@ inline nlohmann::ordered_json meta_to_json(const Meta& meta) {
     if (!std::isnan(s.entropy)) json["entropy_nats_per_token"] = s.entropy;
     return json;
   };
-  return {{"tokenizer", meta.tokenizer},
-          {"vocabulary", meta.vocabulary},
-          {"train", split(meta.train)},
-          {"val", split(meta.val)}};
+  nlohmann::ordered_json json = {{"tokenizer", meta.tokenizer}};
+  if (!meta.tokenizer_fingerprint.empty()) json["tokenizer_fingerprint"] = meta.tokenizer_fingerprint;
+  json.update({{"vocabulary", meta.vocabulary}, {"train", split(meta.train)}, {"val", split(meta.val)}});
+  if (!meta.shards.empty()) json["shards"] = meta.shards;
+  return json;
 }
 
 // The directory of a shard or of a pattern of shards.
@@ -282,6 +297,8 @@ inline Meta read_meta(const std::string& pattern) {
       split.entropy = from.value("entropy_nats_per_token", split.entropy);
     };
     meta.tokenizer = json.at("tokenizer").get<std::string>();
+    meta.tokenizer_fingerprint = json.value("tokenizer_fingerprint", "");
+    if (json.contains("shards")) meta.shards = json["shards"].get<std::map<std::string, std::string>>();
     if (!json.at("vocabulary").is_number_unsigned() || json["vocabulary"] > 65536)
       throw UserError(path + ": vocabulary is " + json["vocabulary"].dump() + ", should be 0 to 65536");
     meta.vocabulary = json["vocabulary"].get<int>();

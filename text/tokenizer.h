@@ -24,6 +24,7 @@
 #include <vector>
 
 #include "run/files.h"
+#include "text/fingerprint.h"
 
 struct Tokenizer {
   virtual ~Tokenizer() = default;
@@ -31,6 +32,18 @@ struct Tokenizer {
   virtual int vocabulary() const = 0;    // ids are 0..vocabulary-1
   virtual int end_of_text() const = 0;   // stands before every document
   virtual std::string file() const { return ""; }  // what it was read from, and what goes with shards and models
+  // Of what it does: the same one, the same ids for every text (but for what is not UTF-8), and the same text for every id.
+  std::string fingerprint() const {
+    Fingerprint all;
+    for (int id = 0; id < vocabulary(); id++) {
+      std::string text;
+      decode(id, text);
+      all.add(text);
+    }
+    return all.add(uint64_t(end_of_text())).add(rules()).text();
+  }
+  // How text becomes ids, in words of the tokenizer's own; empty: every byte by itself.
+  virtual std::string rules() const { return ""; }
   // Appends the ids of one document's text; never end_of_text, whatever the text says. Threads may call it together.
   virtual void encode(const char* text, size_t bytes, std::vector<uint16_t>& tokens) const = 0;
   // Appends the bytes of one id; nothing for end_of_text and for what is no id.
@@ -156,6 +169,20 @@ class BpeTokenizer : public Tokenizer {
   std::string file() const override { return path_; }
   int vocabulary() const override { return int(bytes_of_.size()); }
   int end_of_text() const override { return end_of_text_; }
+  // Without merges and strings to cut out, every byte is its own token however the text is split.
+  std::string rules() const override {
+    if (merges_.empty() && added_.empty() && raw_added_.empty() && !normalise_ && !prefix_space_) return "";
+    std::vector<std::array<uint64_t, 3>> merges;
+    for (const auto& [pair, merge] : merges_) merges.push_back({uint64_t(merge.rank), pair, merge.id});
+    std::sort(merges.begin(), merges.end());
+    Fingerprint all;
+    for (const auto& [rank, pair, id] : merges) all.add(pair).add(id);
+    for (const std::vector<Added>* list : {&raw_added_, &added_}) {
+      for (const Added& added : *list) all.add(added.text).add(uint64_t(added.id));
+      all.add(uint64_t(list->size()));
+    }
+    return all.text() + (normalise_ ? " NFC" : "") + (prefix_space_ ? " prefix" : "") + splits_;
+  }
 
   void encode(const char* text, size_t bytes, std::vector<uint16_t>& tokens) const override {
     const std::string valid = valid_utf8(text, bytes);
@@ -203,6 +230,7 @@ class BpeTokenizer : public Tokenizer {
   };
   using Pattern = std::unique_ptr<pcre2_code, FreePattern>;
   std::vector<Pattern> patterns_;               // applied one after the other, each to the pieces of the one before
+  std::string splits_;                          // their text, as in the file
   bool normalise_ = false, prefix_space_ = false;
   int end_of_text_ = -1;
   mutable std::vector<Scratch> threads_;
@@ -377,6 +405,7 @@ class BpeTokenizer : public Tokenizer {
 
   void add_pattern(const std::string& pattern) {
     const std::string text = with_unicode_16(pattern);
+    splits_ += " split " + pattern;
     int error = 0;
     PCRE2_SIZE at = 0;
     pcre2_code* code = pcre2_compile(reinterpret_cast<PCRE2_SPTR>(text.data()), text.size(), PCRE2_UTF | PCRE2_UCP, &error,
