@@ -230,56 +230,6 @@ void attention_backward(Cpu&, Real* dqkv, Acc<Real>* delta, const Real* dout, co
   }
 }
 
-// For diagnostics, what the attention weights of each query head are like. entropies (B, NH, T): of each query's
-// distribution, -sum_s p_s log p_s, in nats, 0 to log(t + 1); entropy (NH) += their sum over the batch. max_logit (NH)
-// is raised to the largest |score_s| of the causal pairs. From qkv and lse as attention_forward() read and left them,
-// s.first = 0: the scores are computed again. Scores that are NaN make the entropy NaN and are not in max_logit.
-//
-// With d_s = lse - score_s = -log p_s the entropy is sum_s exp(-d_s) d_s: no difference of two large numbers, as
-// lse - sum_s p_s score_s would be when the logits have grown to thousands.
-template <class Real>
-void attention_statistics(Cpu&, double* max_logit, double* entropy, Acc<Real>* entropies, const Real* qkv,
-                          const Acc<Real>* lse, AttentionShape s) {
-  const int group = s.NH / s.NKV, stride = (s.NH + 2 * s.NKV) * s.HS, p_stride = round_up(s.T, 16) + 16;
-  const Real scale = Real(1) / std::sqrt(Real(s.HS));
-  std::vector<Real> highest(size_t(s.B) * s.NH);
-#pragma omp parallel for schedule(dynamic)
-  for (int bh = 0; bh < s.B * s.NH; ++bh) {
-    const int h = bh % s.NH;
-    const Real* sequence = qkv + size_t(bh / s.NH) * s.T * stride;
-    static thread_local std::vector<Real> k_memory, p_memory;
-    const Packed<Real> k_transposed =
-        pack(k_memory, transposed(sequence + (s.NH + h / group) * s.HS, stride), s.HS, s.T);
-    p_memory.resize(size_t(kQueryBlock) * p_stride);
-    for (int t0 = 0; t0 < s.T; t0 += kQueryBlock) {
-      const int t1 = std::min(t0 + kQueryBlock, s.T);
-      multiply_packed<Real>(p_memory.data(), p_stride, nullptr, 0,
-                            row_major(sequence + size_t(t0) * stride + h * s.HS, stride), k_transposed, t1 - t0, t1,
-                            s.HS);
-      for (int t = t0; t < t1; ++t) {
-        const Real *row = p_memory.data() + size_t(t - t0) * p_stride, row_lse = lse[size_t(bh) * s.T + t];
-        Real top = 0, sum = 0;
-#pragma omp simd reduction(max : top) reduction(+ : sum)
-        for (int j = 0; j <= t; ++j) {
-          const Real score = row[j] * scale, d = row_lse - score, size = std::fabs(score);
-          top = size > top ? size : top;
-          sum += exp_(-d) * d;
-        }
-        highest[bh] = std::max(highest[bh], top);
-        entropies[size_t(bh) * s.T + t] = sum;
-      }
-    }
-  }
-  for (int b = 0; b < s.B; ++b)
-    for (int h = 0; h < s.NH; ++h) {
-      const int bh = b * s.NH + h;
-      max_logit[h] = std::max(max_logit[h], double(highest[bh]));
-      double sum = 0;
-      for (int t = 0; t < s.T; ++t) sum += entropies[size_t(bh) * s.T + t];
-      entropy[h] += sum;
-    }
-}
-
 // QK-Norm (Henry et al. 2020, arXiv 2010.04245, in today's form: RMSNorm over the head size, one weight for all query
 // heads and one for all key heads), then RoPE. In place on qkv (B, T, NH + 2*NKV, HS); keeps what the backward pass
 // needs: qk_raw (B, T, NH + NKV, HS), the heads as they came in, and qk_rstd (B, T, NH + NKV).
@@ -518,44 +468,6 @@ inline void check_head_size(Cuda&, int HS) {
     throw UserError("--head-size " + std::to_string(HS) + ": at most 256 on a GPU; use --device cpu");
 }
 
-// Diagnostics: a warp works out one query, a lane every 32nd key.
-template <class Real, int CHANNELS>
-__global__ void __launch_bounds__(kAttentionWarps * 32)
-    attention_statistics_kernel(double* max_logit, float* entropies, const Real* qkv, const float* lse,
-                                AttentionShape s, float scale) {
-  __shared__ float shared[kAttentionWarps][CHANNELS];
-  const AttentionPlace at = attention_place(s.NH, s.T);
-  if (at.b >= s.B) return;
-  const int lane = threadIdx.x % 32, t = at.row, HS = s.HS;
-  const size_t stride = size_t(s.NH + 2 * s.NKV) * HS, row_at = (size_t(at.b) * s.NH + at.h) * s.T + t;
-  const Real* sequence = qkv + size_t(at.b) * s.T * stride;
-  const Real* keys = sequence + (s.NH + at.h / (s.NH / s.NKV)) * HS;
-  float* q = shared[threadIdx.x / 32];
-  stage_row(q, sequence + t * stride + at.h * HS, HS);
-  __syncwarp();
-  float top = 0, sum = 0;
-  for (int j = lane; j <= t; j += 32) {
-    const float score = dot_row(q, keys + j * stride, HS) * scale, d = lse[row_at] - score;
-    top = fmaxf(top, fabsf(score));
-    sum += __expf(-d) * d;
-  }
-  top = warp_max(top);
-  sum = warp_sum(sum);
-  if (lane > 0) return;
-  entropies[row_at] = sum;
-  raise_to(max_logit + at.h, top);
-}
-
-// A block adds up the entropies (B, NH, T) of one head.
-static __global__ void __launch_bounds__(1024)
-    add_entropies_kernel(double* entropy, const float* entropies, int B, int NH, int T) {
-  double sum = 0;
-  for (int b = 0; b < B; ++b)
-    for (int t = threadIdx.x; t < T; t += 1024) sum += entropies[(size_t(b) * NH + blockIdx.x) * T + t];
-  sum = block_sum(sum);
-  if (threadIdx.x == 0) entropy[blockIdx.x] += sum;
-}
-
 // Calls work(constant) with the smallest of 32, 64, 128, 256 channels that holds a head.
 template <class Work>
 void with_channels(int HS, Work work) {
@@ -589,16 +501,6 @@ void simple_attention_backward(Cuda& be, Real* dqkv, float* delta, const Real* d
   });
 }
 
-template <class Real>
-void simple_attention_statistics(Cuda& be, double* max_logit, float* entropies, const Real* qkv, const float* lse,
-                                 AttentionShape s) {
-  with_channels(s.HS, [&](auto channels) {
-    launch(be, "attention_statistics", attention_statistics_kernel<Real, channels()>,
-           divide_up(size_t(s.B) * s.NH * s.T, kAttentionWarps), kAttentionWarps * 32, 0, max_logit, entropies, qkv,
-           lse, s, 1 / std::sqrt(float(s.HS)));
-  });
-}
-
 // The one place that chooses between the two rungs. Heads of 128 and 256 need up to 97 KiB of shared memory a block;
 // all GPUs from sm_80 on have that.
 template <class Real>
@@ -622,18 +524,6 @@ void attention_backward(Cuda& be, Real* dqkv, Acc<Real>* delta, const Real* dout
     if (use_flash_attention<Real>(be, s))
       return flash_attention_backward(be, dqkv, delta, dout, qkv, out, lse, s.B, s.T, s.NH, s.NKV, s.HS);
   simple_attention_backward(be, dqkv, delta, dout, qkv, out, lse, s);
-}
-
-template <class Real>
-void attention_statistics(Cuda& be, double* max_logit, double* entropy, Acc<Real>* entropies, const Real* qkv,
-                          const Acc<Real>* lse, AttentionShape s) {
-  bool done = false;
-  if constexpr (std::is_same_v<Real, bf16>)
-    if ((done = use_flash_attention<Real>(be, s)))
-      flash_attention_statistics(be, max_logit, entropies, qkv, lse, s.B, s.T, s.NH, s.NKV, s.HS);
-  if (!done) simple_attention_statistics(be, max_logit, entropies, qkv, lse, s);
-  launch(be, "attention_statistics", add_entropies_kernel, s.NH, 1024, 0, entropy, (const float*)entropies, s.B, s.NH,
-         s.T);
 }
 
 // QK-Norm and RoPE in one pass, a head at one position by neighbouring lanes (see HeadLanes in rope.cuh).

@@ -222,26 +222,6 @@ void add_losses(Cpu&, double* loss, double* z, const Real* losses, const Real* l
   *z += z_sum;
 }
 
-// sums (groups) += the squares of each group of channels, over all rows: x holds N rows, `stride` elements apart, that
-// begin with `groups` groups of `width` channels. For diagnostics: the residual stream is one group, queries and keys
-// are a group per head. In double.
-template <class Real>
-void add_squares(Cpu&, double* sums, const Real* x, int N, int groups, int width, int stride) {
-  std::vector<double> partial(size_t(kRowChunks) * groups);
-  for_row_chunks(N, [&](int chunk, int begin, int end) {
-    for (int n = begin; n < end; ++n)
-      for (int g = 0; g < groups; ++g) {
-        const Real* row = x + size_t(n) * stride + g * width;
-        double sum = 0;
-#pragma omp simd reduction(+ : sum)
-        for (int c = 0; c < width; ++c) sum += double(row[c]) * double(row[c]);
-        partial[size_t(chunk) * groups + g] += sum;
-      }
-  });
-  for (int chunk = 0; chunk < kRowChunks; ++chunk)
-    for (int g = 0; g < groups; ++g) sums[g] += partial[size_t(chunk) * groups + g];
-}
-
 // ---------------------------------------------------------------------------------------------------------------------
 // CUDA. Kernels of W elements per access: 16 bytes' worth, or 1 where a width or an address does not allow it.
 
@@ -732,40 +712,6 @@ static __global__ void __launch_bounds__(1024)
 }
 inline void add_losses(Cuda& be, double* loss, double* z, const float* losses, const float* log_z, int N) {
   launch(be, "add_losses", add_losses_kernel, 2, 1024, 0, loss, z, losses, log_z, N);
-}
-
-// A block works on some rows of the group blockIdx.y, a thread on every so many'th pack of W channels.
-template <class Real, int W>
-__global__ void __launch_bounds__(256) squares_of_groups_kernel(double* partial, const Real* x, int N, int width,
-                                                                int stride) {
-  const unsigned packs = width / W, count = N * packs;
-  float sum = 0;
-#pragma unroll 4
-  for (unsigned i = blockIdx.x * 256 + threadIdx.x; i < count; i += gridDim.x * 256) {
-    float v[W];
-    load<W>(v, x + size_t(i / packs) * stride + blockIdx.y * width + i % packs * W);
-#pragma unroll
-    for (int k = 0; k < W; ++k) sum += v[k] * v[k];
-  }
-  const double total = block_sum(sum);
-  if (threadIdx.x == 0) partial[blockIdx.y * gridDim.x + blockIdx.x] = total;
-}
-static __global__ void __launch_bounds__(256) add_groups_kernel(double* sums, const double* partial, int parts) {
-  double sum = 0;
-  for (int i = threadIdx.x; i < parts; i += 256) sum += partial[size_t(blockIdx.x) * parts + i];
-  sum = block_sum(sum);
-  if (threadIdx.x == 0) sums[blockIdx.x] += sum;
-}
-
-template <class Real>
-void add_squares(Cuda& be, double* sums, const Real* x, int N, int groups, int width, int stride) {
-  double* partial = static_cast<double*>(be.workspace);
-  const int parts = int(std::min<size_t>(divide_up(8 * be.multiprocessors, groups), divide_up(size_t(N) * width, 256)));
-  const bool packs = wide(width, x) && wide(stride, x);
-  launch(be, "add_squares",
-         packs ? squares_of_groups_kernel<Real, kWide<Real>> : squares_of_groups_kernel<Real, 1>,
-         dim3(parts, groups), 256, 0, partial, x, N, width, stride);
-  launch(be, "add_squares", add_groups_kernel, groups, 256, 0, sums, (const double*)partial, parts);
 }
 
 #endif  // __CUDACC__

@@ -65,71 +65,6 @@ void adamw(Cpu&, Real* parameters, Acc<Real>* master, const Acc<Real>* gradients
   }
 }
 
-// What diagnostics say of a parameter tensor: sums of squares of its gradient (before clipping), of its weights, and of
-// the step's change of the weights; and how many elements of its gradient are not finite.
-struct TensorStatistics {
-  double gradient, weight, update, nonfinite;
-};
-// Where it lies in the flat array of all parameters, and whether it decays.
-struct TensorPlace {
-  size_t offset, count;
-  int decays;
-};
-
-// The change that the AdamW step `a` made to a weight, from what it left behind: w' = keep w - u gives
-// w' - w = -(u + (1 - keep) w) with w = (w' + u) / keep. No copy of the weights is needed, and no two numbers that are
-// almost the same are subtracted.
-template <class T>
-struct AdamWChange {
-  T step_size, correction2, eps, decay;
-  explicit AdamWChange(const AdamW& a)
-      : step_size(T(a.lr / (1 - std::pow(a.beta1, a.step)))),
-        correction2(T(1 / std::sqrt(1 - std::pow(a.beta2, a.step)))),
-        eps(T(a.eps)),
-        decay(1 - T(1 - a.lr * a.weight_decay)) {}
-#ifdef __CUDACC__
-  __host__ __device__
-#endif
-      T operator()(T master, T m, T v, bool decays) const {
-    const T u = step_size * m / (sqrt(v) * correction2 + eps), lost = decays ? decay : T(0);
-    return -(u + lost * (master + u) / (1 - lost));
-  }
-};
-
-// After adamw() with `a` and norm (1): out (tensors), of the tensors at `places` (tensors) of the flat arrays. A step
-// whose norm was not finite changed nothing.
-template <class Real>
-void tensor_statistics(Cpu&, TensorStatistics* out, const TensorPlace* places, int tensors, const Real* master,
-                       const Real* gradients, const Real* m, const Real* v, const Real* norm, const AdamW& a) {
-  const AdamWChange<Real> change(a);
-  const bool changed = std::isfinite(norm[0]);
-  const size_t run = 1 << 16;
-  for (int tensor = 0; tensor < tensors; ++tensor) {
-    const TensorPlace& at = places[tensor];
-    std::vector<TensorStatistics> partial((at.count + run - 1) / run);
-#pragma omp parallel for
-    for (size_t r = 0; r < partial.size(); ++r) {
-      double gradient = 0, weight = 0, update = 0, nonfinite = 0;
-#pragma omp simd reduction(+ : gradient, weight, update, nonfinite)
-      for (size_t i = at.offset + r * run; i < at.offset + std::min(at.count, (r + 1) * run); ++i) {
-        const double g = gradients[i], w = master[i], u = change(master[i], m[i], v[i], at.decays);
-        gradient += g * g;
-        weight += w * w;
-        update += u * u;
-        nonfinite += std::isfinite(g) ? 0 : 1;
-      }
-      partial[r] = {gradient, weight, changed ? update : 0, nonfinite};
-    }
-    out[tensor] = {0, 0, 0, 0};
-    for (const TensorStatistics& p : partial) {
-      out[tensor].gradient += p.gradient;
-      out[tensor].weight += p.weight;
-      out[tensor].update += p.update;
-      out[tensor].nonfinite += p.nonfinite;
-    }
-  }
-}
-
 // ---------------------------------------------------------------------------------------------------------------------
 // CUDA
 
@@ -211,46 +146,6 @@ void adamw(Cuda& be, Real* parameters, Acc<Real>* master, const Acc<Real>* gradi
   const bool packs = n % 4 == 0 && wide(4, master, gradients, m, v) && reinterpret_cast<uintptr_t>(parameters) % 8 == 0;
   launch(be, "adamw", packs ? adamw_kernel<Real, 4> : adamw_kernel<Real, 1>, divide_up(n, packs ? 1024 : 256), 256, 0,
          parameters, master, gradients, m, v, norm, n, step);
-}
-
-constexpr int kTensorBlocks = 128;
-
-// A block works on part of the tensor blockIdx.y; a second kernel adds up the parts (tensors, kTensorBlocks).
-static __global__ void __launch_bounds__(256)
-    tensor_statistics_kernel(TensorStatistics* partial, const TensorPlace* places, const float* master,
-                             const float* gradients, const float* m, const float* v, const float* norm,
-                             AdamWChange<float> change) {
-  const TensorPlace at = places[blockIdx.y];
-  const bool changed = isfinite(norm[0]);
-  TensorStatistics sum = {0, 0, 0, 0};
-  for (size_t i = blockIdx.x * 256 + threadIdx.x; i < at.count; i += kTensorBlocks * 256) {
-    const size_t at_i = at.offset + i;
-    const double g = gradients[at_i], w = master[at_i],
-                 u = changed ? change(master[at_i], m[at_i], v[at_i], at.decays) : 0;
-    sum.gradient += g * g;
-    sum.weight += w * w;
-    sum.update += u * u;
-    sum.nonfinite += !isfinite(g);
-  }
-  sum = {block_sum(sum.gradient), block_sum(sum.weight), block_sum(sum.update), block_sum(sum.nonfinite)};
-  if (threadIdx.x == 0) partial[blockIdx.y * kTensorBlocks + blockIdx.x] = sum;
-}
-static __global__ void __launch_bounds__(kTensorBlocks)
-    add_tensor_statistics_kernel(TensorStatistics* out, const TensorStatistics* partial) {
-  const TensorStatistics p = partial[blockIdx.x * kTensorBlocks + threadIdx.x];
-  const TensorStatistics sum = {block_sum(p.gradient), block_sum(p.weight), block_sum(p.update),
-                                block_sum(p.nonfinite)};
-  if (threadIdx.x == 0) out[blockIdx.x] = sum;
-}
-
-inline void tensor_statistics(Cuda& be, TensorStatistics* out, const TensorPlace* places, int tensors,
-                              const float* master, const float* gradients, const float* m, const float* v,
-                              const float* norm, const AdamW& a) {
-  TensorStatistics* partial = static_cast<TensorStatistics*>(be.workspace);
-  launch(be, "tensor_statistics", tensor_statistics_kernel, dim3(kTensorBlocks, tensors), 256, 0, partial, places,
-         master, gradients, m, v, norm, AdamWChange<float>(a));
-  launch(be, "tensor_statistics", add_tensor_statistics_kernel, tensors, kTensorBlocks, 0, out,
-         (const TensorStatistics*)partial);
 }
 
 static __global__ void convert_kernel(bf16* to, const float* from, size_t n) {

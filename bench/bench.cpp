@@ -25,7 +25,7 @@
 #include <Eigen/Core>
 #endif
 
-#include "run/diagnostics.h"
+#include "run/diagnostics.cuh"
 #include "run/flags.h"
 #include "model.h"
 

@@ -12,7 +12,7 @@
 #include <cstdio>
 #include <random>
 
-#include "model.h"
+#include "run/diagnostics.cuh"
 
 static Cuda* be;
 

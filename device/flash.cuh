@@ -773,7 +773,8 @@ __global__ __launch_bounds__(C::kThreads, C::kBlocks) void key_kernel(bf16* dqkv
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Statistics of the weights, for diagnostics: a block per tile of queries, over the tiles of keys. entropies (B, NH, T)
-// and max_logit (NH) as in attention_statistics().
+// and max_logit (NH) as in attention_statistics() of run/diagnostics.cuh, which calls it; it stands here because it is
+// made of this file's tiles, operands and products.
 
 template <int HS, class C>
 constexpr size_t statistics_bytes() {
@@ -891,7 +892,7 @@ inline void flash_attention_backward(Cuda& be, bf16* dqkv, float* D, const bf16*
   });
 }
 
-// attention_statistics() of attention.cuh without the sum of the entropies.
+// attention_statistics() of run/diagnostics.cuh without the sum of the entropies.
 inline void flash_attention_statistics(Cuda& be, double* max_logit, float* entropies, const bf16* qkv, const float* lse,
                                        int B, int T, int NH, int NKV, int HS) {
   with_flash_head_size(HS, [&](auto size) {

@@ -13,7 +13,6 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
-#include <cerrno>
 #include <cstring>
 #include <filesystem>
 #include <set>
@@ -22,29 +21,6 @@
 
 #include "run/files.h"
 #include "model.h"
-
-// Writes a file from pieces of memory and syncs it. UserError (disk full, not writable) with the file's name.
-inline void write_file(const std::string& path, const std::vector<std::pair<const void*, size_t>>& pieces) {
-  auto fail = [&] { throw UserError(path + ": cannot write: " + std::strerror(errno)); };
-  const int file = ::open(path.c_str(), O_WRONLY | O_CREAT | O_TRUNC, 0644);
-  if (file < 0) fail();
-  for (const auto& [data, bytes] : pieces)
-    for (size_t done = 0; done < bytes;) {
-      const ssize_t n = ::write(file, static_cast<const char*>(data) + done, bytes - done);
-      if (n < 0 && errno == EINTR) continue;
-      if (n <= 0) {
-        ::close(file);
-        fail();
-      }
-      done += size_t(n);
-    }
-  const bool synced = ::fsync(file) == 0;
-  if (::close(file) != 0 || !synced) fail();
-}
-
-inline void write_text_file(const std::string& path, const std::string& text) {
-  write_file(path, {{text.data(), text.size()}});
-}
 
 struct NamedTensor {
   std::string name;

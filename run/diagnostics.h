@@ -1,98 +1,16 @@
 #pragma once
-// What a run tells about itself: its csv files, loss spikes, and for the steps of --diagnostics-every what goes on
-// inside: attention logits and entropies, sizes of queries, keys, residual stream, gradients and updates.
+// What a run tells about itself: loss spikes, and for the steps of --diagnostics-every what goes on inside the model, as
+// csv files, as a table and as figures of the summary. The numbers are made in run/diagnostics.cuh.
 
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
-#include <cstdlib>
-#include <filesystem>
-#include <fstream>
-#include <memory>
-#include <sstream>
 #include <string>
 #include <vector>
 
 #include <nlohmann/json.hpp>
 
-#include "run/checkpoint.h"
-#include "model.h"
-
-// ---------------------------------------------------------------------------------------------------------------------
-// csv files
-
-// A number as the csv files have it; NaN without the sign that it may carry.
-inline double unsigned_nan(double x) { return std::isnan(x) ? NAN : x; }
-inline std::string decimals(double x) {
-  char text[340];
-  std::snprintf(text, sizeof text, "%.6f", unsigned_nan(x));
-  return text;
-}
-
-// A csv file of the run, a row per step or several, steps in the first column. On resume, rows of steps after the
-// checkpoint are dropped: they will be computed again.
-class CsvLog {
- public:
-  CsvLog(const std::string& path, const std::string& header, int keep_up_to_step) : path_(path) {
-    std::string kept = header + "\n";
-    std::ifstream before(path);
-    std::string line;
-    std::getline(before, line);
-    while (std::getline(before, line))
-      if (std::atoi(line.c_str()) <= keep_up_to_step && keep_up_to_step > 0) kept += line + "\n";
-    write_text_file(path + ".part", kept);
-    std::filesystem::rename(path + ".part", path);
-    file_ = std::fopen(path.c_str(), "a");
-    if (!file_) throw UserError(path + ": cannot write: " + std::strerror(errno));
-  }
-  CsvLog(const CsvLog&) = delete;
-  CsvLog& operator=(const CsvLog&) = delete;
-  ~CsvLog() { std::fclose(file_); }
-  template <class... Values>
-  void row(const char* format, Values... values) {
-    if (std::fprintf(file_, format, cell(values)...) < 0) fail();
-  }
-  void flush() {  // after the rows of a step
-    if (std::fflush(file_) != 0) fail();
-  }
-
- private:
-  std::string path_;
-  std::FILE* file_;
-  static double cell(double x) { return unsigned_nan(x); }
-  template <class T>
-  static T cell(T x) {
-    return x;
-  }
-  void fail() { throw UserError(path_ + ": cannot write: " + std::strerror(errno)); }
-};
-
-// The columns of a csv file by name, as text; without rows if there is no file.
-inline std::map<std::string, std::vector<std::string>> read_csv(const std::string& path) {
-  std::map<std::string, std::vector<std::string>> columns;
-  std::ifstream file(path);
-  std::string line, cell;
-  std::vector<std::string> names;
-  std::getline(file, line);
-  for (std::stringstream cells(line); std::getline(cells, cell, ',');) names.push_back(cell);
-  while (std::getline(file, line)) {
-    std::stringstream cells(line);
-    for (const std::string& name : names) {
-      cell.clear();
-      std::getline(cells, cell, ',');
-      columns[name].push_back(cell);
-    }
-  }
-  return columns;
-}
-
-// A column of it as numbers.
-inline std::vector<double> read_column(const std::string& path, const std::string& name) {
-  std::vector<double> values;
-  auto columns = read_csv(path);
-  for (const std::string& cell : columns[name]) values.push_back(std::atof(cell.c_str()));
-  return values;
-}
+#include "run/csv.h"
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Spikes
@@ -134,90 +52,6 @@ struct TensorDiagnostics {
 struct StepDiagnostics {
   std::vector<HeadDiagnostics> heads;
   std::vector<TensorDiagnostics> tensors;
-};
-
-// Looks at a training step from outside: it reads what the step leaves in memory and changes nothing, so that a run is
-// the same, to the bit, with and without it. Around one step: begin(), after each micro-batch add_micro_batch(), after
-// the update add_update(), then read().
-template <class Backend, class Real>
-class Diagnostics {
- public:
-  explicit Diagnostics(Model<Backend, Real>& model)
-      : model_(model), c_(model.config), tensors_(int(model.table.rows.size())) {
-    sums_memory_ = Buffer<Backend>(model.be, sums_count() * sizeof(double) + tensors_ * sizeof(TensorStatistics));
-    sums_ = sums_memory_.template as<double>();
-    tensor_sums_ = reinterpret_cast<TensorStatistics*>(sums_ + sums_count());
-    std::vector<TensorPlace> places;
-    for (const ParameterRow& row : model.table.rows) places.push_back({row.offset, row.count, row.decays()});
-    places_memory_ = Buffer<Backend>(model.be, tensors_ * sizeof(TensorPlace));
-    model.be.upload(places_memory_.data, places.data(), places_memory_.bytes);
-    model.be.synchronize();
-  }
-
-  void begin() {
-    model_.be.zero(sums_memory_.data, sums_memory_.bytes);
-    tokens_ = 0;
-  }
-
-  // After train_batch(): the activations are still those of its forward pass, on the whole batch.
-  void add_micro_batch() {
-    const int N = model_.B * model_.T, heads = c_.heads + c_.kv_heads;
-    for (int l = 0; l < c_.layers; ++l) {
-      const BlockActivations<Real>& a = model_.acts.blocks[l];
-      const LayerSums sums = of_layer(sums_, l);
-      attention_statistics(model_.be, sums.max_logit, sums.entropy, model_.grads.delta, a.qkv, a.lse,
-                           c_.heads_shape(model_.B, model_.T, 0));
-      add_squares(model_.be, sums.qk_squares, a.qkv, N, heads, c_.head_size, c_.qkv_width());
-      add_squares(model_.be, sums.x_squares, a.x, N, 1, c_.width, c_.width);
-    }
-    tokens_ += N;
-  }
-
-  void add_update(const AdamW& a) {
-    tensor_statistics(model_.be, tensor_sums_, places_memory_.template as<TensorPlace>(), tensors_, model_.master,
-                      model_.gradients_flat, model_.m, model_.v, &model_.result->norm, a);
-  }
-
-  // Waits for the device.
-  StepDiagnostics read() {
-    std::vector<double> host(sums_memory_.bytes / sizeof(double));
-    model_.be.download(host.data(), sums_memory_.data, sums_memory_.bytes);
-    StepDiagnostics d;
-    for (int l = 0; l < c_.layers; ++l) {
-      const LayerSums sums = of_layer(host.data(), l);
-      auto rms = [&](double squares, int width) { return unsigned_nan(std::sqrt(squares / tokens_ / width)); };
-      for (int h = 0; h < c_.heads; ++h)
-        d.heads.push_back({l, h, sums.max_logit[h], unsigned_nan(sums.entropy[h] / tokens_),
-                           rms(sums.qk_squares[h], c_.head_size),
-                           rms(sums.qk_squares[c_.heads + h / (c_.heads / c_.kv_heads)], c_.head_size),
-                           rms(sums.x_squares[0], c_.width)});
-    }
-    const TensorStatistics* t = reinterpret_cast<const TensorStatistics*>(host.data() + sums_count());
-    for (const ParameterRow& row : model_.table.rows) {
-      d.tensors.push_back({row.name, unsigned_nan(std::sqrt(t->gradient)), std::sqrt(t->weight / row.count),
-                           t->weight > 0 ? std::sqrt(t->update / t->weight) : 0, t->nonfinite});
-      ++t;
-    }
-    return d;
-  }
-
- private:
-  Model<Backend, Real>& model_;
-  const Config& c_;
-  const int tensors_;
-  size_t tokens_ = 0;
-  Buffer<Backend> sums_memory_, places_memory_;
-  double* sums_;  // (layers, LayerSums)
-  TensorStatistics* tensor_sums_;
-
-  struct LayerSums {
-    double *max_logit, *entropy /* (NH) */, *qk_squares /* (NH + NKV) */, *x_squares /* (1) */;
-  };
-  size_t sums_count() const { return size_t(c_.layers) * (3 * c_.heads + c_.kv_heads + 1); }
-  LayerSums of_layer(double* sums, int layer) const {
-    double* at = sums + size_t(layer) * (3 * c_.heads + c_.kv_heads + 1);
-    return {at, at + c_.heads, at + 2 * c_.heads, at + 3 * c_.heads + c_.kv_heads};
-  }
 };
 
 // layers.csv and tensors.csv in a directory.

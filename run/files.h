@@ -1,11 +1,16 @@
 // A whole file as bytes, and as JSON.
 #pragma once
+#include <fcntl.h>
+#include <unistd.h>
+
 #include <cerrno>
 #include <cstring>
 #include <fstream>
 #include <iterator>
 #include <nlohmann/json.hpp>
 #include <string>
+#include <utility>
+#include <vector>
 
 #include "run/error.h"
 
@@ -28,4 +33,27 @@ inline nlohmann::json read_json_file(const std::string& path) {
   } catch (const nlohmann::json::exception& e) {
     throw UserError(path + ": not valid JSON: " + e.what());
   }
+}
+
+// Writes a file from pieces of memory and syncs it. UserError (disk full, not writable) with the file's name.
+inline void write_file(const std::string& path, const std::vector<std::pair<const void*, size_t>>& pieces) {
+  auto fail = [&] { throw UserError(path + ": cannot write: " + std::strerror(errno)); };
+  const int file = ::open(path.c_str(), O_WRONLY | O_CREAT | O_TRUNC, 0644);
+  if (file < 0) fail();
+  for (const auto& [data, bytes] : pieces)
+    for (size_t done = 0; done < bytes;) {
+      const ssize_t n = ::write(file, static_cast<const char*>(data) + done, bytes - done);
+      if (n < 0 && errno == EINTR) continue;
+      if (n <= 0) {
+        ::close(file);
+        fail();
+      }
+      done += size_t(n);
+    }
+  const bool synced = ::fsync(file) == 0;
+  if (::close(file) != 0 || !synced) fail();
+}
+
+inline void write_text_file(const std::string& path, const std::string& text) {
+  write_file(path, {{text.data(), text.size()}});
 }

@@ -6,7 +6,8 @@
 #include <string>
 #include <vector>
 
-#include "run/diagnostics.h"
+#include "run/checkpoint.h"
+#include "run/csv.h"
 #include "run/flags.h"
 #include "run/print.h"
 #include "text/shards.h"

@@ -1,7 +1,7 @@
 #pragma once
 // Training, a step at a time: the forward and backward pass of each micro-batch, clipping, AdamW.
 
-#include "run/diagnostics.h"
+#include "run/diagnostics.cuh"
 #include "run/prepare.h"
 
 template <class Backend, class Real>

@@ -58,60 +58,6 @@ TEST_CASE_TEMPLATE("attention: forward equals the definition", Real, float, doub
   }
 }
 
-// Largest score and entropies from the matrix of all weights, which is kept.
-TEST_CASE_TEMPLATE("attention: statistics equal those of the explicit matrix", Real, float, double) {
-  Cpu be;
-  for (const AttentionShape& s : kShapes)
-    for (double deviation : {1.0, 30.0}) {  // 30: scores of some thousands, weights that are one-hot or nearly
-      const std::vector<Real> qkv = random_values<Real>(qkv_size(s), 16, deviation);
-      const std::vector<double> exact(qkv.begin(), qkv.end());
-      const Result<Real> r = attend(qkv, s);
-      std::vector<double> max_logit(s.NH, 0.125), entropy(s.NH, 3.0), expected_logit = max_logit,
-                          expected_entropy = entropy, expected(rows(s));
-      std::vector<Real> entropies = garbage<Real>(rows(s));
-      attention_statistics(be, max_logit.data(), entropy.data(), entropies.data(), qkv.data(), r.lse.data(), s);
-      for (int b = 0; b < s.B; ++b)
-        for (int h = 0; h < s.NH; ++h)
-          for (int t = 0; t < s.T; ++t) {
-            std::vector<double> score = attention_scores(exact.data(), s, b, h, t);
-            for (double x : score) expected_logit[h] = std::max(expected_logit[h], std::fabs(x));
-            softmax(score);
-            double& row = expected[(size_t(b) * s.NH + h) * s.T + t];
-            for (double p : score)
-              if (p > 0) row -= p * std::log(p);
-            expected_entropy[h] += row;
-          }
-      // A score is a sum of HS terms: off by HS roundings of the sum of their sizes, up to 2 sqrt(HS) deviation^2 or
-      // so, and lse by one of its own. That is an absolute error of log p, relative of p; an entropy's is as large.
-      const double error = (s.HS + 8) * 8 * std::sqrt(s.HS) * deviation * deviation * kRounding<Real>;
-      CHECK(distance(entropies, expected) <= error);
-      CHECK(distance(entropy, expected_entropy) <= error * s.B * s.T);
-      CHECK(distance(max_logit, expected_logit) <= error);
-      CHECK(largest(entropy) >= 3);
-    }
-}
-
-TEST_CASE("attention: statistics at their bounds") {
-  Cpu be;
-  const AttentionShape s{1, 70, 1, 1, 4};
-  std::vector<double> qkv(qkv_size(s)), max_logit(1), entropy(1), entropies(s.T);
-  auto look = [&] {
-    const Result<double> r = attend(qkv, s);
-    attention_statistics(be, max_logit.data(), entropy.data(), entropies.data(), qkv.data(), r.lse.data(), s);
-  };
-  look();  // zeros: all weights equal
-  for (int t = 0; t < s.T; ++t) CHECK(entropies[t] == doctest::Approx(std::log(t + 1.0)).epsilon(1e-13));
-  CHECK(max_logit[0] == 0);
-  for (int t = 0; t < s.T; ++t) qkv[t * 12 + 1] = 2, qkv[t * 12 + 5] = -0.5 * t;  // scores 0, -0.5, -1, ...
-  look();
-  CHECK(max_logit[0] == 34.5);  // the largest size is that of a negative one
-  qkv[50 * 12 + 6] = NAN;       // in the key of position 50
-  look();
-  CHECK(std::isnan(entropy[0]));
-  CHECK(std::isnan(entropies[60]));
-  CHECK(std::isfinite(entropies[49]));
-}
-
 TEST_CASE("attention: the definition's backward is the derivative of its forward") {
   for (const AttentionShape& s : kShapes) {
     if (s.T > 100) continue;  // takes seconds and shows nothing new

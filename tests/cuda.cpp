@@ -13,7 +13,7 @@
 #include <array>
 #include <random>
 
-#include "model.h"
+#include "run/diagnostics.cuh"
 
 namespace {
 

@@ -1,7 +1,7 @@
-// run/diagnostics.h: what a step's diagnostics say against what the tensors hold, spikes, the csv files; and that looking
+// run/diagnostics.cuh: what a step's diagnostics say against what the tensors hold, spikes, the csv files; and that looking
 // changes nothing.
 
-#include "run/diagnostics.h"
+#include "run/diagnostics.cuh"
 
 #include "tests/helpers.h"
 
@@ -21,6 +21,20 @@ Config small_config() {
   resolve(c);
   return c;
 }
+
+size_t qkv_size(AttentionShape s) { return size_t(s.B) * s.T * (s.NH + 2 * s.NKV) * s.HS; }
+size_t rows(AttentionShape s) { return size_t(s.B) * s.NH * s.T; }
+
+template <class Real>
+std::vector<Real> lse_of(const std::vector<Real>& qkv, AttentionShape s) {
+  Cpu be;
+  std::vector<Real> out(rows(s) * s.HS), lse = garbage<Real>(rows(s));
+  attention_forward(be, out.data(), lse.data(), qkv.data(), s);
+  return lse;
+}
+
+const std::vector<AttentionShape> kShapes = {{1, 1, 1, 1, 1}, {2, 11, 3, 3, 5},  {2, 13, 6, 2, 8},
+                                             {1, 64, 4, 1, 3}, {1, 65, 2, 1, 3}, {2, 150, 2, 2, 16}};
 
 }  // namespace
 
@@ -60,6 +74,85 @@ TEST_CASE("diagnostics: spikes in noise, and in a window that is longer than the
   CHECK(spike_score(losses, 128) == about(2.0 / 3000));
   CHECK(std::isnan(z_score(losses, 2100, 128)));
   CHECK(std::isfinite(z_score(losses, 2130, 128)));
+}
+
+// Largest score and entropies from the matrix of all weights, which is kept.
+TEST_CASE_TEMPLATE("diagnostics: attention statistics equal those of the explicit matrix", Real, float, double) {
+  Cpu be;
+  for (const AttentionShape& s : kShapes)
+    for (double deviation : {1.0, 30.0}) {  // 30: scores of some thousands, weights that are one-hot or nearly
+      const std::vector<Real> qkv = random_values<Real>(qkv_size(s), 16, deviation);
+      const std::vector<double> exact(qkv.begin(), qkv.end());
+      const std::vector<Real> lse = lse_of(qkv, s);
+      std::vector<double> max_logit(s.NH, 0.125), entropy(s.NH, 3.0), expected_logit = max_logit,
+                          expected_entropy = entropy, expected(rows(s));
+      std::vector<Real> entropies = garbage<Real>(rows(s));
+      attention_statistics(be, max_logit.data(), entropy.data(), entropies.data(), qkv.data(), lse.data(), s);
+      for (int b = 0; b < s.B; ++b)
+        for (int h = 0; h < s.NH; ++h)
+          for (int t = 0; t < s.T; ++t) {
+            std::vector<double> score = attention_scores(exact.data(), s, b, h, t);
+            for (double x : score) expected_logit[h] = std::max(expected_logit[h], std::fabs(x));
+            softmax(score);
+            double& row = expected[(size_t(b) * s.NH + h) * s.T + t];
+            for (double p : score)
+              if (p > 0) row -= p * std::log(p);
+            expected_entropy[h] += row;
+          }
+      // A score is a sum of HS terms: off by HS roundings of the sum of their sizes, up to 2 sqrt(HS) deviation^2 or
+      // so, and lse by one of its own. That is an absolute error of log p, relative of p; an entropy's is as large.
+      const double error = (s.HS + 8) * 8 * std::sqrt(s.HS) * deviation * deviation * kRounding<Real>;
+      CHECK(distance(entropies, expected) <= error);
+      CHECK(distance(entropy, expected_entropy) <= error * s.B * s.T);
+      CHECK(distance(max_logit, expected_logit) <= error);
+      CHECK(largest(entropy) >= 3);
+    }
+}
+
+TEST_CASE("diagnostics: attention statistics at their bounds") {
+  Cpu be;
+  const AttentionShape s{1, 70, 1, 1, 4};
+  std::vector<double> qkv(qkv_size(s)), max_logit(1), entropy(1), entropies(s.T);
+  auto look = [&] {
+    const std::vector<double> lse = lse_of(qkv, s);
+    attention_statistics(be, max_logit.data(), entropy.data(), entropies.data(), qkv.data(), lse.data(), s);
+  };
+  look();  // zeros: all weights equal
+  for (int t = 0; t < s.T; ++t) CHECK(entropies[t] == doctest::Approx(std::log(t + 1.0)).epsilon(1e-13));
+  CHECK(max_logit[0] == 0);
+  for (int t = 0; t < s.T; ++t) qkv[t * 12 + 1] = 2, qkv[t * 12 + 5] = -0.5 * t;  // scores 0, -0.5, -1, ...
+  look();
+  CHECK(max_logit[0] == 34.5);  // the largest size is that of a negative one
+  qkv[50 * 12 + 6] = NAN;       // in the key of position 50
+  look();
+  CHECK(std::isnan(entropy[0]));
+  CHECK(std::isnan(entropies[60]));
+  CHECK(std::isfinite(entropies[49]));
+}
+
+TEST_CASE_TEMPLATE("diagnostics: squares by group of channels, added to what is there", Real, float, double) {
+  Cpu be;
+  for (int N : {1, 5, 100})
+    for (int groups : {1, 3}) {
+      const int width = 7, stride = 25;
+      const std::vector<Real> x = random_values<Real>(size_t(N) * stride, 74);
+      std::vector<double> expected(groups, 2.0), sums = expected;
+      for (int n = 0; n < N; ++n)
+        for (int c = 0; c < groups * width; ++c) expected[c / width] += double(x[n * stride + c]) * x[n * stride + c];
+      add_squares(be, sums.data(), x.data(), N, groups, width, stride);
+      for (int g = 0; g < groups; ++g) CHECK(sums[g] == about(expected[g], 1e-13));  // N * width terms, in double
+    }
+}
+
+TEST_CASE("diagnostics: squares are the same for any number of threads") {
+  Cpu be;
+  const int N = 533, stride = 519;
+  const std::vector<float> x = random_values<float>(N * stride, 83);
+  CHECK(same_for_any_threads([&] {
+    std::vector<double> sums(7);
+    add_squares(be, sums.data(), x.data(), N, 7, 70, stride);
+    return sums;
+  }));
 }
 
 TEST_CASE_TEMPLATE("diagnostics: of a step with two micro-batches, from the tensors themselves", Real, float, double) {

@@ -402,20 +402,6 @@ TEST_CASE_TEMPLATE("layers: cross-entropy of huge logits is finite, of NaN and i
   CHECK_FALSE(std::isfinite(run(std::numeric_limits<Real>::infinity(), 6).first));
 }
 
-TEST_CASE_TEMPLATE("layers: squares by group of channels, added to what is there", Real, float, double) {
-  Cpu be;
-  for (int N : {1, 5, 100})
-    for (int groups : {1, 3}) {
-      const int width = 7, stride = 25;
-      const std::vector<Real> x = random_values<Real>(size_t(N) * stride, 74);
-      std::vector<double> expected(groups, 2.0), sums = expected;
-      for (int n = 0; n < N; ++n)
-        for (int c = 0; c < groups * width; ++c) expected[c / width] += double(x[n * stride + c]) * x[n * stride + c];
-      add_squares(be, sums.data(), x.data(), N, groups, width, stride);
-      for (int g = 0; g < groups; ++g) CHECK(sums[g] == about(expected[g], 1e-13));  // N * width terms, in double
-    }
-}
-
 // ---------------------------------------------------------------------------------------------------------------------
 
 TEST_CASE("layers: the number of threads changes nothing") {
@@ -477,10 +463,5 @@ TEST_CASE("layers: the number of threads changes nothing") {
     y.resize(N * OC + 2 * N);
     cross_entropy(be, &y[N * OC], &y[N * OC + N], y.data(), tokens.data(), 0.1, 0.01, N, OC);
     return y;
-  });
-  same("add_squares", [&] {
-    std::vector<double> sums(7);
-    add_squares(be, sums.data(), dout.data(), N, 7, 70, OC);
-    return sums;
   });
 }
