@@ -148,17 +148,17 @@ data/stories-20M/meta.json: | $(BUILD)/data
 	$(BUILD)/data stories --bytes 20M --out data/stories-20M
 
 sweep: $(STUDY) data/stories-20M/meta.json
-	@$(PYTHON) scripts/study.py
+	@$(PYTHON) scripts/test_study.py
 	@BUILD=$(BUILD) $(PYTHON) scripts/sweep.py --preset small --data "data/stories-20M/train_*.bin" --context 512 \
 	  --step-tokens 32768 --steps 1200 --seeds 5 $(ARGS)
 sweep-cpu: $(STUDY) data/stories/meta.json
-	@$(PYTHON) scripts/study.py
+	@$(PYTHON) scripts/test_study.py
 	@BUILD=$(BUILD) $(PYTHON) scripts/sweep.py --name sweep-cpu --steps 900 --positions 131072 $(ARGS) -- --device cpu
 nope: $(STUDY) data/stories-20M/meta.json
-	@$(PYTHON) scripts/study.py
+	@$(PYTHON) scripts/test_study.py
 	@BUILD=$(BUILD) $(PYTHON) scripts/nope.py $(if $(QUICK),--recipe quick) $(if $(DATA),--data "$(DATA)") $(ARGS)
 nope-cpu: $(STUDY) data/stories/meta.json
-	@$(PYTHON) scripts/study.py
+	@$(PYTHON) scripts/test_study.py
 	@BUILD=$(BUILD) $(PYTHON) scripts/nope.py --recipe cpu --data "$(or $(DATA),data/stories/train_*.bin)" $(ARGS) -- --device cpu
 
 clean:

@@ -16,6 +16,7 @@
 
 #include <list>
 
+#include "eval/source.h"
 #include "run/checkpoint.h"
 #include "run/flags.h"
 #include "python.h"  // made by the Makefile: files of scripts/ as strings
@@ -528,4 +529,38 @@ inline Settings import_model(const std::string& from, const std::string& run_dir
     if (tokenizer) write_text_file(part + "/tokenizer.json", read_text_file(tokenizer->file()));
   });
   return s;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+
+inline void command_export(const std::vector<std::string>& args) {
+  std::string run, out;
+  bool with_code = false;
+  Flags f("Writes a model as a directory that Hugging Face's AutoModelForCausalLM loads.", "eval export");
+  f.group("Model");
+  add_run_flag(f, run);
+  f.add("out", out, "the directory to make");
+  f.add("with-code", with_code, "for any model: our own class goes with it; load with trust_remote_code=True");
+  f.parse(args);
+  if (out.empty()) throw UserError("--out: name the directory to write to");
+  const Source source = open_source(run);
+  const std::string type =
+      export_model(out, source.settings.model, source.checkpoint, source.tokenizer.get(), with_code);
+  std::printf("%s: %s from %s%s\n", out.c_str(), type.c_str(), describe(source).c_str(),
+              source.tokenizer ? "" : "; its tokenizer is not known, so there is none in it");
+}
+
+inline void command_import(const std::vector<std::string>& args) {
+  std::string run, from;
+  Flags f("Reads a Hugging Face model of a class that this project knows into a run.", "eval import");
+  f.group("Model");
+  f.add("from", from, "directory with config.json and model.safetensors");
+  f.add("run", run, "name of the run to make in runs/")->type_name("NAME");
+  f.parse(args);
+  if (from.empty()) throw UserError("--from: name the directory to read");
+  if (run.empty()) throw UserError("--run: name the run to make");
+  Settings s = import_model(from, "runs/" + run);
+  const Config& c = s.model;
+  std::printf("runs/%s: %d layers, width %d, %.2f M parameters; RoPE turns %d of %d channels\n", run.c_str(), c.layers,
+              c.width, double(parameter_table(c).parameters) * 1e-6, c.rotary_dim, c.head_size);
 }

@@ -1,20 +1,7 @@
 #pragma once
-// What `eval` computes: loss over shards, memory of a configuration, .npy files. eval.cpp has the commands.
+// eval loss: nats per token and bits per byte on shards.
 
-#include <cstdio>
-#include <fstream>
-#include <map>
-#include <string>
-#include <vector>
-
-#include "run/checkpoint.h"
-#include "run/print.h"
-#include "text/shards.h"
-#include "model.h"
-#include "text/tokenizer.h"
-
-// ---------------------------------------------------------------------------------------------------------------------
-// Loss
+#include "eval/source.h"
 
 struct LossReport {
   size_t tokens = 0;                                     // predicted
@@ -75,67 +62,46 @@ LossReport evaluate_loss(Model<Backend, Real>& model, const Dataset& data, const
   return report;
 }
 
-// ---------------------------------------------------------------------------------------------------------------------
-// .npy, version 1.0 (numpy.lib.format): magic, header length, a Python dictionary, padding to 64 bytes, the numbers.
-
-inline std::string npy_header(size_t rows, size_t columns) {
-  std::string dictionary = "{'descr': '<f4', 'fortran_order': False, 'shape': (" + std::to_string(rows) + ", " +
-                           std::to_string(columns) + "), }";
-  dictionary.append(63 - (10 + dictionary.size()) % 64, ' ');
-  dictionary += '\n';
-  std::string header = "\x93NUMPY";
-  header += {char(1), char(0), char(dictionary.size() & 255), char(dictionary.size() >> 8)};
-  return header + dictionary;
-}
-
-// values (rows, columns).
-inline void write_npy(const std::string& path, const std::vector<float>& values, size_t rows, size_t columns) {
-  const std::string header = npy_header(rows, columns);
-  write_file(path, {{header.data(), header.size()}, {values.data(), values.size() * sizeof(float)}});
-}
-
-// ---------------------------------------------------------------------------------------------------------------------
-// Memory, tensor by tensor, from the lists in model.h; nothing is allocated.
-
-// For counting without a GPU: the same sizes as Cuda and bf16.
-struct AnyGpu {};
-struct AnyBf16 {
-  uint16_t bits;
-};
-
-struct MemoryRow {
-  std::string name;
-  std::vector<size_t> shape;  // of parameters; activations say how many numbers
-  size_t elements = 0;        // of one
-  size_t element_bytes = 0;   // of one element of an activation
-  size_t copies = 0;          // one per layer, mostly
-};
-
-// Parameter tensors: those that differ by their layer alone in one row, unless `each`.
-inline std::vector<MemoryRow> parameter_rows(const Config& c, bool each) {
-  std::vector<MemoryRow> rows;
-  std::map<std::string, size_t> place;
-  for (const ParameterRow& row : parameter_table(c).rows) {
-    std::string name = row.name;
-    if (!each && name.rfind("layers.", 0) == 0) name = "layers.*" + name.substr(name.find('.', 7));
-    if (place.emplace(name, rows.size()).second) rows.push_back({name, row.shape, row.count, 0, 0});
-    ++rows[place[name]].copies;
-  }
-  return rows;
-}
-
-// Activations and their gradients for B x T tokens, in the order of the forward and the backward pass.
-template <class Backend, class Real>
-std::vector<MemoryRow> activation_rows(const Config& c, int B, int T) {
-  std::vector<MemoryRow> rows;
-  std::map<std::string, size_t> place;
-  auto visit = [&](const char* name, size_t elements, auto*& pointer) {
-    if (place.emplace(name, rows.size()).second) rows.push_back({name, {}, elements, sizeof(*pointer), 0});
-    ++rows[place[name]].copies;
-  };
-  Activations<Real> a;
-  ActivationGradients<Real> d;
-  visit_activations<Backend>(c, size_t(B) * T, a, visit);
-  visit_activation_gradients(c, size_t(B) * T, d, visit);
-  return rows;
+inline void command_loss(const std::vector<std::string>& args) {
+  Place place;
+  std::string pattern;
+  int64_t tokens = 0;
+  int batch = 16;
+  Flags f("Loss of a model on shards: every token but the first of each is predicted.", "eval loss");
+  add_place_flags(f, place, true);
+  f.group("Data");
+  f.add("data", pattern, "shards, a glob pattern; default: the run's validation data");
+  f.add("tokens", tokens, "how many to predict; 0: all");
+  f.add("batch", batch, "windows worked on together");
+  f.parse(args);
+  expect_positive("tokens", double(tokens), true);
+  expect_positive("batch", batch);
+  const Source source = open_source(place.run);
+  const Config& c = source.settings.model;
+  const Dataset data = open_data(source, pattern);
+  const Meta meta = read_meta(pattern);
+  size_t most = 0;
+  for (const Shard& shard : data.shards()) most += shard.size() - 1;
+  if (most == 0) throw UserError("--data " + pattern + ": one token alone predicts nothing; two or more are needed");
+  if (tokens) most = std::min(most, size_t(tokens));
+  LossReport report;
+  const int B = int(std::min<size_t>(batch, (most + c.context - 1) / c.context));
+  with_model(place, source, B, c.context, [&](auto& model) {
+    report = evaluate_loss(model, data, source.tokenizer.get(), size_t(tokens), ProgressLine{"tokens", most});
+  });
+  // The floor of the split that the shards are of, by their name.
+  const std::string name = std::filesystem::path(pattern).filename().string();
+  const double floor = name.find("train") != std::string::npos ? meta.train.entropy
+                       : name.find("val") != std::string::npos ? meta.val.entropy
+                                                               : NAN;
+  std::printf("%s, on %s in windows of %d\n", describe(source).c_str(), pattern.c_str(), c.context);
+  std::printf("  tokens predicted   %s\n", grouped(report.tokens).c_str());
+  std::printf("  loss               %.4f nats per token", report.loss());
+  if (!std::isnan(floor))
+    std::printf("   (lowest that any model can reach on the whole: %.4f; this is %.1f %% above)", floor,
+                100 * (report.loss() / floor - 1));
+  std::printf("\n  perplexity         %.4f\n", report.perplexity());
+  if (report.bytes)
+    std::printf("  bits per byte      %.4f   (over %s bytes of text)\n", report.bits_per_byte(),
+                grouped(report.bytes).c_str());
 }

@@ -1,11 +1,11 @@
 #pragma once
-// Benchmarks: multiple choice and LAMBADA by log-likelihood, with the conventions of EleutherAI's lm-evaluation-harness
-// 0.4.13 (api/model.py, `_encode_pair`; api/task.py; tasks/piqa, arc, winogrande, lambada), and loss by position.
+// eval choices, eval lambada: multiple choice and LAMBADA by log-likelihood, with the conventions of EleutherAI's
+// lm-evaluation-harness 0.4.13 (api/model.py, `_encode_pair`; api/task.py; tasks/piqa, arc, winogrande, lambada).
 
 #include <numeric>
 
+#include "eval/source.h"
 #include "text/encode.h"
-#include "eval/loss.h"
 
 // How likely is `continuation` behind `context`? Both are ids.
 struct Request {
@@ -159,15 +159,6 @@ std::vector<Score> score(Model<Backend, Real>& model, const std::vector<const Re
   return scores;
 }
 
-// A mean with its standard error: the sample's standard deviation / sqrt(n); NaN for one number.
-struct Mean {
-  double sum = 0, squares = 0;
-  size_t n = 0;
-  void add(double x) { sum += x, squares += x * x, ++n; }
-  double mean() const { return sum / double(n); }
-  double error() const { return std::sqrt(std::max(0.0, squares / double(n) - mean() * mean()) / (double(n) - 1)); }
-};
-
 // What the scores say about the questions.
 struct Report {
   Mean accuracy;           // the right choice is the likeliest; a single one: each of its tokens is
@@ -196,48 +187,79 @@ inline Report report(const std::vector<Question>& questions, const std::vector<S
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Loss by position
 
-// Positions [begin, end) of the window, and the loss there over windows.
-struct PositionBin {
-  int begin, end;
-  Mean loss;
-};
-
-// Bins of positions 0, 1, 2-3, 4-7, ... up to T. One ends at `context`, so that what lies beyond it stands apart.
-inline std::vector<PositionBin> position_bins(int T, int context) {
-  std::vector<PositionBin> bins;
-  for (int begin = 0; begin < T;) {
-    int end = std::min(T, std::max(1, 2 * begin));
-    if (begin < context && context < end) end = context;
-    bins.push_back({begin, end, {}});
-    begin = end;
+// choices and lambada, which differ in what they print.
+inline void command_questions(const std::vector<std::string>& args, bool lambada) {
+  Place place;
+  std::string path, out, delimiter = " ";
+  int batch = 16;
+  int64_t limit = 0;
+  Flags f(lambada ? "LAMBADA: will the model say the last word? Accuracy and perplexity."
+                  : "Multiple choice by log-likelihood: accuracy, the same per byte, bits per byte of the answer.",
+          lambada ? "eval lambada" : "eval choices");
+  add_place_flags(f, place, true);
+  f.group("Questions");
+  f.add("data", path, lambada ? "JSON lines (or .gz, .xz, .zst): context, continuation; or text"
+                              : "JSON lines (or .gz, .xz, .zst): query, choices, gold; or WinoGrande's form");
+  if (!lambada) f.add("delimiter", delimiter, "stands before every choice; for PIQA and ARC \"\\nAnswer: \"");
+  f.add("limit", limit, "only the first so many questions; 0: all");
+  f.add("batch", batch, "choices worked on together");
+  f.add("out", out, "a .json file for the results, with the log-likelihood of every choice");
+  f.parse(args);
+  if (!std::filesystem::is_regular_file(path))
+    throw UserError("--data \"" + path + "\": no such file; name one of JSON lines");
+  expect_positive("limit", double(limit), true);
+  expect_positive("batch", batch);
+  for (size_t at; (at = delimiter.find("\\n")) != std::string::npos;) delimiter.replace(at, 2, "\n");
+  const Source source = open_source(place.run);
+  const std::vector<Question> questions = read_questions(path, tokenizer_of(source), delimiter, size_t(limit));
+  std::vector<const Request*> requests;
+  size_t longest = 0, context = size_t(source.settings.model.context), cut = 0;
+  for (const Question& question : questions) {
+    if ((question.choices.size() == 1) != lambada)
+      throw UserError("--data " + path + (lambada ? ": has several choices; eval choices is for them"
+                                                  : ": has a question with one answer only; eval lambada is for it"));
+    for (const Request& request : question.choices) {
+      const size_t n = request.context.size() + request.continuation.size() - 1;
+      if (request.continuation.size() > context)
+        throw UserError("--data " + path + ": an answer of " + std::to_string(request.continuation.size()) +
+                        " tokens is longer than the model's context of " + std::to_string(context) +
+                        "; leave it out, or take another model");
+      requests.push_back(&request);
+      longest = std::max(longest, std::min(n, context));
+      cut += n > context;
+    }
   }
-  return bins;
+  std::vector<Score> scores;
+  with_model(place, source, int(std::min<size_t>(batch, requests.size())), int(longest), [&](auto& model) {
+    scores = score(model, requests, ProgressLine{"choices", requests.size()});
+  });
+  const Report r = report(questions, scores);
+  nlohmann::ordered_json results = {{"data", path}, {"model", describe(source)}, {"questions", questions.size()}};
+  std::printf("%s, on %s: %s questions\n", describe(source).c_str(), path.c_str(), grouped(questions.size()).c_str());
+  auto row = [&](const char* name, const std::string& key, double value, double error) {
+    std::printf("  %-28s %10.4f +- %.4f\n", name, value, error);
+    results[key] = value;
+    results[key + "_stderr"] = error;
+  };
+  row("accuracy", "accuracy", r.accuracy.mean(), r.accuracy.error());
+  if (lambada) {
+    const double perplexity = std::exp(-r.log_likelihood.mean());
+    row("perplexity of the last word", "perplexity", perplexity, perplexity * r.log_likelihood.error());
+  } else {
+    row("accuracy, per byte", "accuracy_per_byte", r.accuracy_per_byte.mean(), r.accuracy_per_byte.error());
+  }
+  row("bits per byte, right answer", "bits_per_byte", r.bits_per_byte.mean(), r.bits_per_byte.error());
+  if (cut) std::printf("  %s were longer than %zu tokens and lost their beginning\n", grouped(cut).c_str(), context);
+  results["contexts_cut"] = cut;
+  const Score* next = scores.data();
+  for (const Question& question : questions) {
+    nlohmann::ordered_json likelihoods;
+    for (size_t i = 0; i < question.choices.size(); ++i) likelihoods.push_back(next++->log_likelihood);
+    results["log_likelihoods"].push_back(likelihoods);
+  }
+  if (!out.empty()) write_text_file(out, results.dump() + "\n");
 }
 
-// The loss in windows of model.T positions, about `limit` tokens of them, from the beginning of the data on. A window
-// adds its mean over a bin to the bin, so the standard errors are those between windows.
-template <class Backend, class Real, class Progress>
-std::vector<PositionBin> loss_by_position(Model<Backend, Real>& model, const Dataset& data, size_t limit,
-                                          Progress progress) {
-  const int B = model.B, T = model.T;
-  std::vector<PositionBin> bins = position_bins(T, model.config.context);
-  std::vector<int> inputs(size_t(B) * T), targets(size_t(B) * T);
-  std::vector<Acc<Real>> losses(size_t(B) * T);
-  const size_t windows = std::min(data.windows(T), std::max<size_t>(1, limit / T));
-  for (size_t w = 0; w < windows; w += size_t(B)) {
-    const int count = int(std::min<size_t>(B, windows - w));
-    for (int b = 0; b < count; ++b) data.window(w + b, T, &inputs[size_t(b) * T], &targets[size_t(b) * T]);
-    model.forward(inputs.data(), count, T);
-    model.loss(losses.data(), targets.data(), count, T);
-    for (int b = 0; b < count; ++b)
-      for (PositionBin& bin : bins) {
-        double sum = 0;
-        for (int t = bin.begin; t < bin.end; ++t) sum += double(losses[size_t(b) * T + t]);
-        bin.loss.add(sum / (bin.end - bin.begin));
-      }
-    progress((w + count) * T);
-  }
-  return bins;
-}
+inline void command_choices(const std::vector<std::string>& args) { command_questions(args, false); }
+inline void command_lambada(const std::vector<std::string>& args) { command_questions(args, true); }

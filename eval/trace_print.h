@@ -3,6 +3,7 @@
 
 #include <cstdarg>
 
+#include "eval/source.h"
 #include "eval/trace.h"
 #include "run/print.h"
 
@@ -404,4 +405,54 @@ inline nlohmann::json trace_json(const Trace& trace, const Config& c, const std:
     object["scores"]["probability"].push_back(s.probability);
   }
   return object;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+
+inline int command_trace(const std::vector<std::string>& args) {
+  Place place;
+  std::string prompt;
+  int token = -1, layer = 0, head = 0, against = -1;
+  bool all = false, json = false;
+  Flags f("One token, layer and head through partial RoPE, byte by byte (on the CPU, in fp32).", "eval trace");
+  add_place_flags(f, place, false);
+  f.group("Where to look");
+  f.add("prompt", prompt, "the text");
+  f.add("token", token, "position to follow; 0 is the end-of-text token before the prompt, -1 the last");
+  f.add("layer", layer, "from 0");
+  f.add("head", head, "query head, from 0");
+  f.add("against", against, "position of a key to meet; -1: the one that the query attends to most");
+  f.add("all", all, "show every pair, channel and key");
+  f.add("json", json, "print the numbers as one JSON object instead");
+  f.parse(args);
+  if (prompt.empty()) throw UserError("--prompt: give a text to trace, such as --prompt \"Once upon a time\"");
+  const Source source = open_source(place.run);
+  const std::vector<int> tokens = prompt_tokens(tokenizer_of(source), prompt);
+  const int T = int(tokens.size()), context = source.settings.model.context;
+  if (T > context)
+    throw UserError("--prompt: " + std::to_string(T - 1) + " tokens; the model's context holds " +
+                    std::to_string(context - 1) + " behind the end-of-text token");
+  if (token < -1)
+    throw UserError("--token " + std::to_string(token) + ": must lie between 0 and " + std::to_string(T - 1) +
+                    ", or be -1");
+  if (against < -1)
+    throw UserError("--against " + std::to_string(against) + ": must be a position up to that of --token, or -1");
+  set_threads(place.threads);
+  Cpu backend;
+  Config config = source.settings.model;
+  config.recompute = false;  // the trace looks into every block
+  Model<Cpu, float> model(backend, config, 1, T, false);
+  load_weights(model, source.checkpoint);
+  const Trace trace = trace_head(model, tokens, token < 0 ? T - 1 : token, layer, head, against);
+  const char* no_colour = std::getenv("NO_COLOR");
+  const bool colour = isatty(STDOUT_FILENO) && !(no_colour && *no_colour);
+  if (json)
+    std::printf("%s\n", trace_json(trace, model.config, tokens, source.tokenizer.get()).dump().c_str());
+  else
+    std::printf("%s\n%s", describe(source).c_str(),
+                print_trace(trace, model.config, tokens, source.tokenizer.get(), colour, all).c_str());
+  if (trace.agrees()) return 0;
+  std::fflush(stdout);
+  std::fprintf(stderr, "error: the trace does not agree with the model's buffers (lines marked WRONG above)\n");
+  return 1;
 }

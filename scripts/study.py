@@ -3,7 +3,6 @@ notebooks.
 
 A run's directory is runs/STUDY/NAME, with a NAME such as rotate=0.1_seed=2 that says what was varied.
 
-    python scripts/study.py                                           checks the statistics against values by hand
     python scripts/study.py pack runs/sweep notebooks/sweep.json      a study in one small file, for the notebooks
 """
 import base64
@@ -14,7 +13,6 @@ import json
 import math
 import re
 import sys
-import tempfile
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
@@ -257,54 +255,6 @@ def growth_per_1000(step, value):
 def first_spike(run):
     """The first step whose loss spiked (spikes.csv); inf if none did."""
     return float(np.min(run.spikes["step"])) if len(run.spikes.get("step", [])) else math.inf
-
-
-def test_pack():
-    """A made-up run, as its directory and as the file of its study say it."""
-    with tempfile.TemporaryDirectory() as directory:
-        run = Path(directory, "study", "rotate=0.1_seed=2")
-        run.mkdir(parents=True)
-        (run / "config.json").write_text('{"rotary_dim": 6, "batch": 5, "accumulate": 2, "context": 10}')
-        (run / "summary.json").write_text('{"val_loss": 3.14159}')
-        (run / "log.csv").write_text("step,tokens,loss,lr,grad_norm\n" + "".join(
-            f"{i},{100 * i},{10 - 0.01 * i},0.1,{i % 7}\n" for i in range(1, 401)))
-        (run / "layers.csv").write_text("step,layer,head,max_logit,entropy\n" + "".join(
-            f"{i},{layer},{head},{i + 2 * layer + head},{5 - layer - 0.1 * head}\n"
-            for i in range(4, 401, 4) for layer in range(2) for head in range(2)))
-        pack(Path(directory, "study"), Path(directory, "study.json"))
-        (whole,), (packed,) = read_runs(Path(directory, "study")), read_runs(Path(directory, "study.json"))
-    for run in whole, packed:
-        assert (run.seed, run.arm["rotate"], run.state, run.config["rotary_dim"]) == (2, "0.1", "finished", 6)
-        assert losses_of([run]) == {2: 3.14159}
-        assert abs(run.initial_loss - 9.99) < 1e-6 and abs(run.final_loss - (10 - 0.01 * 390.5)) < 1e-4
-        assert run.logit[-1] == 403 and run.entropy[-1] == 3.9 and run.logit_step[-1] == 400
-        assert heads_at_end(run, "max_logit").tolist() == [[400, 401], [402, 403]]
-    assert len(packed.log["loss"]) == POINTS and len(packed.logit) == 50
-    for key in "loss", "tokens":
-        assert abs(packed.log[key].mean() / whole.log[key].mean() - 1) < 0.01
-
-
-def self_test():
-    def near(a, b):
-        assert abs(a - b) < 1e-3 * max(1, abs(b)), f"{a} is not {b}"
-
-    for degrees, t in ((1, 12.706), (2, 4.303), (4, 2.776), (9, 2.262), (30, 2.042)):  # any table of Student's t
-        near(t_quantile(degrees), t)
-    mean, half, n = paired_difference({1: 1.0, 2: 2.0, 3: 4.0, 5: 9.0}, {3: 3.5, 2: 2.0, 1: 0.0, 4: 7.0})
-    near(mean, 0.5), near(half, 4.303 * 0.5 / math.sqrt(3)), near(n, 3)
-    near(lr_sensitivity([3.0, 2.0, 2.5], 5.0), 0.5)
-    near(lr_sensitivity([2.0, math.inf, math.nan, 7.0], 5.0), (2 + 3 * 5) / 4 - 2)
-    assert math.isnan(lr_sensitivity([math.inf, math.nan], 5.0))
-    near(largest_stable([0.1, 0.001, 0.01], [True, True, True]), 0.1)
-    near(largest_stable([0.1, 0.001, 0.01], [True, True, False]), 0.001)
-    assert math.isnan(largest_stable([1, 2], [False, True]))
-    step = np.arange(0, 2001, 10.0)
-    near(growth_per_1000(step, np.where(step < 1000, 7.0, np.exp(0.0023 * step))), 2.3)
-    near(first_spike(SimpleNamespace(spikes={"step": np.array([120.0, 90, 350])})), 90)
-    assert first_spike(SimpleNamespace(spikes={})) == math.inf
-    near(largest_z(np.array([1.0, 3, 1, 3, 5, 2]), 4), 3)
-    test_pack()
-    print("statistics: as worked out by hand")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -572,12 +522,9 @@ class Report:
 
 
 def work():
-    if len(sys.argv) == 4 and sys.argv[1] == "pack":
-        pack(sys.argv[2], sys.argv[3])
-    elif len(sys.argv) == 1:
-        self_test()
-    else:
-        raise runner.UserError("study.py: takes nothing, or: pack runs/NAME FILE.json")
+    if len(sys.argv) != 4 or sys.argv[1] != "pack":
+        raise runner.UserError("study.py: takes pack runs/NAME FILE.json")
+    pack(sys.argv[2], sys.argv[3])
 
 
 if __name__ == "__main__":

@@ -1,10 +1,13 @@
-// Tests of eval/generate.h, eval/loss.h and eval/trace_print.h: text with the key/value cache, loss over shards, memory, the trace.
+// Tests of eval/generate.h, loss.h, logits.h, memory.h and trace.h: text with the key/value cache, loss over shards, .npy
+// files, memory, the trace.
 #include "eval/loss.h"
 
 #include <filesystem>
 
 #include "run/flags.h"
 #include "eval/generate.h"
+#include "eval/logits.h"
+#include "eval/memory.h"
 #include "eval/trace_print.h"
 #include "tests/helpers.h"
 

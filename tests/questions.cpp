@@ -3,6 +3,7 @@
 
 #include <doctest/doctest.h>
 
+#include "eval/positions.h"
 #include "run/flags.h"
 #include "tests/helpers.h"
 

@@ -1,0 +1,52 @@
+#pragma once
+// eval sample: text from the model.
+
+#include "eval/generate.h"
+#include "eval/source.h"
+
+inline void write_text(const std::string& text, bool terminal) {
+  const std::string shown = terminal ? printable(text) : text;
+  std::fwrite(shown.data(), 1, shown.size(), stdout);
+  std::fflush(stdout);
+}
+
+inline void command_sample(const std::vector<std::string>& args) {
+  Place place;
+  std::string prompt;
+  int tokens = 400, top_k = 0, count = 1;
+  double temperature = 0.8;
+  uint64_t seed = 1;
+  Flags f("Text from a model.", "eval sample");
+  add_place_flags(f, place, true);
+  f.group("Text");
+  f.add("prompt", prompt, "how the text begins");
+  f.add("tokens", tokens, "most tokens to add; the end of a document ends it before");
+  f.add("temperature", temperature, "divides the logits; 0: always the likeliest token");
+  f.add("top-k", top_k, "choose among the k likeliest; 0: all");
+  f.add("seed", seed, "of the random choices; sample i uses seed + i");
+  f.add("count", count, "samples");
+  f.parse(args);
+  expect_positive("tokens", tokens);
+  expect_positive("temperature", temperature, true);
+  expect_positive("top-k", top_k, true);
+  expect_positive("count", count);
+  const Source source = open_source(place.run);
+  const Tokenizer& tokenizer = tokenizer_of(source);
+  const bool terminal = isatty(STDOUT_FILENO);
+  with_model(place, source, 1, source.settings.model.context, [&](auto& model) {
+    for (int i = 0; i < count; ++i) {
+      if (count > 1) std::printf("%s--- sample %d, seed %llu\n", i ? "\n" : "", i + 1, (unsigned long long)(seed + i));
+      std::vector<int> text = prompt_tokens(tokenizer, prompt);
+      write_text(prompt, terminal);
+      char last = '\n';
+      generate(model, text, tokens, temperature, top_k, seed + i, tokenizer.end_of_text(), source.vocabulary,
+               [&](int token) {
+                 std::string bytes;
+                 tokenizer.decode(token, bytes);
+                 write_text(bytes, terminal);
+                 if (!bytes.empty()) last = bytes.back();
+               });
+      if (last != '\n') std::printf("\n");
+    }
+  });
+}
