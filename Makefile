@@ -71,6 +71,11 @@ TESTS := $(patsubst tests/%.cpp,$(BUILD)/tests-%.o,$(wildcard tests/*.cpp))
 test: $(BUILD)/tests $(BUILD)/train $(BUILD)/data $(BUILD)/eval
 	@OMP_WAIT_POLICY=passive $(BUILD)/tests $(ARGS)
 	@OMP_WAIT_POLICY=passive BUILD=$(BUILD) sh tests/commands.sh
+ifeq ($(ROTARY_DIM),)  # and what a program that is built for one R takes and refuses
+	@$(MAKE) --no-print-directory ROTARY_DIM=6 TESTS='$$(addprefix $$(BUILD)/tests-,main.o rope.o flags.o)' \
+	  $(BUILD)-rotary6/tests
+	@OMP_WAIT_POLICY=passive $(BUILD)-rotary6/tests
+endif
 
 # What a fuzzer finds to be new it adds to build-fuzz/NAME/; a crash ends it, and leaves its input in build-fuzz/.
 FUZZ_PARSERS ?= $(notdir $(wildcard tests/fuzz_corpus/*))

@@ -236,7 +236,7 @@ void attention_backward(Cpu&, Real* dqkv, Acc<Real>* delta, const Real* dout, co
 template <class Real>
 void qk_norm_rope_forward(Cpu&, Real* qkv, Real* qk_raw, Acc<Real>* qk_rstd, const Real* q_weight /* (HS) */,
                           const Real* k_weight /* (HS) */, const RopeTable& table, RopeShape s, double eps) {
-  const int R = ROTARY_DIM_OR(table.R), heads = s.NH + s.NKV, rows = s.T - s.first;
+  const int R = table.R, heads = s.NH + s.NKV, rows = s.T - s.first;
 #pragma omp parallel for
   for (int n = 0; n < s.B * rows; ++n) {
     const size_t at = size_t(n / rows) * s.T + s.first + n % rows;
@@ -262,7 +262,7 @@ template <class Real>
 void qk_norm_rope_backward(Cpu&, Real* dqkv, Acc<Real>* dq_weight, Acc<Real>* dk_weight, const Real* qk_raw,
                            const Acc<Real>* qk_rstd, const Real* q_weight, const Real* k_weight, const RopeTable& table,
                            RopeShape s) {
-  const int R = ROTARY_DIM_OR(table.R), heads = s.NH + s.NKV, N = s.B * s.T;
+  const int R = table.R, heads = s.NH + s.NKV, N = s.B * s.T;
   std::vector<Acc<Real>> partial(size_t(kRowChunks) * 2 * s.HS);  // (chunks, query or key, HS)
   for_row_chunks(N, [&](int chunk, int begin, int end) {
     Acc<Real>* dweights = &partial[size_t(chunk) * 2 * s.HS];
@@ -526,14 +526,56 @@ void attention_backward(Cuda& be, Real* dqkv, Acc<Real>* delta, const Real* dout
   simple_attention_backward(be, dqkv, delta, dout, qkv, out, lse, s);
 }
 
-// QK-Norm and RoPE in one pass, a head at one position by neighbouring lanes (see HeadLanes in rope.cuh).
+// How neighbouring lanes of a warp share the first CHANNELS channels of a head at one position: kPacks packs of W for
+// each. The two channels of a pair may lie in different lanes, and meet in shared memory.
+template <int CHANNELS, int W>
+struct HeadLanes {
+  static constexpr int kLanes = CHANNELS / W < 32 ? CHANNELS / W : 32, kPacks = CHANNELS / W / kLanes;
+  static constexpr int kHeads = 256 / kLanes;  // that a block of 256 threads works on at a time
+
+  // The first channel of a lane's pack.
+  __device__ static int channel(int pack) { return (pack * kLanes + int(threadIdx.x) % kLanes) * W; }
+  __device__ static float sum(float x) {  // over the lanes of a head
+#pragma unroll
+    for (int step = kLanes / 2; step > 0; step /= 2) x += __shfl_xor_sync(~0u, x, step);
+    return x;
+  }
+
+  // Turns those of the lane's channels x that are under R; y (CHANNELS) is the head's place in shared memory, t is the
+  // position. All lanes of the warp take part.
+  __device__ static void turn(float (&x)[kPacks][W], float* y, const RopeTable& table, int t, float direction) {
+    const int R = table.R;
+    const float* cos_sin = table.cos_sin + size_t(t) * R;
+#pragma unroll
+    for (int p = 0; p < kPacks; ++p)
+      if (channel(p) < R) store<W>(y + channel(p), x[p]);
+    __syncwarp();
+#pragma unroll
+    for (int p = 0; p < kPacks; ++p)
+#pragma unroll
+      for (int k = 0; k < W; ++k) {
+        const int c = channel(p) + k;
+        if (c >= R) continue;
+        const bool half = table.pairs == RopePairs::half, is_second = half ? c >= R / 2 : c % 2;
+        const int i = half ? c - is_second * (R / 2) : c / 2;
+        float angle[2];
+        load<2>(angle, cos_sin + 2 * i);
+        const float other = y[is_second ? rope_first(table.pairs, i) : rope_second(table.pairs, i, R)];
+        const float sine = direction * angle[1];
+        x[p][k] = x[p][k] * angle[0] + (is_second ? other * sine : -other * sine);
+      }
+    __syncwarp();
+  }
+};
+
+// QK-Norm and RoPE in one pass, a head at one position by neighbouring lanes.
 template <class Real, int CHANNELS, int W>
 __global__ void __launch_bounds__(256)
     qk_norm_rope_forward_kernel(Real* qkv, Real* qk_raw, float* qk_rstd, const Real* q_weight, const Real* k_weight,
-                                const float* table, int run_time_R, RopePairs pairs, RopeShape s, float eps) {
+                                RopeTable table, RopeShape s, float eps) {
   using Lanes = HeadLanes<CHANNELS, W>;
   __shared__ __align__(16) float shared[Lanes::kHeads][CHANNELS];
-  const int R = ROTARY_DIM_OR(run_time_R), rows = s.T - s.first;
+  const int rows = s.T - s.first;
   const unsigned heads = s.NH + s.NKV, id = blockIdx.x * Lanes::kHeads + threadIdx.x / Lanes::kLanes;
   const unsigned n = id / heads, h = id % heads, t = s.first + n % rows;
   const bool inside = n < unsigned(s.B * rows);  // lanes outside go along: the others of the warp wait for them
@@ -560,7 +602,7 @@ __global__ void __launch_bounds__(256)
 #pragma unroll
     for (int k = 0; k < W; ++k) v[p][k] *= rstd * w[k];
   }
-  Lanes::turn(v, shared[threadIdx.x / Lanes::kLanes], table + size_t(t) * R, R, pairs, 1);
+  Lanes::turn(v, shared[threadIdx.x / Lanes::kLanes], table, t, 1);
 #pragma unroll
   for (int p = 0; p < Lanes::kPacks; ++p)
     if (inside && Lanes::channel(p) < s.HS) store<W>(x + Lanes::channel(p), v[p]);
@@ -571,11 +613,9 @@ __global__ void __launch_bounds__(256)
 template <class Real, int CHANNELS, int W>
 __global__ void __launch_bounds__(256, 4)
     qk_norm_rope_backward_kernel(Real* dqkv, float* partial, const Real* qk_raw, const float* qk_rstd,
-                                 const Real* q_weight, const Real* k_weight, const float* table, int run_time_R,
-                                 RopePairs pairs, RopeShape s) {
+                                 const Real* q_weight, const Real* k_weight, RopeTable table, RopeShape s) {
   using Lanes = HeadLanes<CHANNELS, W>;
   __shared__ __align__(16) float shared[Lanes::kHeads][CHANNELS];
-  const int R = ROTARY_DIM_OR(run_time_R);
   const unsigned heads = s.NH + s.NKV, items = unsigned(s.B) * s.T * heads;
   float* y = shared[threadIdx.x / Lanes::kLanes];
   float dweights[2][Lanes::kPacks][W] = {};
@@ -595,7 +635,7 @@ __global__ void __launch_bounds__(256, 4)
       load<W>(dy[p], dx + c);
       load<W>(xhat[p], raw + c);
     }
-    Lanes::turn(dy, y, table + size_t(n % s.T) * R, R, pairs, -1);
+    Lanes::turn(dy, y, table, n % s.T, -1);
 #pragma unroll
     for (int p = 0; p < Lanes::kPacks; ++p) {
       if (Lanes::channel(p) >= s.HS) continue;
@@ -640,7 +680,7 @@ void qk_norm_rope_forward(Cuda& be, Real* qkv, Real* qk_raw, Acc<Real>* qk_rstd,
     auto start = [&](auto W) {
       launch(be, "qk_norm_rope_forward", qk_norm_rope_forward_kernel<Real, channels(), W()>,
              divide_up(items, HeadLanes<channels(), W()>::kHeads), 256, 0, qkv, qk_raw, qk_rstd, q_weight, k_weight,
-             table.cos_sin, table.R, table.pairs, s, float(eps));
+             table, s, float(eps));
     };
     if (wide(s.HS, qkv, qk_raw, q_weight, k_weight)) return start(std::integral_constant<int, kWide<Real>>());
     start(std::integral_constant<int, 1>());
@@ -658,7 +698,7 @@ void qk_norm_rope_backward(Cuda& be, Real* dqkv, Acc<Real>* dq_weight, Acc<Real>
     auto start = [&](auto W) {
       blocks = int(std::min<size_t>(8 * be.multiprocessors, divide_up(items, HeadLanes<channels(), W()>::kHeads)));
       launch(be, "qk_norm_rope_backward", qk_norm_rope_backward_kernel<Real, channels(), W()>, blocks, 256, 0, dqkv,
-             partial, qk_raw, qk_rstd, q_weight, k_weight, table.cos_sin, table.R, table.pairs, s);
+             partial, qk_raw, qk_rstd, q_weight, k_weight, table, s);
     };
     if (wide(s.HS, dqkv, qk_raw, q_weight, k_weight)) return start(std::integral_constant<int, kWide<Real>>());
     start(std::integral_constant<int, 1>());

@@ -35,7 +35,7 @@ struct Config {
   int mlp_hidden = 0;    // F; 0: SwiGLU 8/3 of the width rounded up to a multiple of 64, GELU 4 times the width
   int context = 256;     // T in training, and the positions of the RoPE table
   int vocab = 0;         // V; 0: that of the data
-  int rotary_dim = -1;   // R; -1: from the fraction
+  int rotary_dim = kRotaryDim.value_or(0);  // R
   double rope_base = 10000;
   RopePairs rope_pairs = RopePairs::half;
   bool qk_norm = false;

@@ -10,15 +10,19 @@
 // Which channels pair up:  half:        (i, i + R/2)     GPT-NeoX, Hugging Face
 //                          interleaved: (2i, 2i + 1)     GPT-J, the original Llama
 
+#include <algorithm>
+#include <optional>
+
 #include "device/backend.h"
 
 enum class RopePairs { half, interleaved };
 
-// `make ROTARY_DIM=6` makes R a constant of the program, so that the compiler unrolls the loops over pairs.
+// The R that `make ROTARY_DIM=6` builds into a program, so that its compiler unrolls the loops; usually none.
 #ifdef ROTARY_DIM
-#define ROTARY_DIM_OR(run_time_value) ROTARY_DIM
+static_assert(ROTARY_DIM >= 0 && ROTARY_DIM % 2 == 0, "make ROTARY_DIM=: must be even and not negative");
+constexpr std::optional<int> kRotaryDim = ROTARY_DIM;
 #else
-#define ROTARY_DIM_OR(run_time_value) (run_time_value)
+constexpr std::optional<int> kRotaryDim;
 #endif
 
 // The number of rotated channels for a fraction of the head: the even number nearest to fraction * HS (an exact tie
@@ -37,13 +41,33 @@ inline void check_rotary_dim(int R, int HS) {
   if (R < 0 || R % 2 || R > HS)
     throw UserError("--rotary-dim " + std::to_string(R) + ": must be even, from 0 to the head size " +
                     std::to_string(HS));
-#ifdef ROTARY_DIM
-  static_assert(ROTARY_DIM >= 0 && ROTARY_DIM % 2 == 0, "make ROTARY_DIM=: must be even and not negative");
-  if (R != ROTARY_DIM)
-    throw UserError("--rotary-dim " + std::to_string(R) + ": this program was built for " + std::to_string(ROTARY_DIM) +
-                    " rotated channels (make ROTARY_DIM=" + std::to_string(ROTARY_DIM) + "); pass --rotary-dim " +
-                    std::to_string(ROTARY_DIM) + " or rebuild without it");
-#endif
+  if (kRotaryDim && R != *kRotaryDim) {
+    const std::string built = std::to_string(*kRotaryDim);
+    throw UserError("--rotary-dim " + std::to_string(R) + ": this program was built for " + built +
+                    " rotated channels (make ROTARY_DIM=" + built + "); pass --rotary-dim " + built +
+                    " or rebuild without it");
+  }
+}
+
+// What the user asks for: a share of each head's channels, or their number; usually neither.
+struct RotaryRequest {
+  std::optional<double> fraction;
+  std::optional<int> dim;
+};
+constexpr double kRotaryFraction = 0.1;  // where nothing is asked for
+
+// R of heads with HS channels. UserError for an R that such heads cannot have, and where two flags disagree.
+inline int rotary_dim(const RotaryRequest& ask, int HS) {
+  const int R = ask.dim        ? *ask.dim
+                : ask.fraction ? rotary_dim_from_fraction(*ask.fraction, HS)
+                : kRotaryDim   ? *kRotaryDim
+                               : rotary_dim_from_fraction(kRotaryFraction, HS);
+  check_rotary_dim(R, HS);
+  if (ask.fraction && rotary_dim_from_fraction(*ask.fraction, HS) != R)
+    throw UserError("--rotary-dim " + std::to_string(R) + " and --rotary-fraction " + std::to_string(*ask.fraction) +
+                    " disagree: the fraction means " + std::to_string(rotary_dim_from_fraction(*ask.fraction, HS)) +
+                    " of " + std::to_string(HS) + " channels; give one of them");
+  return R;
 }
 
 // theta_i in radians per position.
@@ -53,8 +77,20 @@ inline double rope_frequency(int i, int R, double base) { return std::pow(base, 
 struct RopeTable {
   const float* cos_sin = nullptr;  // (positions, R/2, 2): cos, sin
   int positions = 0;
+#ifdef ROTARY_DIM
+  static constexpr int R = ROTARY_DIM;
+#else
   int R = 0;
+#endif
   RopePairs pairs = RopePairs::half;
+
+  RopeTable() = default;
+  RopeTable(const float* values, int length, [[maybe_unused]] int rotary_dim, RopePairs kind)
+      : cos_sin(values), positions(length), pairs(kind) {
+#ifndef ROTARY_DIM
+    R = rotary_dim;
+#endif
+  }
 };
 
 // Bytes of the table: positions x R/2 pairs x 2 values x 4 bytes.
@@ -108,9 +144,8 @@ void rope_rotate_head(Real* head /* (HS) */, const float* cos_sin /* (R/2, 2) */
 
 template <class Real>
 void rope_rotate(Real* qkv, const RopeTable& table, RopeShape s, Real direction) {
-  const int R = ROTARY_DIM_OR(table.R);
+  const int R = table.R, rows = s.T - s.first;
   if (R == 0) return;
-  const int rows = s.T - s.first;
 #pragma omp parallel for
   for (int n = 0; n < s.B * rows; ++n) {
     const int b = n / rows, t = s.first + n % rows;
@@ -127,7 +162,8 @@ void rope_forward(Cpu&, Real* qkv, const RopeTable& table, RopeShape s) {
   rope_rotate(qkv, table, s, Real(1));
 }
 
-// A rotation's derivative is the rotation itself, so gradients turn back by the same angle, in place.
+// A linear map hands gradients back through its transpose, and a rotation's transpose is its inverse: gradients turn
+// back by the same angle, in place.
 // dqkv (B, T, NH + 2*NKV, HS).
 template <class Real>
 void rope_backward(Cpu&, Real* dqkv, const RopeTable& table, RopeShape s) {
@@ -139,149 +175,167 @@ void rope_backward(Cpu&, Real* dqkv, const RopeTable& table, RopeShape s) {
 
 #ifdef __CUDACC__
 
-// Turns W pairs held as the channels of their two packs: half: (x[k], x[W + k]), interleaved: (x[2k], x[2k + 1]).
-template <int W, RopePairs PAIRS>
-__device__ __forceinline__ void rope_turn(float (&x)[2][W], const float (&cos_sin)[2 * W], float direction) {
+// Rung 1: a thread turns one pair. A block works on one position, whose heads' pairs are numbered through.
+template <class Real>
+__global__ void rope_pair_kernel(Real* qkv, RopeTable table, RopeShape s, float direction) {
+  const int pairs = table.R / 2, heads = s.NH + s.NKV, rows = s.T - s.first;
+  const int id = blockIdx.y * blockDim.x + threadIdx.x, h = id / pairs, i = id % pairs;
+  if (h >= heads) return;
+  const size_t sequence = blockIdx.x / rows, t = s.first + blockIdx.x % rows;
+  Real* head = qkv + ((sequence * s.T + t) * (heads + s.NKV) + h) * s.HS;
+  const float* cos_sin = table.cos_sin + t * table.R + 2 * i;
+  const float c = cos_sin[0], sine = direction * cos_sin[1];
+  Real& first = head[rope_first(table.pairs, i)];
+  Real& second = head[rope_second(table.pairs, i, table.R)];
+  const float a = float(first), b = float(second);
+  first = Real(a * c - b * sine);
+  second = Real(a * sine + b * c);
+}
+
+template <class Real>
+void rope_pairs(Cuda& be, Real* qkv, const RopeTable& table, RopeShape s, float direction) {
+  const int threads = 128;
+  const dim3 blocks(s.B * (s.T - s.first), divide_up((s.NH + s.NKV) * (table.R / 2), threads));
+  launch(be, "rope", rope_pair_kernel<Real>, blocks, threads, 0, qkv, table, s, direction);
+}
+
+// Rung 2, for R up to 16: memory moves in sectors of 32 bytes, which are 16 channels of bf16, and to write a part of a
+// sector costs more than all of it (the rest must be fetched to be kept). So even for 6 channels the first 16 of a head
+// are read and written in full, those from R on as they were; no other sector is touched. Each lane has 16 bytes of a
+// head: two lanes for bf16, four for fp32 (and two sectors). R is a constant, so each channel's lane and register are.
+constexpr int kSectorChannels = 16;
+
+template <int R, RopePairs PAIRS, class Real>
+__global__ void __launch_bounds__(256) rope_sector_kernel(Real* qkv, RopeTable table, RopeShape s, float direction) {
+  constexpr unsigned W = kWide<Real>, LANES = kSectorChannels / W;
+  const unsigned heads = s.NH + s.NKV, rows = s.T - s.first, lane = threadIdx.x % LANES;
+  const unsigned id = blockIdx.x * (256 / LANES) + threadIdx.x / LANES, n = id / heads, h = id % heads;
+  const unsigned t = s.first + n % rows;
+  const bool inside = n < s.B * rows;  // lanes outside go along: a shuffle waits for the whole warp
+  Real* channels = qkv + ((size_t(n / rows) * s.T + t) * (heads + s.NKV) + h) * s.HS + lane * W;
+  float x[W] = {};
+  if (inside) load<W>(x, channels);
 #pragma unroll
-  for (int k = 0; k < W; ++k) {
-    float& a = PAIRS == RopePairs::half ? x[0][k] : x[2 * k / W][2 * k % W];
-    float& b = PAIRS == RopePairs::half ? x[1][k] : x[(2 * k + 1) / W][(2 * k + 1) % W];
-    const float c = cos_sin[2 * k], s = direction * cos_sin[2 * k + 1];
-    const float turned = a * c - b * s;
-    b = a * s + b * c;
-    a = turned;
+  for (int i = 0; i < R / 2; ++i) {
+    const unsigned first = rope_first(PAIRS, i), second = rope_second(PAIRS, i, R);
+    float angle[2], &a = x[first % W], &b = x[second % W];
+    load<2>(angle, table.cos_sin + size_t(t) * R + 2 * i);
+    const float c = angle[0], sine = direction * angle[1];
+    if (first / W == second / W) {  // one lane has both
+      const float turned = a * c - b * sine;
+      if (lane == first / W) b = b * c + a * sine, a = turned;
+    } else {  // each of two lanes sends the one that it has, and gets the other
+      const float other = __shfl_xor_sync(~0u, lane == first / W ? a : b, first / W ^ second / W);
+      if (lane == first / W) a = a * c - other * sine;
+      if (lane == second / W) b = b * c + other * sine;
+    }
+  }
+  if (inside) store<W>(channels, x);
+}
+
+// Starts the kernel of the table's R, which is at most R.
+template <int R = kSectorChannels, class Real>
+void rope_sectors(Cuda& be, Real* qkv, const RopeTable& table, RopeShape s, float direction) {
+  if constexpr (R > 2)
+    if (table.R < R) return rope_sectors<R - 2>(be, qkv, table, s, direction);
+  const size_t threads = size_t(s.B) * (s.T - s.first) * (s.NH + s.NKV) * (kSectorChannels / kWide<Real>);
+  launch(be, "rope",
+         table.pairs == RopePairs::half ? rope_sector_kernel<R, RopePairs::half, Real>
+                                        : rope_sector_kernel<R, RopePairs::interleaved, Real>,
+         divide_up(threads, 256), 256, 0, qkv, table, s, direction);
+}
+
+// Rung 3, for larger R: a thread turns W neighbouring pairs, a being their first and b their second channels: W = 8 for
+// bf16 moves 16 bytes at a time. It does so for up to 4 heads, for which it reads the table once.
+constexpr int kRopeHeads = 4;
+
+template <RopePairs PAIRS, int W, class Real>
+__device__ __forceinline__ void load_pairs(float (&a)[W], float (&b)[W], const Real* head, int i, int R) {
+  if constexpr (PAIRS == RopePairs::half) {
+    load<W>(a, head + i);
+    load<W>(b, head + i + R / 2);
+  } else {
+    float both[2 * W];
+    load<2 * W>(both, head + 2 * i);
+#pragma unroll
+    for (int k = 0; k < W; ++k) a[k] = both[2 * k], b[k] = both[2 * k + 1];
+  }
+}
+template <RopePairs PAIRS, int W, class Real>
+__device__ __forceinline__ void store_pairs(Real* head, const float (&a)[W], const float (&b)[W], int i, int R) {
+  if constexpr (PAIRS == RopePairs::half) {
+    store<W>(head + i, a);
+    store<W>(head + i + R / 2, b);
+  } else {
+    float both[2 * W];
+#pragma unroll
+    for (int k = 0; k < W; ++k) both[2 * k] = a[k], both[2 * k + 1] = b[k];
+    store<2 * W>(head + 2 * i, both);
   }
 }
 
-// The table's values for pairs i .. i+W-1 at position t.
-template <int W>
-__device__ __forceinline__ void rope_angles(float (&cos_sin)[2 * W], const float* table, int t, int i, int R) {
-  load<2 * W>(cos_sin, table + size_t(t) * R + 2 * i);
-}
-
-constexpr int kRopeHeads = 4;  // heads per thread: its part of the table is read once for all of them
-
-// A thread turns W pairs, the same ones, of up to 4 heads at one position; neighbours in a warp work on neighbouring
-// pairs, then on the next head. Nothing but the first R channels of queries and keys is read or written.
-template <class Real, int W, RopePairs PAIRS>
-__global__ void rope_kernel(Real* qkv, const float* table, int run_time_R, RopeShape s, float direction) {
-  const int R = ROTARY_DIM_OR(run_time_R), heads = s.NH + s.NKV;
-  const int packs = R / 2 / W > 0 ? R / 2 / W : 1;  // never 0 where it runs, but it is compiled for every W
-  const int columns = (heads + kRopeHeads - 1) / kRopeHeads, rows = s.T - s.first;
+template <int W, RopePairs PAIRS, class Real>
+__global__ void rope_wide_kernel(Real* qkv, RopeTable table, RopeShape s, float direction) {
+  const int R = table.R, heads = s.NH + s.NKV, rows = s.T - s.first, columns = (heads + kRopeHeads - 1) / kRopeHeads;
+  const int packs = R >= 2 * W ? R / 2 / W : 1;  // never 0 where it runs, but it is compiled for every W
   const unsigned id = blockIdx.x * blockDim.x + threadIdx.x;  // below 2^32: qkv would not fit a GPU otherwise
-  const int i = int(id % packs) * W, h0 = int(id / packs % columns), n = int(id / packs / columns);
+  const int i = int(id % packs) * W, h = int(id / packs % columns), n = int(id / packs / columns);
   if (n >= s.B * rows) return;
-  const int b = n / rows, t = s.first + n % rows;
-  Real* token = qkv + (size_t(b) * s.T + t) * (heads + s.NKV) * s.HS;
-  const int first = PAIRS == RopePairs::half ? i : 2 * i, second = PAIRS == RopePairs::half ? i + R / 2 : 2 * i + W;
-  float cos_sin[2 * W], x[kRopeHeads][2][W];
-  rope_angles<W>(cos_sin, table, t, i, R);
+  const int t = s.first + n % rows;
+  Real* token = qkv + (size_t(n / rows) * s.T + t) * (heads + s.NKV) * s.HS;
+  float cos_sin[2 * W], a[kRopeHeads][W], b[kRopeHeads][W];
+  load<2 * W>(cos_sin, table.cos_sin + size_t(t) * R + 2 * i);
+  // All heads are read before the first is turned: memory answers late, and so it does that once.
 #pragma unroll
   for (int k = 0; k < kRopeHeads; ++k)
-    if (h0 + k * columns < heads) {
-      load<W>(x[k][0], token + (h0 + k * columns) * s.HS + first);
-      load<W>(x[k][1], token + (h0 + k * columns) * s.HS + second);
-    }
+    if (h + k * columns < heads) load_pairs<PAIRS>(a[k], b[k], token + (h + k * columns) * s.HS, i, R);
 #pragma unroll
-  for (int k = 0; k < kRopeHeads; ++k)
-    if (h0 + k * columns < heads) {
-      rope_turn<W, PAIRS>(x[k], cos_sin, direction);
-      store<W>(token + (h0 + k * columns) * s.HS + first, x[k][0]);
-      store<W>(token + (h0 + k * columns) * s.HS + second, x[k][1]);
+  for (int k = 0; k < kRopeHeads; ++k) {
+    if (h + k * columns >= heads) continue;
+#pragma unroll
+    for (int j = 0; j < W; ++j) {
+      const float c = cos_sin[2 * j], sine = direction * cos_sin[2 * j + 1];
+      const float turned = a[k][j] * c - b[k][j] * sine;
+      b[k][j] = a[k][j] * sine + b[k][j] * c;
+      a[k][j] = turned;
     }
+    store_pairs<PAIRS>(token + (h + k * columns) * s.HS, a[k], b[k], i, R);
+  }
 }
 
 template <int W, class Real>
-void rope_launch(Cuda& be, Real* qkv, const RopeTable& table, RopeShape s, float direction) {
-  const int R = ROTARY_DIM_OR(table.R);
-  const size_t threads = size_t(s.B) * (s.T - s.first) * divide_up(s.NH + s.NKV, kRopeHeads) * (R / 2 / W);
+void rope_wide(Cuda& be, Real* qkv, const RopeTable& table, RopeShape s, float direction) {
+  const size_t threads = size_t(s.B) * (s.T - s.first) * divide_up(s.NH + s.NKV, kRopeHeads) * (table.R / 2 / W);
   launch(be, "rope",
-         table.pairs == RopePairs::half ? rope_kernel<Real, W, RopePairs::half>
-                                        : rope_kernel<Real, W, RopePairs::interleaved>,
-         divide_up(threads, 256), 256, 0, qkv, table.cos_sin, R, s, direction);
+         table.pairs == RopePairs::half ? rope_wide_kernel<W, RopePairs::half, Real>
+                                        : rope_wide_kernel<W, RopePairs::interleaved, Real>,
+         divide_up(threads, 256), 256, 0, qkv, table, s, direction);
 }
 
-// How neighbouring lanes of a warp share the first CHANNELS channels of a head at one position: kPacks packs of W for
-// each. The two channels of a pair may lie in different lanes, and meet in shared memory.
-template <int CHANNELS, int W>
-struct HeadLanes {
-  static constexpr int kLanes = CHANNELS / W < 32 ? CHANNELS / W : 32, kPacks = CHANNELS / W / kLanes;
-  static constexpr int kHeads = 256 / kLanes;  // that a block of 256 threads works on at a time
-
-  // The first channel of a lane's pack.
-  __device__ static int channel(int pack) { return (pack * kLanes + int(threadIdx.x) % kLanes) * W; }
-  __device__ static float sum(float x) {  // over the lanes of a head
-#pragma unroll
-    for (int step = kLanes / 2; step > 0; step /= 2) x += __shfl_xor_sync(~0u, x, step);
-    return x;
-  }
-
-  // Turns those of the lane's channels x that are under R; y (CHANNELS) is the head's place in shared memory, cos_sin
-  // (R/2, 2) the table's row. All lanes of the warp take part.
-  __device__ static void turn(float (&x)[kPacks][W], float* y, const float* cos_sin, int R, RopePairs pairs,
-                              float direction) {
-#pragma unroll
-    for (int p = 0; p < kPacks; ++p)
-      if (channel(p) < R) store<W>(y + channel(p), x[p]);
-    __syncwarp();
-#pragma unroll
-    for (int p = 0; p < kPacks; ++p)
-#pragma unroll
-      for (int k = 0; k < W; ++k) {
-        const int c = channel(p) + k;
-        if (c >= R) continue;
-        const bool half = pairs == RopePairs::half, is_second = half ? c >= R / 2 : c % 2;
-        const int i = half ? c - is_second * (R / 2) : c / 2;
-        float angle[2];
-        load<2>(angle, cos_sin + 2 * i);
-        const float other = y[is_second ? rope_first(pairs, i) : rope_second(pairs, i, R)], sine = direction * angle[1];
-        x[p][k] = x[p][k] * angle[0] + (is_second ? other * sine : -other * sine);
-      }
-    __syncwarp();
-  }
-};
-
-constexpr int kRopeSmall = 16;  // channels
-
-// The same for R up to 16. Memory moves in sectors of 32 bytes, and to write a part of one costs more than all of it:
-// the lanes read and write the first 16 channels of a head in full, those from R on as they were.
+// Whether rung 2 and rung 3 can work on such heads.
 template <class Real>
-__global__ void __launch_bounds__(256) rope_head_kernel(Real* qkv, const float* table, int run_time_R, RopePairs pairs,
-                                                        RopeShape s, float direction) {
-  constexpr int W = kWide<Real>;
-  using Lanes = HeadLanes<kRopeSmall, W>;
-  __shared__ __align__(16) float shared[Lanes::kHeads][kRopeSmall];
-  const int R = ROTARY_DIM_OR(run_time_R);
-  const unsigned heads = s.NH + s.NKV, rows = s.T - s.first;
-  const unsigned id = blockIdx.x * Lanes::kHeads + threadIdx.x / Lanes::kLanes, n = id / heads, h = id % heads;
-  const unsigned t = s.first + n % rows;
-  const bool inside = n < s.B * rows;
-  Real* to = qkv + ((size_t(n / rows) * s.T + t) * (heads + s.NKV) + h) * s.HS + Lanes::channel(0);
-  float x[1][W] = {};
-  if (inside) load<W>(x[0], to);
-  Lanes::turn(x, shared[threadIdx.x / Lanes::kLanes], table + size_t(t) * R, R, pairs, direction);
-  if (inside) store<W>(to, x[0]);
+bool rope_sectors_fit(const Real* qkv, const RopeTable& table, RopeShape s) {
+  return table.R <= kSectorChannels && s.HS >= kSectorChannels && wide(s.HS, qkv);
+}
+template <int W, class Real>
+bool rope_wide_fits(const Real* qkv, const RopeTable& table, RopeShape s) {
+  const int access = std::min(kWide<Real>, table.pairs == RopePairs::half ? W : 2 * W);  // elements
+  return table.R / 2 % W == 0 && s.HS % access == 0 &&
+         reinterpret_cast<uintptr_t>(qkv) % (access * sizeof(Real)) == 0;
 }
 
-// 10 % of 64, 128 and 256 channels is R = 6, 12 and 26; for R above 16, the widest access that divides the pairs and
-// the heads. What 10 % saves depends on the head: in bf16 on an H100 it takes 0.28 of the time of all of 256 channels,
-// 0.40 of that of 128, and 0.54 of that of 64, where to write 32 of every 128 bytes takes memory 0.6 of the time of
-// writing everything.
+// 10 % of 64, 128 and 256 channels is R = 6, 12 and 26: rung 2, rung 2, and rung 3 with W = 1, as 26 / 2 is odd. What
+// 10 % saves depends on the head: in bf16 on an H100 it takes 0.28 of the time of all of 256 channels, 0.40 of that of
+// 128, and 0.54 of that of 64, where to write 32 of every 128 bytes takes memory 0.6 of the time of writing everything.
 template <class Real>
 void rope_rotate(Cuda& be, Real* qkv, const RopeTable& table, RopeShape s, float direction) {
-  const int R = ROTARY_DIM_OR(table.R);
-  if (R == 0) return;
-  if (R <= kRopeSmall && s.HS >= kRopeSmall && wide(s.HS, qkv)) {
-    const size_t items = size_t(s.B) * (s.T - s.first) * (s.NH + s.NKV);
-    return launch(be, "rope", rope_head_kernel<Real>, divide_up(items, HeadLanes<kRopeSmall, kWide<Real>>::kHeads), 256,
-                  0, qkv, table.cos_sin, R, table.pairs, s, direction);
-  }
-  auto fits = [&](int W) {
-    return R / 2 % W == 0 && s.HS % W == 0 && reinterpret_cast<uintptr_t>(qkv) % (W * sizeof(Real)) == 0;
-  };
-  if (fits(kWide<Real>)) return rope_launch<kWide<Real>>(be, qkv, table, s, direction);
-  if (fits(2)) return rope_launch<2>(be, qkv, table, s, direction);
-  rope_launch<1>(be, qkv, table, s, direction);
+  if (table.R == 0) return;
+  if (rope_sectors_fit(qkv, table, s)) return rope_sectors(be, qkv, table, s, direction);
+  constexpr int W = kWide<Real>;
+  if (rope_wide_fits<W>(qkv, table, s)) return rope_wide<W>(be, qkv, table, s, direction);
+  if (rope_wide_fits<2>(qkv, table, s)) return rope_wide<2>(be, qkv, table, s, direction);
+  if (rope_wide_fits<1>(qkv, table, s)) return rope_wide<1>(be, qkv, table, s, direction);
+  rope_pairs(be, qkv, table, s, direction);
 }
 
 template <class Real>

@@ -150,8 +150,7 @@ Settings settings_of(const Shape& shape, std::vector<std::string> more = {}) {
   more.push_back("--context=" + std::to_string(shape.context));
   apply_flags(s, more);
   if (s.model.vocab == 0) s.model.vocab = 264;  // bytes and the end of a text, rounded up
-  resolve(s.model, s.rotary_fraction);
-  s.rotary_fraction = double(s.model.rotary_dim) / s.model.head_size;
+  resolve_settings(s);
   return s;
 }
 

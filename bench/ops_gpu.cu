@@ -10,7 +10,9 @@
 
 #include <algorithm>
 #include <cstdio>
+#include <map>
 #include <random>
+#include <string>
 
 #include "run/diagnostics.cuh"
 
@@ -61,6 +63,46 @@ struct Tensor {
   T* operator()() const { return memory.template as<T>(); }  // its address on the GPU
 };
 
+// Calls visit(name, milliseconds) for every rung of RoPE that can work on bf16 heads of such a shape.
+template <class Visit>
+static void for_rope_rungs(RopeShape s, int R, RopePairs pairs, Visit visit) {
+  Tensor<bf16> qkv(size_t(s.B) * s.T * (s.NH + 2 * s.NKV) * s.HS);
+  Tensor<float> values(size_t(s.T) * R);
+  const RopeTable table(values(), s.T, R, pairs);
+  visit("pair by pair", milliseconds([&] { rope_pairs(*be, qkv(), table, s, 1); }));
+  auto wide = [&](const char* name, auto W) {
+    if (rope_wide_fits<W()>(qkv(), table, s))
+      visit(name, milliseconds([&] { rope_wide<W()>(*be, qkv(), table, s, 1); }));
+  };
+  wide("1 pair", std::integral_constant<int, 1>());
+  wide("2 pairs", std::integral_constant<int, 2>());
+  wide("8 pairs", std::integral_constant<int, 8>());
+  if (rope_sectors_fit(qkv(), table, s))
+    visit("16 channels", milliseconds([&] { rope_sectors(*be, qkv(), table, s, 1); }));
+  visit("as used", milliseconds([&] { rope_forward(*be, qkv(), table, s); }));
+}
+
+// The rungs side by side: 65,536 tokens of 768 channels. GB/s: of the rung that is used, the channels that it must read
+// and write.
+static void rope_rungs() {
+  const std::vector<std::string> names = {"pair by pair", "1 pair", "2 pairs", "8 pairs", "16 channels", "as used"};
+  const int N = 65536, C = 768, T = 1024;
+  std::printf("rope, milliseconds        ");
+  for (const std::string& name : names) std::printf(" %12s", name.c_str());
+  std::printf("\n");
+  for (RopePairs pairs : {RopePairs::half, RopePairs::interleaved})
+    for (int HS : {64, 128, 256})
+      for (double fraction : {0.1, 0.25, 1.0}) {
+        const int R = rotary_dim_from_fraction(fraction, HS);
+        std::map<std::string, double> ms;
+        for_rope_rungs({N / T, T, C / HS, C / HS, HS}, R, pairs, [&](const char* name, double t) { ms[name] = t; });
+        std::printf("%-11s %3d of %3d    ", pairs == RopePairs::half ? "half" : "interleaved", R, HS);
+        for (const std::string& name : names)
+          ms.count(name) ? std::printf(" %12.4f", ms[name]) : std::printf(" %12s", "-");
+        std::printf(" %6.0f GB/s\n", double(N) * 2 * (C / HS) * R * 2 * 2 / ms["as used"] * 1e-6);
+      }
+}
+
 static void operations() {
   const int B = 64, T = 1024, NH = 12, HS = 64, C = 768, F = 2048, V = 50304, N = B * T, QKV = 3 * C, rows = 5312;
   const size_t n = N;
@@ -108,21 +150,7 @@ static void operations() {
   linear("down", h(), act(), wdown(), N, F, C);
   linear("head, 5312 rows", logits(), h(), head(), rows, C, V);
 
-  for (int HSR : {64, 128, 256})  // a head size; width 768 and 65,536 tokens throughout
-    for (int percent : {100, 50, 25, 10}) {
-      const int heads = C / HSR, R_ = rotary_dim_from_fraction(percent / 100.0, HSR);
-      Tensor<float> table(size_t(T) * R_);
-      RopeTable rope = {table(), T, R_, RopePairs::half};
-      const RopeShape s = {B, T, heads, heads, HSR};
-      char label[64];
-      std::snprintf(label, sizeof label, "rope, head size %d, R = %d", HSR, R_);
-      row(label, milliseconds([&] { rope_forward(*be, qkv(), rope, s); }), double(n) * 2 * heads * R_ * 2 * 2);
-      if (HSR == 64 && percent == 100) {
-        rope.pairs = RopePairs::interleaved;
-        row("  the same, interleaved pairs", milliseconds([&] { rope_forward(*be, qkv(), rope, s); }),
-            double(n) * 2 * heads * R_ * 2 * 2);
-      }
-    }
+  rope_rungs();
   {
     Tensor<float> table(size_t(T) * 64), qk_rstd(n * 2 * NH);
     Tensor<R> raw(n * 2 * C);
@@ -205,16 +233,9 @@ static void roofs() {
 
 static void rope_ladder(RopeShape s, int R) {
   const size_t heads = size_t(s.B) * s.T * (s.NH + s.NKV);
-  Tensor<bf16> qkv(size_t(s.B) * s.T * (s.NH + 2 * s.NKV) * s.HS);
-  Tensor<float> table(size_t(s.T) * R);
-  const RopeTable rope = {table(), s.T, R, RopePairs::half};
-  auto rung = [&](const char* name, auto work) {
-    kernel_row("rope", name, "bf16", s, R, 4.0 * heads * R + 4.0 * s.T * R, 3.0 * heads * R, milliseconds(work));
-  };
-  rung("1 pair", [&] { rope_launch<1>(*be, qkv(), rope, s, 1); });
-  if (R / 2 % 2 == 0) rung("2 pairs", [&] { rope_launch<2>(*be, qkv(), rope, s, 1); });
-  if (R / 2 % 8 == 0) rung("8 pairs", [&] { rope_launch<8>(*be, qkv(), rope, s, 1); });
-  if (R <= kRopeSmall) rung("16 channels", [&] { rope_forward(*be, qkv(), rope, s); });
+  for_rope_rungs(s, R, RopePairs::half, [&](const char* name, double ms) {
+    kernel_row("rope", name, "bf16", s, R, 4.0 * heads * R + 4.0 * s.T * R, 3.0 * heads * R, ms);
+  });
 }
 
 template <class Real>

@@ -430,7 +430,6 @@ inline Settings import_model(const std::string& from, const std::string& run_dir
   std::string type;
   Settings s;
   s.model = imported_config(from + "/config.json", read_json_file(from + "/config.json"), type);
-  s.rotary_fraction = NAN;
 
   // One file of tensors, or several with an index.
   std::vector<std::string> names = {"model.safetensors"};

@@ -136,9 +136,10 @@ inline void command_memory(const std::vector<std::string>& args) {
     f.group("RoPE table");
     f.add("fractions", fractions, "shares of the head, up to 1; above 1 numbers of channels");
     f.add("contexts", contexts, "positions");
-    add_model_flags(f, settings.model, settings.rotary_fraction);
+    RotaryRequest rotary;
+    add_model_flags(f, settings.model, rotary);
     f.parse(args);
-    settle_rotary(f, settings.model, settings.rotary_fraction);
+    if (rotary.fraction || rotary.dim) settings.rotary = rotary;
   };
   Settings unused;
   parse(unused);  // for --preset and --run
@@ -147,7 +148,7 @@ inline void command_memory(const std::vector<std::string>& args) {
   parse(s);
   Config& c = s.model;
   if (c.vocab == 0) c.vocab = 264;  // the byte tokenizer's 257, rounded up as train does
-  resolve(c, s.rotary_fraction);
+  resolve_settings(s);
   expect_positive("batch", s.batch);
   check_device_and_dtype(device, dtype);
   if (device == "auto") device = dtype == "bf16" ? "cuda" : "cpu";

@@ -56,7 +56,7 @@ inline Source open_source(const std::string& run) {
   } catch (const nlohmann::json::exception& e) {
     throw UserError(path + ": not a checkpoint's state: " + e.what());
   }
-  resolve(source.settings.model, NAN);
+  resolve_settings(source.settings);
   if (source.vocabulary < 1 || source.vocabulary > source.settings.model.vocab)
     throw UserError(path + ": vocabulary " + std::to_string(source.vocabulary) + " does not fit the model's " +
                     std::to_string(source.settings.model.vocab));

@@ -9,15 +9,17 @@
 #include <cmath>
 #include <functional>
 #include <map>
+#include <optional>
 #include <string>
 #include <vector>
 
 #include "run/command_line.h"
 #include "model.h"
+#include "run/print.h"
 
 struct Settings {
   Config model;
-  double rotary_fraction = NAN;  // NAN: not given
+  RotaryRequest rotary;  // R follows from it once the head size is known: resolve_settings
 
   int steps = 1000, batch = 16, accumulate = 1;
   double lr = 1e-3, min_lr = -1;  // min_lr -1: a tenth of lr
@@ -44,29 +46,30 @@ struct Flag {
   std::function<void(const nlohmann::json&)> set;
 };
 
-// A preset is the same as its flags on the command line, before all others.
+// A preset is the same as its flags on the command line, before all others. Where none of them says how much RoPE
+// rotates, it is a tenth.
 inline const std::map<std::string, std::vector<std::string>>& presets() {
   static const std::map<std::string, std::vector<std::string>> table = {
       // For a CPU: minutes, and about an hour.
       {"nano",
-       {"--layers=4", "--width=128", "--heads=4", "--mlp-hidden=256", "--context=256", "--rotary-fraction=0.1",
-        "--batch=4", "--steps=2000", "--lr=3e-3", "--init-std=0.05"}},
+       {"--layers=4", "--width=128", "--heads=4", "--mlp-hidden=256", "--context=256", "--batch=4",
+        "--steps=2000", "--lr=3e-3", "--init-std=0.05"}},
       {"small",
-       {"--layers=6", "--width=384", "--heads=6", "--mlp-hidden=1024", "--context=256", "--rotary-fraction=0.1",
-        "--batch=16", "--steps=2000", "--lr=1e-3"}},
+       {"--layers=6", "--width=384", "--heads=6", "--mlp-hidden=1024", "--context=256", "--batch=16",
+        "--steps=2000", "--lr=1e-3"}},
       // GPT-2's size, with the block of today: for one GPU.
       {"gpt-124m",
        {"--layers=12", "--width=768", "--heads=12", "--mlp-hidden=2048", "--context=1024", "--vocab=50304", "--tied",
-        "--rotary-fraction=0.1", "--batch=64", "--accumulate=8", "--steps=19000", "--lr=6e-4"}},
+        "--batch=64", "--accumulate=8", "--steps=19000", "--lr=6e-4"}},
       // The two 1B models of arXiv 2603.11611 at 10 % rotation: 8.4 M tokens a step, 12,000 steps.
       {"llama-1b",
        {"--layers=16", "--width=2048", "--heads=32", "--kv-heads=8", "--head-size=64", "--mlp-hidden=8192",
-        "--context=2048", "--vocab=50304", "--rotary-fraction=0.1", "--batch=8", "--accumulate=512", "--steps=12000",
-        "--lr=4e-4", "--min-lr=4e-5"}},
+        "--context=2048", "--vocab=50304", "--batch=8", "--accumulate=512", "--steps=12000", "--lr=4e-4",
+        "--min-lr=4e-5"}},
       {"parallel-1b",
        {"--layers=16", "--width=2048", "--heads=8", "--head-size=256", "--mlp-hidden=2816", "--context=2048",
-        "--vocab=50304", "--block=parallel", "--rotary-fraction=0.1", "--batch=8", "--accumulate=512", "--steps=12000",
-        "--lr=4e-4", "--min-lr=4e-5"}},
+        "--vocab=50304", "--block=parallel", "--batch=8", "--accumulate=512", "--steps=12000", "--lr=4e-4",
+        "--min-lr=4e-5"}},
       // The Pythia block (Biderman et al. 2023, arXiv 2304.01373): LayerNorm, GELU, biases, parallel, 25 %.
       {"pythia-70m",
        {"--layers=6", "--width=512", "--heads=8", "--mlp-hidden=2048", "--context=2048", "--vocab=50304",
@@ -96,13 +99,15 @@ class Flags {
   template <class T>
   CLI::Option* add(const std::string& name, T& value, const std::string& help) {
     table.push_back({name, group_, [&value] { return nlohmann::json(value); },
-                     [&value, name](const nlohmann::json& j) {
-                       const bool whole = j.is_number_integer() && nlohmann::json(j.get<T>()) == j;
-                       const bool fits = std::is_integral_v<T> ? whole : j.is_number();
-                       if (!fits) throw UserError("--" + name + " " + j.dump() + ": not such a number");
-                       value = j.get<T>();
-                     }});
+                     [&value, name](const nlohmann::json& j) { value = number<T>(name, j); }});
     return app.add_option("--" + name, value, help)->group(group_)->capture_default_str();
+  }
+  // What only the command line gives: files get and set something else in its place.
+  template <class T, class Get, class Set>
+  CLI::Option* add(const std::string& name, std::optional<T>& value, const std::string& help, Get get, Set set) {
+    table.push_back({name, group_, [get] { return nlohmann::json(get()); },
+                     [set, name](const nlohmann::json& j) { set(number<T>(name, j)); }});
+    return app.add_option("--" + name, value, help)->group(group_);
   }
   CLI::Option* add(const std::string& name, std::string& value, const std::string& help) {
     table.push_back({name, group_, [&value] { return nlohmann::json(value); },
@@ -133,15 +138,22 @@ class Flags {
         ->default_str(words[int(value)]);
   }
 
-  bool given(const std::string& name) { return app.get_option("--" + name)->count() > 0; }
-
   void parse(const std::vector<std::string>& args) { parse_command_line(app, args); }
 
  private:
   std::string group_;
+
+  template <class T>
+  static T number(const std::string& name, const nlohmann::json& j) {
+    const bool whole = j.is_number_integer() && nlohmann::json(j.get<T>()) == j;
+    if (!(std::is_integral_v<T> ? whole : j.is_number()))
+      throw UserError("--" + name + " " + j.dump() + ": not such a number");
+    return j.get<T>();
+  }
 };
 
-inline void add_model_flags(Flags& f, Config& c, double& rotary_fraction) {
+// `rotary` takes what the command line says of R; files hold R itself, and its share for the reader.
+inline void add_model_flags(Flags& f, Config& c, RotaryRequest& rotary) {
   f.group("Model");
   f.add("layers", c.layers, "transformer blocks");
   f.add("width", c.width, "channels of the residual stream");
@@ -151,8 +163,12 @@ inline void add_model_flags(Flags& f, Config& c, double& rotary_fraction) {
   f.add("mlp-hidden", c.mlp_hidden, "channels inside the MLP; 0: 8/3 (swiglu) or 4 (gelu) times the width");
   f.add("context", c.context, "positions in a training window");
   f.add("vocab", c.vocab, "vocabulary size; 0: that of the data, rounded up to a multiple of 8");
-  f.add("rotary-fraction", rotary_fraction, "share of each head's channels that RoPE rotates, 0 to 1");
-  f.add("rotary-dim", c.rotary_dim, "the same as a number of channels, even");
+  f.add("rotary-fraction", rotary.fraction, "share of each head's channels that RoPE rotates, 0 to 1",
+        [&c] { return double(c.rotary_dim) / c.head_size; }, [](double) {})
+      ->default_str(kRotaryDim ? "" : format("%g", kRotaryFraction));
+  f.add("rotary-dim", rotary.dim, "the same as a number of channels, even", [&c] { return c.rotary_dim; },
+        [&](int R) { c.rotary_dim = R, rotary = {{}, R}; })
+      ->default_str(kRotaryDim ? std::to_string(*kRotaryDim) : "");
   f.add("rope-base", c.rope_base, "base of the rotation frequencies");
   f.add_choice("rope-pairs", c.rope_pairs, {"half", "interleaved"}, "which channels pair up");
   f.add("qk-norm", c.qk_norm, "RMSNorm on queries and keys before RoPE");
@@ -204,30 +220,10 @@ inline void add_run_flags(Flags& f, Settings& s) {
   f.add("replay-step", s.replay_step, "repeat a step of --run and look into it; -1: train");
 }
 
-// The two ways to say how much is rotated must agree; what a flag says later overrides what a preset said.
-inline void settle_rotary(Flags& f, Config& c, double& fraction) {
-  if (f.given("rotary-dim") && c.rotary_dim < 0) check_rotary_dim(c.rotary_dim, 2);
-  if (f.given("rotary-fraction")) rotary_dim_from_fraction(fraction, 2);  // refuses what is not a fraction
-  if (f.given("rotary-dim") && !f.given("rotary-fraction")) fraction = NAN;
-  if (f.given("rotary-fraction") && !f.given("rotary-dim")) c.rotary_dim = -1;
-}
-
-// Puts R, derived from the fraction if that is what was given, into the configuration, and checks all of it.
-inline void resolve(Config& c, double fraction) {
-  Config sizes = c;
-  sizes.rotary_dim = ROTARY_DIM_OR(0);
-  if (sizes.head_size == 0 && sizes.heads > 0 && sizes.width % sizes.heads == 0)
-    sizes.head_size = sizes.width / sizes.heads;
-  if (!std::isnan(fraction) && sizes.head_size > 0) {
-    const int R = rotary_dim_from_fraction(fraction, sizes.head_size);
-    if (c.rotary_dim >= 0 && c.rotary_dim != R)
-      throw UserError("--rotary-dim " + std::to_string(c.rotary_dim) + " and --rotary-fraction " +
-                      std::to_string(fraction) + " disagree: the fraction means " + std::to_string(R) + " of " +
-                      std::to_string(sizes.head_size) + " channels; give one of them");
-    c.rotary_dim = R;
-  }
-  if (c.rotary_dim < 0) c.rotary_dim = rotary_dim_from_fraction(0.1, std::max(sizes.head_size, 2));
-  resolve(c);
+// Once all flags are read: sizes that follow from others, then R, which needs the head size.
+inline void resolve_settings(Settings& s) {
+  resolve(s.model);
+  s.model.rotary_dim = rotary_dim(s.rotary, s.model.head_size);
 }
 
 inline void expect_positive(const char* flag, double value, bool zero_allowed = false) {
@@ -242,16 +238,24 @@ inline void expect_positive(const char* flag, double value, bool zero_allowed = 
 // Flags of `train`, from the command line: preset, then flags. `base` holds what they start from (a resumed run's).
 inline void apply_flags(Settings& s, const std::vector<std::string>& args) {
   Flags f("Train a GPT with partial RoPE.", "train");
-  add_model_flags(f, s.model, s.rotary_fraction);
+  RotaryRequest rotary;
+  add_model_flags(f, s.model, rotary);
   add_optimizer_flags(f, s);
   add_run_flags(f, s);
   f.parse(args);
-  settle_rotary(f, s.model, s.rotary_fraction);
+  if (rotary.fraction || rotary.dim) s.rotary = rotary;  // either flag overrides both of what `s` came with
 }
 
-inline const std::vector<std::string>& preset_flags(const std::string& name) {
+inline std::vector<std::string> preset_flags(const std::string& name) {
   const auto found = presets().find(name);
-  if (found != presets().end()) return found->second;
+  if (found != presets().end()) {
+    std::vector<std::string> flags = found->second;
+    if (kRotaryDim)  // the program was built for another R than the preset may have
+      flags.erase(std::remove_if(flags.begin(), flags.end(),
+                                 [](const std::string& flag) { return flag.rfind("--rotary-fraction", 0) == 0; }),
+                  flags.end());
+    return flags;
+  }
   std::vector<std::string> names;
   for (const auto& preset : presets()) names.push_back(preset.first);
   const std::string guess = closest(name, names);
@@ -265,7 +269,7 @@ inline const std::vector<std::string>& preset_flags(const std::string& name) {
 inline nlohmann::ordered_json settings_json(Settings& s,
                                             const std::vector<std::string>& groups = {"Model", "Optimiser", "Run"}) {
   Flags f("", "");
-  add_model_flags(f, s.model, s.rotary_fraction);
+  add_model_flags(f, s.model, s.rotary);
   add_optimizer_flags(f, s);
   add_run_flags(f, s);
   nlohmann::ordered_json json;
@@ -274,7 +278,7 @@ inline nlohmann::ordered_json settings_json(Settings& s,
     if (flag.name == "resume" || flag.name == "replay-step") continue;
     std::string key = flag.name;
     std::replace(key.begin(), key.end(), '-', '_');
-    json[key] = key == "rotary_fraction" ? nlohmann::json(double(s.model.rotary_dim) / s.model.head_size) : flag.get();
+    json[key] = flag.get();
   }
   return json;
 }
@@ -284,7 +288,7 @@ inline Settings settings_from_json(const std::string& path, const nlohmann::json
   if (!json.is_object()) throw UserError(path + ": no settings there");
   Settings s;
   Flags f("", "");
-  add_model_flags(f, s.model, s.rotary_fraction);
+  add_model_flags(f, s.model, s.rotary);
   add_optimizer_flags(f, s);
   add_run_flags(f, s);
   for (const Flag& flag : f.table) {
@@ -298,7 +302,6 @@ inline Settings settings_from_json(const std::string& path, const nlohmann::json
       throw UserError(path + ": " + e.what());
     }
   }
-  s.rotary_fraction = NAN;  // what counts is rotary_dim
   return s;
 }
 

@@ -76,9 +76,9 @@ inline Run prepare(const std::vector<std::string>& args) {
     if (run.init.empty())
       throw UserError("--init " + asked.init + ": no checkpoint in runs/" + asked.init + " or " + asked.init);
     const std::string state = run.init + "/state.json";
-    s.model = settings_from_state(state, read_json_file(state)).model;
+    const Settings from = settings_from_state(state, read_json_file(state));
+    s.model = from.model, s.rotary = from.rotary;
     check_weights(s.model, run.init);
-    s.rotary_fraction = NAN;
   }
   Settings before = s;
   // A preset named again on resume must not reset the run's own flags: its flags count as given by the user.
@@ -127,7 +127,7 @@ inline Run prepare(const std::vector<std::string>& args) {
     if (!run.meta.vocabulary) throw UserError("--vocab: needed, because there is no meta.json beside " + s.data);
     s.model.vocab = (run.meta.vocabulary + 7) / 8 * 8;
   }
-  resolve(s.model, s.rotary_fraction);
+  resolve_settings(s);
   for (const Dataset* data : {run.train.get(), run.val.get()}) {
     data->windows(s.model.context);
     data->check_tokens(s.model.vocab);

@@ -184,9 +184,7 @@ std::vector<QkNorm> qk_norm_cases() {
   std::vector<QkNorm> all;
   for (int R : {0, 2, 4, 8})
     for (RopePairs pairs : {RopePairs::half, RopePairs::interleaved}) {
-#ifdef ROTARY_DIM
-      if (R != ROTARY_DIM) continue;
-#endif
+      if (R != kRotaryDim.value_or(R)) continue;
       all.emplace_back(RopeShape{2, 11, 3, 3, 8}, R, pairs);
       all.emplace_back(RopeShape{1, 9, 4, 2, 9}, R, pairs);
     }

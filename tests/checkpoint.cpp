@@ -69,7 +69,7 @@ TEST_CASE("checkpoint: a state.json that claims too much is refused before memor
   TemporaryDirectory directory;
   Settings s;
   s.model.layers = 2, s.model.width = 16, s.model.heads = 2, s.model.vocab = 8, s.model.rotary_dim = 2;
-  resolve(s.model, NAN);
+  resolve(s.model);
   const ParameterTable table = parameter_table(s.model);
   const std::vector<float> weights(table.total, 1.0f);
   write_safetensors(directory / "model.safetensors", named(table, weights.data(), ""));

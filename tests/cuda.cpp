@@ -1,189 +1,17 @@
-// CUDA against the CPU: every operation, forward and backward, in fp32 and bf16, at sizes that fit no tile.
-//
-// For bf16 the CPU works in fp32 on the same inputs, rounded to bf16. Outputs are poisoned with NaN first, so an
-// element that a kernel leaves out is found. Compiled with nvcc -x cu; without a GPU the tests say that they were
-// skipped. CUDA_TESTS=small leaves the large sizes out, for compute-sanitizer.
+// CUDA against the CPU: the operations that have no tests of their own file yet, and the model. See tests/cuda.h.
 
-#include <doctest/doctest.h>
-
-#include "device/backend.h"
+#include "tests/cuda.h"
 
 #ifdef __CUDACC__
 
 #include <array>
-#include <random>
 
 #include "run/diagnostics.cuh"
 
-namespace {
-
-// The GPU, or nullptr where there is none. One for all tests: a Cuda owns a stream and a workspace.
-Cuda* gpu() {
-  static Cuda* be = []() -> Cuda* {
-    try {
-      return new Cuda();
-    } catch (const UserError&) {
-      MESSAGE("no CUDA GPU here: the CUDA tests are skipped");
-      return nullptr;
-    }
-  }();
-  return be;
-}
-bool small() { return std::getenv("CUDA_TESTS") && std::string(std::getenv("CUDA_TESTS")) == "small"; }
-std::vector<int> lengths() { return small() ? std::vector<int>{1, 17, 65} : std::vector<int>{1, 17, 65, 1000}; }
-
-using Values = std::vector<float>;
-Cpu cpu;
-
-// Half a unit in the last place, relative: what one rounding to Real may cost. bf16 has 8 significant bits, fp32 24.
-template <class Real>
-constexpr double kRound = std::is_same_v<Real, bf16> ? 0x1p-8 : 0x1p-24;
-
-template <class Real>
-float round_to(float x) {
-  return float(Real(x));
-}
-
-// n normal numbers that Real can hold.
-template <class Real>
-Values numbers(size_t n, int seed, float deviation = 1, float mean = 0) {
-  std::mt19937 random(seed);
-  std::normal_distribution<float> normal(mean, deviation);
-  Values x(n);
-  for (float& value : x) value = round_to<Real>(normal(random));
-  return x;
-}
-Values absolute(Values x) {
-  for (float& value : x) value = std::fabs(value);
-  return x;
-}
-
-// A tensor on the GPU. Made from a size, it is full of NaN.
-template <class T>
-struct Tensor {
-  Buffer<Cuda> memory;
-  size_t n;
-  explicit Tensor(size_t count) : memory(*gpu(), count * sizeof(T)), n(count) {
-    check(cudaMemsetAsync(memory.data, 0xff, n * sizeof(T), gpu()->stream), "cudaMemsetAsync");
-  }
-  template <class U>
-  explicit Tensor(const std::vector<U>& host) : Tensor(host.size()) {
-    std::vector<T> values(host.begin(), host.end());
-    gpu()->upload(memory.data, values.data(), n * sizeof(T));
-    gpu()->synchronize();
-  }
-  T* operator()() const { return memory.template as<T>(); }  // its address on the GPU
-  std::vector<T> bits() const {
-    std::vector<T> values(n);
-    gpu()->download(values.data(), memory.data, n * sizeof(T));
-    return values;
-  }
-  Values host() const {
-    std::vector<T> values = bits();
-    return Values(values.begin(), values.end());
-  }
-};
-
-template <class T>
-bool same_bits(const std::vector<T>& a, const std::vector<T>& b) {
-  return a.size() == b.size() && std::memcmp(a.data(), b.data(), a.size() * sizeof(T)) == 0;
-}
-
-// Each |got - want| <= relative |want| + absolute sum; sum is one number or, per element, the sum of the absolute
-// values of the terms that make up the element.
-void close(const char* what, const Values& got, const Values& want, double relative, double absolute,
-           const Values& sums = {1}) {
-  REQUIRE(got.size() == want.size());
-  double worst = 0;
-  size_t at = 0;
-  for (size_t i = 0; i < got.size(); ++i) {
-    const double bound = relative * std::fabs(want[i]) + absolute * sums[sums.size() == 1 ? 0 : i] + 1e-37;
-    const double excess = std::isfinite(got[i]) ? std::fabs(double(got[i]) - want[i]) / bound : INFINITY;
-    if (excess > worst) worst = excess, at = i;
-  }
-  INFO(std::string(what) << ": element " << at << " of " << got.size() << " is " << got[at] << ", should be "
-                         << want[at]);
-  CHECK(worst <= 1);
-}
-
-// ||got - want|| / ||want||; infinite when anything is not finite.
-double distance(const Values& got, const Values& want) {
-  double error = 0, size = 0;
-  for (size_t i = 0; i < got.size(); ++i) {
-    if (!std::isfinite(got[i])) return INFINITY;
-    error += std::pow(double(got[i]) - want[i], 2);
-    size += std::pow(double(want[i]), 2);
-  }
-  return std::sqrt(error / (size > 0 ? size : 1));
-}
-
-#define NEEDS_GPU \
-  if (!gpu()) return
-#define BOTH_TYPES float, bf16
-
-struct Table {
-  Values host;
-  Tensor<float> device;
-  RopeTable on_cpu, on_gpu;
-  Table(int positions, int R, RopePairs pairs) : host(size_t(positions) * R + 1), device(fill(host, positions, R)) {
-    on_cpu = {host.data(), positions, R, pairs};
-    on_gpu = {device(), positions, R, pairs};
-  }
-  static Values& fill(Values& host, int positions, int R) {
-    rope_fill_table(host.data(), positions, R, 10000);
-    return host;
-  }
-};
-
-// Calls test(shape, R, pairs) for the shapes of the packed buffer that RoPE and QK-Norm are tested at.
-template <class Test>
-void for_head_shapes(Test test) {
-  for (int T : lengths())
-    for (int NKV : {1, 4})
-      for (int HS : {10, 64})
-        for (int R : {0, 2, HS / 4 / 2 * 2, HS})
-          for (RopePairs pairs : {RopePairs::half, RopePairs::interleaved})
-            for (int first : {0, T / 2}) {
-              CAPTURE(T);
-              CAPTURE(NKV);
-              CAPTURE(HS);
-              CAPTURE(R);
-              CAPTURE(int(pairs));
-              CAPTURE(first);
-              test(RopeShape{2, T, 4, NKV, HS, first}, R, pairs);
-            }
-}
-
-}  // namespace
-
-TEST_CASE_TEMPLATE("cuda: rope", Real, BOTH_TYPES) {
-  NEEDS_GPU;
-  for_head_shapes([](RopeShape s, int R, RopePairs pairs) {
-    const Table table(s.T, R, pairs);
-    const Values qkv = numbers<Real>(size_t(s.B) * s.T * (s.NH + 2 * s.NKV) * s.HS, 1);
-    for (bool forward : {true, false}) {
-      Values want = qkv;
-      Tensor<Real> got(qkv);
-      if (forward) rope_forward(cpu, want.data(), table.on_cpu, s), rope_forward(*gpu(), got(), table.on_gpu, s);
-      if (!forward) rope_backward(cpu, want.data(), table.on_cpu, s), rope_backward(*gpu(), got(), table.on_gpu, s);
-      const Values result = got.host();
-      // Two products and a sum of numbers under 6: three roundings of up to 12; then one to Real.
-      close("rope", result, want, kRound<Real>, 3 * 12 * 0x1p-24);
-      bool untouched = true;  // outside the first R channels of queries and keys of positions from `first` on
-      for (size_t i = 0; i < qkv.size(); ++i) {
-        const size_t c = i % s.HS, h = i / s.HS % (s.NH + 2 * s.NKV), t = i / s.HS / (s.NH + 2 * s.NKV) % s.T;
-        const bool inside = int(c) < R && int(h) < s.NH + s.NKV && int(t) >= s.first;
-        untouched = untouched && (inside || result[i] == qkv[i]);
-      }
-      CHECK(untouched);
-    }
-  });
-}
-
 TEST_CASE_TEMPLATE("cuda: qk-norm and rope", Real, BOTH_TYPES) {
   NEEDS_GPU;
-  for_head_shapes([](RopeShape s, int R, RopePairs pairs) {
-    const Table table(s.T, R, pairs);
+  for_head_shapes({10, 64}, [](RopeShape s, int R, RopePairs pairs) {
+    const DeviceTable table(s.T, R, pairs);
     const int heads = s.NH + s.NKV;
     const size_t N = size_t(s.B) * s.T;
     const Values qkv = numbers<Real>(N * (heads + s.NKV) * s.HS, 2), qw = numbers<Real>(s.HS, 3, 0.3f, 1),
@@ -271,7 +99,7 @@ void test_attention(AttentionShape s, bool flash) {
   // Every element is a sum of terms each with its own relative error: at most p_error, a rounding, and that of D, which
   // comes from the rounded out; taken over the tensor such errors are relative to its norm. At T = 1 dS is 0 but for rounding (p = 1, dP = D), so dq and dk are
   // measured against dv as well: the norm is that of all of dqkv.
-  CHECK(distance(got_dqkv.host(), Values(dqkv.begin(), dqkv.end())) <= p_error + 3 * kRound<Real>);
+  CHECK(relative_distance(got_dqkv.host(), Values(dqkv.begin(), dqkv.end())) <= p_error + 3 * kRound<Real>);
 }
 
 }  // namespace
@@ -731,8 +559,8 @@ void compare_models(const Config& c) {
     // fp32: errors of sums of some hundred terms, a few 1e-6, through two blocks. bf16: each of some 20 tensors on the
     // way adds a relative error of up to 2^-8, independent of each other: sqrt(20) 2^-8 = 0.017; where gradients of
     // either sign nearly cancel (norm weights, biases) it is relative to more than the result, hence 3 times that.
-    CHECK(distance(part(fp32.gradients), part(want.gradients)) < 5e-5);
-    CHECK(distance(part(half.gradients), part(want.gradients)) < 0.05);
+    CHECK(relative_distance(part(fp32.gradients), part(want.gradients)) < 5e-5);
+    CHECK(relative_distance(part(half.gradients), part(want.gradients)) < 0.05);
   }
   for (int step = 0; step < steps; ++step) {
     CAPTURE(step);
@@ -788,7 +616,7 @@ TEST_CASE_TEMPLATE("cuda: logits with a key/value cache", Real, BOTH_TYPES) {
   stepwise.forward(tokens.data(), 1, T / 2);
   for (int t = T / 2; t < T; ++t) stepwise.forward(tokens.data(), 1, t + 1, t);
   stepwise.logits(got.data(), T, 1);
-  CHECK(distance(got, want) < 8 * kRound<Real> * std::sqrt(20.0));  // the same sums in other tiles; see compare_models
+  CHECK(relative_distance(got, want) < 8 * kRound<Real> * std::sqrt(20.0));  // the same sums in other tiles; see compare_models
 }
 
 #else

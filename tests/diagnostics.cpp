@@ -17,7 +17,7 @@ std::vector<double> noisy(size_t n, double level, double deviation) {
 Config small_config() {
   Config c;
   c.layers = 2, c.width = 24, c.heads = 4, c.kv_heads = 2, c.head_size = 10, c.mlp_hidden = 21, c.context = 9;
-  c.vocab = 31, c.rotary_dim = ROTARY_DIM_OR(4);
+  c.vocab = 31, c.rotary_dim = kRotaryDim.value_or(4);
   resolve(c);
   return c;
 }

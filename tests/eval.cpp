@@ -17,7 +17,7 @@ Config tiny(int R, RopePairs pairs = RopePairs::half, bool qk_norm = false, Bloc
   Config c;
   c.layers = 2, c.width = 48, c.heads = 4, c.kv_heads = 2, c.head_size = 12, c.mlp_hidden = 64, c.context = 24,
   c.vocab = 264;
-  c.rotary_dim = ROTARY_DIM_OR(R), c.rope_pairs = pairs, c.qk_norm = qk_norm, c.block = block;
+  c.rotary_dim = kRotaryDim.value_or(R), c.rope_pairs = pairs, c.qk_norm = qk_norm, c.block = block;
   resolve(c);
   return c;
 }
@@ -279,7 +279,7 @@ TEST_CASE("memory: the paper's 1B model, without allocating it") {
   Config c;
   c.layers = 16, c.width = 2048, c.heads = 32, c.kv_heads = 8, c.head_size = 64, c.mlp_hidden = 8192, c.context = 2048,
   c.vocab = 50304;
-  c.rotary_dim = ROTARY_DIM_OR(6);
+  c.rotary_dim = kRotaryDim.value_or(6);
   resolve(c);
   const size_t C = 2048, block = (32 + 16) * 64 * C + C * C + 3 * 8192 * C + 2 * C,
                all = 2 * 50304 * C + 16 * block + C;
@@ -346,7 +346,7 @@ TEST_CASE("trace: agrees with the model for every kind of block, and its parts s
 }
 
 TEST_CASE("trace: pairs, angles and offsets") {
-  if (ROTARY_DIM_OR(6) != 6) return;
+  if (kRotaryDim.value_or(6) != 6) return;
   for (RopePairs pairs : {RopePairs::half, RopePairs::interleaved}) {
     const Config c = tiny(6, pairs);
     Cpu cpu;
@@ -372,7 +372,7 @@ TEST_CASE("trace: pairs, angles and offsets") {
 }
 
 TEST_CASE("trace: says so when something does not agree") {
-  if (ROTARY_DIM_OR(4) != 4) return;
+  if (kRotaryDim.value_or(4) != 4) return;
   const Config c = tiny(4);
   Cpu cpu;
   Model<Cpu, float> model(cpu, c, 1, c.context, false);
@@ -388,7 +388,7 @@ TEST_CASE("trace: says so when something does not agree") {
 
 TEST_CASE("trace: long texts and large heads stay within 100 columns, cut or not") {
   Config c = tiny(4);
-  c.layers = 1, c.heads = 24, c.kv_heads = 24, c.head_size = 80, c.rotary_dim = ROTARY_DIM_OR(80), c.context = 700;
+  c.layers = 1, c.heads = 24, c.kv_heads = 24, c.head_size = 80, c.rotary_dim = kRotaryDim.value_or(80), c.context = 700;
   Cpu cpu;
   Model<Cpu, float> model(cpu, c, 1, c.context, false);
   scatter(model, 14);

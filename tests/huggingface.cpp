@@ -12,13 +12,13 @@ Config small() {
   Config c;
   c.layers = 2, c.width = 24, c.heads = 4, c.kv_heads = 2, c.head_size = 10, c.mlp_hidden = 21, c.context = 30,
   c.vocab = 264;
-  c.rotary_dim = ROTARY_DIM_OR(6);
+  c.rotary_dim = kRotaryDim.value_or(6);
   return c;
 }
 Config neox() {
   Config c = small();
   c.kv_heads = 4, c.head_size = 6, c.norm = NormKind::layer, c.mlp = MlpKind::gelu, c.bias = true;
-  c.rotary_dim = ROTARY_DIM_OR(2), c.block = BlockKind::parallel;
+  c.rotary_dim = kRotaryDim.value_or(2), c.block = BlockKind::parallel;
   return c;
 }
 

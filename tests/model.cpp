@@ -12,7 +12,7 @@ const std::vector<std::string> kRuns = {"llama", "pythia", "interleaved_tied"};
 
 // Whether this program can run it: after make ROTARY_DIM=6 it knows one rotary dimension only.
 bool built_for(const Config& c) {
-  const int R = ROTARY_DIM_OR(c.rotary_dim);
+  const int R = kRotaryDim.value_or(c.rotary_dim);
   return R == c.rotary_dim;
 }
 
@@ -63,7 +63,7 @@ Config everything() {
   Config c;
   c.layers = 2, c.width = 24, c.heads = 4, c.kv_heads = 2, c.head_size = 10, c.mlp_hidden = 21, c.context = 80,
   c.vocab = 262147;
-  c.rotary_dim = ROTARY_DIM_OR(4), c.qk_norm = true, c.bias = true, c.norm = NormKind::layer;
+  c.rotary_dim = kRotaryDim.value_or(4), c.qk_norm = true, c.bias = true, c.norm = NormKind::layer;
   resolve(c);
   return c;
 }
@@ -508,7 +508,7 @@ TEST_CASE("model: configurations that cannot be are refused, naming the flag and
   auto message = [](auto change) {
     Config c;
     c.vocab = 10;
-    c.rotary_dim = ROTARY_DIM_OR(2);
+    c.rotary_dim = kRotaryDim.value_or(2);
     change(c);
     return error_of([&] { resolve(c); });
   };
@@ -529,7 +529,7 @@ TEST_CASE("model: configurations that cannot be are refused, naming the flag and
     CHECK(contains(message([&](Config& c) { c.rope_base = base; }), "--rope-base"));
 
   Config c;
-  c.vocab = 10, c.rotary_dim = ROTARY_DIM_OR(2);
+  c.vocab = 10, c.rotary_dim = kRotaryDim.value_or(2);
   resolve(c);
   CHECK(c.kv_heads == 4);
   CHECK(c.head_size == 32);

@@ -12,7 +12,7 @@ namespace {
 Config tiny(int R, bool qk_norm = false) {
   Config c;
   c.layers = 2, c.width = 16, c.heads = 2, c.mlp_hidden = 24, c.context = 12, c.vocab = 264;
-  c.rotary_dim = ROTARY_DIM_OR(R), c.qk_norm = qk_norm;
+  c.rotary_dim = kRotaryDim.value_or(R), c.qk_norm = qk_norm;
   resolve(c);
   return c;
 }

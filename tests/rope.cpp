@@ -4,6 +4,7 @@
 
 #include <complex>
 
+#include "tests/cuda.h"
 #include "tests/helpers.h"
 
 namespace {
@@ -30,14 +31,10 @@ std::vector<Case> cases() {
   all.push_back(
       {2, 5, 3, 1, 7, 6, RopePairs::half, 10000});  // an odd head size: its last channel cannot have a partner
   all.push_back({2, 5, 3, 1, 7, 6, RopePairs::interleaved, 10000});
-#ifdef ROTARY_DIM  // such a build knows one R only
   std::vector<Case> kept;
   for (const Case& c : all)
-    if (c.R == ROTARY_DIM) kept.push_back(c);
+    if (c.R == kRotaryDim.value_or(c.R)) kept.push_back(c);  // a program built for one R knows no other
   return kept;
-#else
-  return all;
-#endif
 }
 
 struct Table {
@@ -102,13 +99,26 @@ TEST_CASE("rope: fractions and dimensions that mean nothing are refused, with th
     CHECK(contains(message, "--rotary-dim " + std::to_string(R)));
     CHECK(contains(message, "even, from 0 to the head size 64"));
   }
-#ifdef ROTARY_DIM
-  CHECK(error_of([] { check_rotary_dim(ROTARY_DIM, 64); }) == "");
-  CHECK(contains(error_of([] { check_rotary_dim(ROTARY_DIM + 2, 64); }), "built for " + std::to_string(ROTARY_DIM)));
-#else
-  for (int R : {0, 2, 6, 64}) CHECK(error_of([&] { check_rotary_dim(R, 64); }) == "");
-  CHECK(contains(error_of([] { check_rotary_dim(8, 7); }), "head size 7"));
-#endif
+  if (kRotaryDim) {
+    CHECK(error_of([] { check_rotary_dim(*kRotaryDim, 64); }) == "");
+    const std::string built = "built for " + std::to_string(*kRotaryDim);
+    CHECK(contains(error_of([] { check_rotary_dim(*kRotaryDim + 2, 64); }), built));
+  } else {
+    for (int R : {0, 2, 6, 64}) CHECK(error_of([&] { check_rotary_dim(R, 64); }) == "");
+    CHECK(contains(error_of([] { check_rotary_dim(8, 7); }), "head size 7"));
+  }
+}
+
+TEST_CASE("rope: R is what is asked for, else the program's own, else a tenth of the head") {
+  CHECK(rotary_dim({}, 128) == kRotaryDim.value_or(12));
+  for (int HS : {64, 256}) CHECK(error_of([&] { rotary_dim({}, HS); }) == "");
+  const int R = kRotaryDim.value_or(16);
+  CHECK(rotary_dim({{}, R}, 64) == R);
+  CHECK(rotary_dim({R / 64.0, {}}, 64) == R);
+  CHECK(rotary_dim({R / 64.0, R}, 64) == R);
+  CHECK(contains(error_of([] { rotary_dim({0.5, kRotaryDim.value_or(30)}, 64); }), "the fraction means 32 of 64"));
+  CHECK(contains(error_of([] { rotary_dim({{}, -2}, 64); }), "--rotary-dim -2"));
+  CHECK(contains(error_of([] { rotary_dim({double(NAN), {}}, 64); }), "--rotary-fraction nan"));
 }
 
 TEST_CASE("rope: the table holds cos and sin of t * base^(-2i/R), rounded once") {
@@ -206,9 +216,7 @@ TEST_CASE("rope: backward is the derivative of forward") {
 TEST_CASE("rope: q . k depends only on the distance") {
   for (RopePairs pairs : {RopePairs::half, RopePairs::interleaved})
     for (const int R : {2, 4, 16}) {
-#ifdef ROTARY_DIM
-      if (R != ROTARY_DIM) continue;
-#endif
+      if (R != kRotaryDim.value_or(R)) continue;
       const Case c{1, 300, 1, 1, 16, R, pairs, 10000};
       // The same query and the same key at every position.
       std::vector<double> qkv = random_values<double>(c.size(), 5);
@@ -234,7 +242,7 @@ TEST_CASE("rope: q . k depends only on the distance") {
 }
 
 TEST_CASE("rope: R of a head is the full RoPE of a head of R channels") {
-#ifndef ROTARY_DIM
+  if (kRotaryDim.value_or(6) != 6) return;
   for (RopePairs pairs : {RopePairs::half, RopePairs::interleaved}) {
     const Case partial{2, 9, 3, 1, 16, 6, pairs, 10000}, full{2, 9, 3, 1, 6, 6, pairs, 10000};
     const std::vector<float> before = random_values<float>(partial.size(), 6);
@@ -245,11 +253,10 @@ TEST_CASE("rope: R of a head is the full RoPE of a head of R channels") {
     };
     CHECK(same_bits(first_channels(rotated(partial, before)), rotated(full, first_channels(before))));
   }
-#endif
 }
 
 TEST_CASE("rope: interleaved pairs are half-split pairs in another order of channels") {
-  const int R = ROTARY_DIM_OR(8);
+  const int R = kRotaryDim.value_or(8);
   const int HS = 12;
   if (R == 0 || R > HS) return;
   const Case half{2, 9, 3, 1, HS, R, RopePairs::half, 10000},
@@ -281,3 +288,48 @@ TEST_CASE("rope: the number of threads changes nothing") {
   for (const Case& c : cases())
     CHECK(same_for_any_threads([&] { return rotated(c, random_values<float>(c.size(), 9)); }));
 }
+
+#ifdef __CUDACC__
+
+TEST_CASE_TEMPLATE("cuda: every rung of RoPE", Real, BOTH_TYPES) {
+  NEEDS_GPU;
+  for_head_shapes({7, 10, 64}, [](RopeShape s, int R, RopePairs pairs) {
+    const DeviceTable table(s.T, R, pairs);
+    const Values qkv = numbers<Real>(size_t(s.B) * s.T * (s.NH + 2 * s.NKV) * s.HS, 1);
+    auto compare = [&](const char* rung, auto rotate) {
+      for (float direction : {1.0f, -1.0f}) {
+        Values want = qkv;
+        rope_rotate(want.data(), table.on_cpu, s, direction);
+        Tensor<Real> got(qkv);
+        rotate(got(), direction);
+        const Values result = got.host();
+        // Two products and a sum of numbers under 6: three roundings of up to 12; then one to Real.
+        close(rung, result, want, kRound<Real>, 3 * 12 * 0x1p-24);
+        bool untouched = true;  // outside the first R channels of queries and keys of positions from `first` on
+        for (size_t i = 0; i < qkv.size(); ++i) {
+          const size_t c = i % s.HS, h = i / s.HS % (s.NH + 2 * s.NKV), t = i / s.HS / (s.NH + 2 * s.NKV) % s.T;
+          const bool inside = int(c) < R && int(h) < s.NH + s.NKV && int(t) >= s.first;
+          untouched = untouched && (inside || result[i] == qkv[i]);
+        }
+        CHECK(untouched);
+      }
+    };
+    const RopeTable& t = table.on_gpu;
+    const Tensor<Real> place(1);  // all allocations are aligned alike
+    compare("as used", [&](Real* x, float direction) {
+      direction > 0 ? rope_forward(*gpu(), x, t, s) : rope_backward(*gpu(), x, t, s);
+    });
+    if (R == 0) return;
+    compare("pairs", [&](Real* x, float direction) { rope_pairs(*gpu(), x, t, s, direction); });
+    if (rope_sectors_fit(place(), t, s))
+      compare("sectors", [&](Real* x, float direction) { rope_sectors(*gpu(), x, t, s, direction); });
+    if (rope_wide_fits<1>(place(), t, s))
+      compare("wide, 1", [&](Real* x, float direction) { rope_wide<1>(*gpu(), x, t, s, direction); });
+    if (rope_wide_fits<2>(place(), t, s))
+      compare("wide, 2", [&](Real* x, float direction) { rope_wide<2>(*gpu(), x, t, s, direction); });
+    if (rope_wide_fits<kWide<Real>>(place(), t, s))
+      compare("wide", [&](Real* x, float direction) { rope_wide<kWide<Real>>(*gpu(), x, t, s, direction); });
+  });
+}
+
+#endif  // __CUDACC__
