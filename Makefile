@@ -8,7 +8,7 @@
 # make nope    what makes a model without position unstable, what cures it: runs/nope/report.html (GPU, 4 min; QUICK=1: 1.5)
 # make nope-cpu   how its attention logits grow; 18 minutes on 2 cores
 # make shakespeare     fetches a data set and trains on it: shakespeare, tinystories, wikitext, fineweb, fineweb-edu
-# make bench   tokens per second and the time of each operation on the CPU; with a GPU, also: make build/ops_gpu
+# make bench   tokens per second and the time of each operation on the CPU; for a GPU see bench/README.md
 #
 # make ROTARY_DIM=6     the rotary dimension as a compile-time constant
 # make DEBUG=1          -O0 -g, for stepping through
@@ -94,10 +94,10 @@ build-fuzz/fuzz: tests/fuzz.cpp $(wildcard *.h *.cuh device/* text/* run/* eval/
 	clang++ $(CPPFLAGS) -DLIBFUZZER -DDOCTEST_CONFIG_DISABLE -std=c++17 -O1 -g -fopenmp \
 	  -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=all tests/fuzz.cpp -o $@ $(LDLIBS)
 
-# That all of it still compiles: the trainer and the CUDA tests, in whose objects every kernel is. The host code counts
-# as little as possible here.
+# That all of it still compiles: the trainer, the CUDA tests and the ladders, in whose objects every kernel is. The host
+# code counts as little as possible here.
 compile-cuda:
-	@$(foreach arch,75 80 90,$(MAKE) ARCH=$(arch) BUILD=build-sm$(arch) OPTIMISE=-O0 build-sm$(arch)/train build-sm$(arch)/tests-cuda.o &&) true
+	@$(foreach arch,75 80 90,$(MAKE) ARCH=$(arch) BUILD=build-sm$(arch) OPTIMISE=-O0 build-sm$(arch)/train $(addprefix build-sm$(arch)/,tests-cuda.o attention_ladder.o matmul_ladder.o) &&) true
 
 bench: $(BUILD)/bench
 	@$(BUILD)/bench $(ARGS)
@@ -109,7 +109,9 @@ $(BUILD)/eval: $(BUILD)/eval.o
 $(BUILD)/bench: $(BUILD)/bench.o
 $(BUILD)/ops_gpu: $(BUILD)/ops_gpu.o
 $(BUILD)/attention_gpu: $(BUILD)/attention_gpu.o
-$(addprefix $(BUILD)/,tests train data eval bench ops_gpu attention_gpu):
+$(BUILD)/attention_ladder: $(BUILD)/attention_ladder.o
+$(BUILD)/matmul_ladder: $(BUILD)/matmul_ladder.o
+$(addprefix $(BUILD)/,tests train data eval bench ops_gpu attention_gpu attention_ladder matmul_ladder):
 	$(LINK)
 
 $(BUILD)/%.o: %.cu $(BUILD)/ready

@@ -172,7 +172,8 @@ void attention_forward(Cpu&, Real* out, Acc<Real>* lse, const Real* qkv, Attenti
 
 // dqkv (B, T, NH + 2*NKV, HS) from dout (B, T, NH, HS) and what the forward pass read and wrote. With P the
 // probabilities:  dV = P^T dO,  dP = dO V^T,  dS = P * (dP - D) with D_t = dO_t . O_t,  dQ = dS K,  dK = dS^T Q.
-// D_t is the definition's sum_s p_s dP_s, as out = sum_s p_s v_s. `delta` (B, NH, T) is scratch for D, which the CUDA version computes in a pass of its own.
+// D_t is the definition's sum_s p_s dP_s, as out = sum_s p_s v_s. `delta` (B, NH, T) is scratch for D, which the CUDA
+// version computes in a pass of its own.
 template <class Real>
 void attention_backward(Cpu&, Real* dqkv, Acc<Real>* delta, const Real* dout, const Real* qkv, const Real* out,
                         const Acc<Real>* lse, AttentionShape s) {

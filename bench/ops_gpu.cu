@@ -14,31 +14,8 @@
 #include <random>
 #include <string>
 
+#include "bench/gpu.h"
 #include "run/diagnostics.cuh"
-
-static Cuda* be;
-
-// Milliseconds of work() on the GPU, the median of some runs.
-template <class Work>
-double milliseconds(Work work, int runs = 10) {
-  cudaEvent_t begin, end;
-  check(cudaEventCreate(&begin), "event");
-  check(cudaEventCreate(&end), "event");
-  std::vector<float> times;
-  for (int i = 0; i < runs + 2; ++i) {
-    check(cudaEventRecord(begin, be->stream), "event");
-    work();
-    check(cudaEventRecord(end, be->stream), "event");
-    check(cudaEventSynchronize(end), "event");
-    float ms;
-    check(cudaEventElapsedTime(&ms, begin, end), "event");
-    if (i >= 2) times.push_back(ms);
-  }
-  cudaEventDestroy(begin);
-  cudaEventDestroy(end);
-  std::sort(times.begin(), times.end());
-  return times[times.size() / 2];
-}
 
 static void row(const char* name, double ms, double bytes, double flops = 0) {
   std::printf("%-34s %9.3f ms", name, ms);
@@ -46,22 +23,6 @@ static void row(const char* name, double ms, double bytes, double flops = 0) {
   if (flops > 0) std::printf(" %8.0f TFLOP/s", flops / ms * 1e-9);
   std::printf("\n");
 }
-
-// A tensor of random numbers; time on zeros would flatter.
-template <class T>
-struct Tensor {
-  Buffer<Cuda> memory;
-  explicit Tensor(size_t n, float deviation = 1) : memory(*be, n * sizeof(T)) {
-    std::vector<T> host(std::min<size_t>(n, 1 << 20));
-    std::mt19937 random(1);
-    std::normal_distribution<float> normal(0, deviation);
-    for (T& x : host) x = T(normal(random));
-    for (size_t i = 0; i < n; i += host.size())
-      be->upload(memory.template as<T>() + i, host.data(), std::min(host.size(), n - i) * sizeof(T));
-    be->synchronize();
-  }
-  T* operator()() const { return memory.template as<T>(); }  // its address on the GPU
-};
 
 // Calls visit(name, milliseconds) for every rung of RoPE that can work on bf16 heads of such a shape.
 template <class Visit>

@@ -176,6 +176,73 @@ struct Shared {
 // ---------------------------------------------------------------------------------------------------------------------
 // Products. They start, and may still run until wait_products; a pending product's operands must be left alone.
 
+// With mma.sync, on every GPU from sm_80 on: bench/attention_ladder.cu uses them on Hopper as well.
+namespace mma_sync {
+
+// d (16, 8) += A (16, 16) B (16, 8), per warp
+__device__ __forceinline__ void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+#if __CUDA_ARCH__ >= 800
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+#endif
+}
+
+template <int N, int HS>
+__device__ __forceinline__ void multiply_transposed_step(float (&acc)[N / 8][4], const uint32_t (&a)[4],
+                                                         Tile<N, HS> tile, int k) {
+#pragma unroll
+  for (int n = 0; n < N / 16; ++n) {
+    uint32_t b[4];
+    ldmatrix<0>(b, tile.address(n * 16 + lane() / 16 * 8 + lane() % 8, 2 * k + lane() / 8 % 2));
+    mma(acc[2 * n], a, b[0], b[1]);
+    mma(acc[2 * n + 1], a, b[2], b[3]);
+  }
+}
+
+template <int N>
+__device__ __forceinline__ void clear(float (&acc)[N][4]) {
+#pragma unroll
+  for (int n = 0; n < N; ++n) acc[n][0] = acc[n][1] = acc[n][2] = acc[n][3] = 0;
+}
+
+// acc (64, N) = A (64, HS) tile^T
+template <int N, int HS>
+__device__ __forceinline__ void multiply_transposed(float (&acc)[N / 8][4], const uint32_t (&a)[HS / 16][4],
+                                                    Tile<N, HS> tile) {
+  clear(acc);
+#pragma unroll
+  for (int k = 0; k < HS / 16; ++k) multiply_transposed_step<N, HS>(acc, a[k], tile, k);
+}
+template <int N, int ROWS, int HS>
+__device__ __forceinline__ void multiply_transposed(float (&acc)[N / 8][4], Shared<ROWS, HS> a, Tile<N, HS> tile) {
+  clear(acc);
+#pragma unroll
+  for (int k = 0; k < HS / 16; ++k) {
+    uint32_t piece[4];
+    load_operand(piece, a.tile, a.first, k);
+    multiply_transposed_step<N, HS>(acc, piece, tile, k);
+  }
+}
+
+// acc (64, HS) += A (64, ROWS) tile
+template <int ROWS, int HS>
+__device__ __forceinline__ void multiply(float (&acc)[HS / 8][4], const uint32_t (&a)[ROWS / 16][4],
+                                         Tile<ROWS, HS> tile) {
+#pragma unroll
+  for (int k = 0; k < ROWS / 16; ++k)
+#pragma unroll
+    for (int n = 0; n < HS / 16; ++n) {
+      uint32_t b[4];
+      ldmatrix<1>(b, tile.address(k * 16 + lane() % 16, 2 * n + lane() / 16));
+      mma(acc[2 * n], a[k], b[0], b[1]);
+      mma(acc[2 * n + 1], a[k], b[2], b[3]);
+    }
+}
+
+}  // namespace mma_sync
+
 #if FLASH_WGMMA
 
 __device__ __forceinline__ void begin_products() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
@@ -261,67 +328,7 @@ __device__ __forceinline__ void multiply(float (&acc)[HS / 8][4], const uint32_t
 template <int PENDING, int N>
 __device__ __forceinline__ void wait_products(float (&)[N][4]) {}
 
-// d (16, 8) += A (16, 16) B (16, 8), per warp
-__device__ __forceinline__ void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-#if __CUDA_ARCH__ >= 800
-  asm volatile(
-      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-#endif
-}
-
-template <int N, int HS>
-__device__ __forceinline__ void multiply_transposed_step(float (&acc)[N / 8][4], const uint32_t (&a)[4],
-                                                         Tile<N, HS> tile, int k) {
-#pragma unroll
-  for (int n = 0; n < N / 16; ++n) {
-    uint32_t b[4];
-    ldmatrix<0>(b, tile.address(n * 16 + lane() / 16 * 8 + lane() % 8, 2 * k + lane() / 8 % 2));
-    mma(acc[2 * n], a, b[0], b[1]);
-    mma(acc[2 * n + 1], a, b[2], b[3]);
-  }
-}
-
-template <int N>
-__device__ __forceinline__ void clear(float (&acc)[N][4]) {
-#pragma unroll
-  for (int n = 0; n < N; ++n) acc[n][0] = acc[n][1] = acc[n][2] = acc[n][3] = 0;
-}
-
-// acc (64, N) = A (64, HS) tile^T
-template <int N, int HS>
-__device__ __forceinline__ void multiply_transposed(float (&acc)[N / 8][4], const uint32_t (&a)[HS / 16][4],
-                                                    Tile<N, HS> tile) {
-  clear(acc);
-#pragma unroll
-  for (int k = 0; k < HS / 16; ++k) multiply_transposed_step<N, HS>(acc, a[k], tile, k);
-}
-template <int N, int ROWS, int HS>
-__device__ __forceinline__ void multiply_transposed(float (&acc)[N / 8][4], Shared<ROWS, HS> a, Tile<N, HS> tile) {
-  clear(acc);
-#pragma unroll
-  for (int k = 0; k < HS / 16; ++k) {
-    uint32_t piece[4];
-    load_operand(piece, a.tile, a.first, k);
-    multiply_transposed_step<N, HS>(acc, piece, tile, k);
-  }
-}
-
-// acc (64, HS) += A (64, ROWS) tile
-template <int ROWS, int HS>
-__device__ __forceinline__ void multiply(float (&acc)[HS / 8][4], const uint32_t (&a)[ROWS / 16][4],
-                                         Tile<ROWS, HS> tile) {
-#pragma unroll
-  for (int k = 0; k < ROWS / 16; ++k)
-#pragma unroll
-    for (int n = 0; n < HS / 16; ++n) {
-      uint32_t b[4];
-      ldmatrix<1>(b, tile.address(k * 16 + lane() % 16, 2 * n + lane() / 16));
-      mma(acc[2 * n], a[k], b[0], b[1]);
-      mma(acc[2 * n + 1], a[k], b[2], b[3]);
-    }
-}
+using namespace mma_sync;
 
 #endif
 
