@@ -120,6 +120,9 @@ void attention_backward_by_definition(Real* dqkv, const Real* dout, const Real* 
 // Queries worked on together on the CPU: a multiple of kTileRows, and few enough that their scores (kQueryBlock, T)
 // stay in the L2 cache and that little is computed beyond the diagonal.
 constexpr int kQueryBlock = 48;
+// Exponentials added up in Real before a double takes over. Added one by one to a large number in fp32, the many small
+// weights of a long row would be lost.
+constexpr int kSumRun = 256;
 
 inline void check_head_size(Cpu&, int) {}  // any
 
@@ -128,6 +131,10 @@ inline void check_head_size(Cpu&, int) {}  // any
 //
 // Both sums of the definition become matrix products, Q K^T and P V, of kQueryBlock queries at a time with all keys and
 // values that they see; keys and values are packed once per head, as matmul.cuh packs them.
+//
+// Errors, u being half a unit in the last place (2^-24 in fp32), whatever T: a score is off by at most HS u times
+// sum_c |q_c k_c| / sqrt(HS), so a probability by as much, relatively; and by (kSumRun + 8) u, from its exponential and
+// the sum. out adds up to (kDepth + T / kDepth) u sum_s p_s |v_s|, for the order in which matmul.cuh adds.
 template <class Real>
 void attention_forward(Cpu&, Real* out, Acc<Real>* lse, const Real* qkv, AttentionShape s) {
   const int heads = s.NH + 2 * s.NKV, group = s.NH / s.NKV, stride = heads * s.HS, p_stride = round_up(s.T, 16) + 16;
@@ -151,17 +158,23 @@ void attention_forward(Cpu&, Real* out, Acc<Real>* lse, const Real* qkv, Attenti
       for (int i = 0; i < n; ++i) {
         Real* row = p + size_t(i) * p_stride;
         const int t = t0 + i;
-        Real highest = row[0], sum = 0;
+        Real highest = row[0];
+        double sum = 0;
 #pragma omp simd reduction(max : highest)
         for (int j = 0; j <= t; ++j) highest = row[j] > highest ? row[j] : highest;
-#pragma omp simd reduction(+ : sum)
-        for (int j = 0; j <= t; ++j) {
-          row[j] = exp_((row[j] - highest) * scale);
-          sum += row[j];
+        for (int j0 = 0; j0 <= t; j0 += kSumRun) {
+          const int j1 = std::min(j0 + kSumRun, t + 1);
+          Real part = 0;
+#pragma omp simd reduction(+ : part)
+          for (int j = j0; j < j1; ++j) {
+            row[j] = exp_((row[j] - highest) * scale);
+            part += row[j];
+          }
+          sum += part;
         }
         for (int j = t + 1; j < t1; ++j) row[j] = 0;  // the future
-        sums[i] = sum;
-        lse[size_t(bh) * s.T + t] = highest * scale + std::log(sum);
+        sums[i] = Real(sum);
+        lse[size_t(bh) * s.T + t] = highest * scale + std::log(sums[i]);
       }
       multiply_packed<Real>(o, s.NH * s.HS, nullptr, 0, row_major<Real>(p, p_stride), v, n, s.HS, t1);
       for (int i = 0; i < n; ++i)
@@ -172,6 +185,7 @@ void attention_forward(Cpu&, Real* out, Acc<Real>* lse, const Real* qkv, Attenti
 
 // dqkv (B, T, NH + 2*NKV, HS) from dout (B, T, NH, HS) and what the forward pass read and wrote. With P the
 // probabilities:  dV = P^T dO,  dP = dO V^T,  dS = P * (dP - D) with D_t = dO_t . O_t,  dQ = dS K,  dK = dS^T Q.
+// Sums over s or t add in pieces, as out does: dQ as there, dK and dV by (kQueryBlock + T / kQueryBlock) u at most.
 // D_t is the definition's sum_s p_s dP_s, as out = sum_s p_s v_s. `delta` (B, NH, T) is scratch for D, which the CUDA
 // version computes in a pass of its own.
 template <class Real>
@@ -333,6 +347,10 @@ __device__ __forceinline__ AttentionPlace attention_place(int heads, int rows) {
 
 // A warp works out one query. It takes 32 keys at a time: first a lane is a key (scores), then a lane is CHANNELS/32
 // channels (sum of values), with one maximum and one sum of exponentials carried along (online softmax).
+//
+// Sums over long rows: 32 keys are added up by themselves before they join what came before, which may be much larger,
+// and exponentials join it in double. In fp32 out is off by (32 + T / 32) 2^-24 sum_s p_s |v_s| at most for that, dQ, dK
+// and dV below alike, and lse by a few 2^-24 whatever T; scores and __expf come on top.
 template <class Real, int CHANNELS>
 __global__ void __launch_bounds__(kAttentionWarps * 32)
     attention_forward_kernel(Real* out, float* lse, const Real* qkv, AttentionShape s, float scale) {
@@ -348,7 +366,8 @@ __global__ void __launch_bounds__(kAttentionWarps * 32)
   stage_row(q, sequence + t * stride + at.h * HS, HS);
   __syncwarp();
 
-  float highest = -INFINITY, sum = 0, o[CHANNELS / 32] = {};
+  float highest = -INFINITY, o[CHANNELS / 32] = {};
+  double sum = 0;
   for (int j0 = 0; j0 <= t; j0 += 32) {
     const int j = j0 + lane;
     const float score = j <= t ? dot_row(q, keys + j * stride, HS) * scale : -INFINITY;
@@ -356,21 +375,22 @@ __global__ void __launch_bounds__(kAttentionWarps * 32)
     const float rescale = __expf(highest - higher), p = __expf(score - higher);  // 0 for a masked key
     highest = higher;
     sum = sum * rescale + p;
-#pragma unroll
-    for (int k = 0; k < CHANNELS / 32; ++k) o[k] *= rescale;
+    float part[CHANNELS / 32] = {};
     for (int i = 0; i < min(32, t + 1 - j0); ++i) {
       const float p_i = __shfl_sync(~0u, p, i);
 #pragma unroll
       for (int k = 0; k < CHANNELS / 32; ++k)
-        if (lane + 32 * k < HS) o[k] += p_i * float(values[(j0 + i) * stride + lane + 32 * k]);
+        if (lane + 32 * k < HS) part[k] += p_i * float(values[(j0 + i) * stride + lane + 32 * k]);
     }
+#pragma unroll
+    for (int k = 0; k < CHANNELS / 32; ++k) o[k] = o[k] * rescale + part[k];
   }
-  sum = warp_sum(sum);
+  const float row_sum = warp_sum(float(sum));
   Real* to = out + ((size_t(at.b) * s.T + t) * s.NH + at.h) * HS;
 #pragma unroll
   for (int k = 0; k < CHANNELS / 32; ++k)
-    if (lane + 32 * k < HS) to[lane + 32 * k] = Real(o[k] / sum);
-  if (lane == 0) lse[(size_t(at.b) * s.NH + at.h) * s.T + t] = highest + logf(sum);
+    if (lane + 32 * k < HS) to[lane + 32 * k] = Real(o[k] / row_sum);
+  if (lane == 0) lse[(size_t(at.b) * s.NH + at.h) * s.T + t] = highest + logf(row_sum);
 }
 
 // A warp works out dQ of one query, over its keys, and leaves D = dO . O for the keys' kernel.
@@ -404,12 +424,15 @@ __global__ void __launch_bounds__(kAttentionWarps * 32)
       const float p = __expf(dot_row(q, keys + j * stride, HS) * scale - lse[row_at]);
       ds = p * (dot_row(d_o, values + j * stride, HS) - d) * scale;
     }
+    float part[CHANNELS / 32] = {};
     for (int i = 0; i < min(32, t + 1 - j0); ++i) {
       const float ds_i = __shfl_sync(~0u, ds, i);
 #pragma unroll
       for (int k = 0; k < CHANNELS / 32; ++k)
-        if (lane + 32 * k < HS) dq[k] += ds_i * float(keys[(j0 + i) * stride + lane + 32 * k]);
+        if (lane + 32 * k < HS) part[k] += ds_i * float(keys[(j0 + i) * stride + lane + 32 * k]);
     }
+#pragma unroll
+    for (int k = 0; k < CHANNELS / 32; ++k) dq[k] += part[k];
   }
 #pragma unroll
   for (int k = 0; k < CHANNELS / 32; ++k)
@@ -444,14 +467,20 @@ __global__ void __launch_bounds__(kAttentionWarps * 32)
         p = __expf(dot_row(k_row, queries + t * stride, HS) * scale - lse[row_at + t]);
         ds = p * (dot_row(v_row, douts + t * out_stride, HS) - delta[row_at + t]) * scale;
       }
+      float dk_part[CHANNELS / 32] = {}, dv_part[CHANNELS / 32] = {};
       for (int i = 0; i < min(32, s.T - t0); ++i) {
         const float p_i = __shfl_sync(~0u, p, i), ds_i = __shfl_sync(~0u, ds, i);
 #pragma unroll
         for (int k = 0; k < CHANNELS / 32; ++k)
           if (lane + 32 * k < HS) {
-            dk[k] += ds_i * float(queries[(t0 + i) * stride + lane + 32 * k]);
-            dv[k] += p_i * float(douts[(t0 + i) * out_stride + lane + 32 * k]);
+            dk_part[k] += ds_i * float(queries[(t0 + i) * stride + lane + 32 * k]);
+            dv_part[k] += p_i * float(douts[(t0 + i) * out_stride + lane + 32 * k]);
           }
+      }
+#pragma unroll
+      for (int k = 0; k < CHANNELS / 32; ++k) {
+        dk[k] += dk_part[k];
+        dv[k] += dv_part[k];
       }
     }
   }

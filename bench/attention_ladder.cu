@@ -59,7 +59,8 @@ __global__ void __launch_bounds__(kQueries * 32)
   const int t = min(at.q0 + warp, s.T - 1);  // warps behind the end do the last query, too, and write the same
   stage_row(q[warp], at.q + t * at.stride, HS);
 
-  float highest = -INFINITY, sum = 0, o[HS / 32] = {};
+  float highest = -INFINITY, o[HS / 32] = {};
+  double sum = 0;
   for (int j0 = 0; j0 <= t; j0 += 32) {  // as many turns for all warps: 16 divides q0 and 32
     __syncthreads();                     // all are done with the tile before
     constexpr int W = HS / kQueries;     // elements a thread copies: 32 rows by 16 runs of W
@@ -85,15 +86,16 @@ __global__ void __launch_bounds__(kQueries * 32)
     const float rescale = __expf(highest - higher), p = __expf(score - higher);
     highest = higher;
     sum = sum * rescale + p;
-    for (int c = 0; c < HS / 32; ++c) o[c] *= rescale;
+    float part[HS / 32] = {};
     for (int i = 0; i < min(32, t + 1 - j0); ++i) {  // a lane is HS/32 channels
       const float p_i = __shfl_sync(~0u, p, i);
-      for (int c = 0; c < HS / 32; ++c) o[c] += p_i * v_tile[i][lane + 32 * c];
+      for (int c = 0; c < HS / 32; ++c) part[c] += p_i * v_tile[i][lane + 32 * c];
     }
+    for (int c = 0; c < HS / 32; ++c) o[c] = o[c] * rescale + part[c];
   }
-  sum = warp_sum(sum);
-  for (int c = 0; c < HS / 32; ++c) at.out[size_t(t) * s.NH * HS + lane + 32 * c] = bf16(o[c] / sum);
-  if (lane == 0) at.lse[t] = highest + logf(sum);
+  const float row_sum = warp_sum(float(sum));
+  for (int c = 0; c < HS / 32; ++c) at.out[size_t(t) * s.NH * HS + lane + 32 * c] = bf16(o[c] / row_sum);
+  if (lane == 0) at.lse[t] = highest + logf(row_sum);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------

@@ -116,6 +116,20 @@ TEST_CASE_TEMPLATE("attention: scores of any size give finite probabilities", Re
   CHECK_FALSE(std::isnan(bad.out[size_t(s.NH) * s.HS]));
 }
 
+TEST_CASE("attention: many small weights beside a large one are not lost") {
+  AttentionShape s{1, 32768, 1, 1, 4};
+  s.first = s.T - 8;
+  const std::vector<float> qkv = attention_sink<float>(s.T);
+  Result<float> r = attend(qkv, s);
+  Result<double> expected = attend_by_definition({qkv.begin(), qkv.end()}, s);
+  for (auto* v : {&r.out, &r.lse}) v->erase(v->begin(), v->end() - v->size() / s.T * 8);
+  for (auto* v : {&expected.out, &expected.lse}) v->erase(v->begin(), v->end() - v->size() / s.T * 8);
+  // As attention_forward() says; scores are exact, and lse, about 16.5, is the sum of two rounded numbers.
+  CHECK(distance(r.lse, expected.lse) <= (kSumRun + 8 + 2 * 16.5) * kRounding<float>);
+  CHECK(distance(r.out, expected.out) <=
+        (kDepth + s.T / kDepth + kSumRun + 8) * kRounding<float> * largest(expected.out));
+}
+
 TEST_CASE("attention: first computes the later positions only, from all keys and values") {
   for (const AttentionShape& s : kShapes) {
     const std::vector<double> qkv = random_values<double>(qkv_size(s), 17);

@@ -112,6 +112,25 @@ TEST_CASE_TEMPLATE("cuda: attention, simple kernels", Real, BOTH_TYPES) {
         for (int first : {0, T - 1, T / 3}) test_attention<Real>({2, T, 4, NKV, HS, first}, false);
 }
 
+TEST_CASE("cuda: attention, many small weights beside a large one are not lost") {
+  NEEDS_GPU;
+  const AttentionShape s = {1, 32768, 1, 1, 4, 32768 - 8};
+  const Values qkv = attention_sink<float>(s.T);
+  const std::vector<double> exact(qkv.begin(), qkv.end());
+  std::vector<double> out(s.T * 4), lse(s.T);
+  attention_forward_by_definition(out.data(), lse.data(), exact.data(), s);
+  Tensor<float> device_qkv(qkv), got(out.size()), got_lse(lse.size());
+  simple_attention_forward(*gpu(), got(), got_lse(), device_qkv(), s);
+  const Values result = got.host(), result_lse = got_lse.host();
+  // As attention_forward_kernel says. lse, about 16.5, is the sum of two rounded numbers; __expf(x) is off by
+  // 2 + 1.173 |x| units in the last place.
+  const double error = (32 + s.T / 32 + 16) * 0x1p-24 + (2 + 1.173 * 16.5) * 0x1p-23;
+  for (int t = s.first; t < s.T; ++t) {
+    CHECK(std::fabs(result_lse[t] - lse[t]) <= (16 + 2 * 16.5) * 0x1p-24);
+    for (int c = 0; c < 4; ++c) CHECK(std::fabs(result[t * 4 + c] - out[t * 4 + c]) <= error * out[t * 4 + c]);
+  }
+}
+
 TEST_CASE("cuda: attention, flash kernels") {
   NEEDS_GPU;
   if (gpu()->capability < 80) return;

@@ -175,6 +175,19 @@ inline doctest::Approx about(double value, double relative = 1e-12) {
   return doctest::Approx(value).epsilon(relative).scale(1e-290);
 }
 
+// Queries, keys and values (T, 3, 4) of one attention head in which one key has nearly all the weight, as the first one
+// often has in trained models: its score is 16.5, all others are 0. Its value is 0, all others are 1.
+template <class Real>
+std::vector<Real> attention_sink(int T) {
+  std::vector<Real> qkv(size_t(T) * 12);
+  for (int t = 0; t < T; ++t) {
+    qkv[size_t(t) * 12] = 2;  // and 2 * 16.5 / sqrt(4) = 16.5
+    for (int c = 8; c < 12; ++c) qkv[size_t(t) * 12 + c] = t > 0;
+  }
+  qkv[4] = 16.5;
+  return qkv;
+}
+
 // The message of the UserError (or whatever was thrown) of work(); empty if it threw nothing.
 template <class Work>
 std::string error_of(Work work) {
