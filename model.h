@@ -14,6 +14,8 @@
 //     next = x2 + act Wdown^T
 
 #include <functional>
+#include <map>
+#include <set>
 #include <string>
 #include <vector>
 
@@ -38,6 +40,7 @@ struct Config {
   int rotary_dim = kRotaryDim.value_or(0);  // R
   double rope_base = 10000;
   RopePairs rope_pairs = RopePairs::half;
+  std::string rope_frequencies = "rotary", rope_scaling = "none", rotary_layers = "all";  // rules: see rope.cuh
   bool qk_norm = false;
   BlockKind block = BlockKind::sequential;
   NormKind norm = NormKind::rms;
@@ -50,11 +53,19 @@ struct Config {
 
   int qkv_width() const { return (heads + 2 * kv_heads) * head_size; }
   int up_width() const { return mlp == MlpKind::swiglu ? 2 * mlp_hidden : mlp_hidden; }
+  std::vector<int> rotary_dims() const {  // R of each layer
+    return rotary_dims_of_layers(rotary_layers, rotary_dim, layers, head_size);
+  }
+  RopeAngles angles(int R) const {  // of the layers with that R
+    RopeAngles angles = rope_angles(R, head_size, rope_base, rope_frequencies);
+    rope_scale(angles, rope_scaling, rope_base, rope_frequencies == "head" ? head_size : R);
+    return angles;
+  }
   RopeShape heads_shape(int B, int T, int first) const { return {B, T, heads, kv_heads, head_size, first}; }
 };
 
-// Fills in what was left to be derived, and refuses what cannot be.
-inline void resolve(Config& c) {
+// Fills in the sizes that were left to be derived, and refuses those that cannot be.
+inline void derive_sizes(Config& c) {
   // The upper bounds are above any model, and keep what is computed from files and flags within an int.
   auto positive = [](const char* flag, int value, int most = 1 << 20) {
     if (value <= 0) throw UserError(std::string(flag) + " " + std::to_string(value) + ": must be at least 1");
@@ -79,9 +90,17 @@ inline void resolve(Config& c) {
   positive("--mlp-hidden", c.mlp_hidden, 1 << 23);
   if (c.heads % c.kv_heads)
     throw UserError("--kv-heads " + std::to_string(c.kv_heads) + ": must divide --heads " + std::to_string(c.heads));
+}
+
+// The same for all of a configuration; R becomes the largest of its layers.
+inline void resolve(Config& c) {
+  derive_sizes(c);
   if (!(c.rope_base > 1 && std::isfinite(c.rope_base)))
     throw UserError("--rope-base " + std::to_string(c.rope_base) + ": must be a finite number above 1");
   check_rotary_dim(c.rotary_dim, c.head_size);
+  const std::vector<int> dims = c.rotary_dims();
+  for (int R : dims) c.angles(R);
+  c.rotary_dim = *std::max_element(dims.begin(), dims.end());
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -343,7 +362,8 @@ MemoryReport memory_report(const Config& c, int B, int T) {
   ActivationGradients<Real> d;
   visit_activations<Backend>(c, size_t(B) * T, a, add);
   visit_activation_gradients(c, size_t(B) * T, d, add);
-  m.rope_table = rope_table_bytes(std::max(T, c.context), c.rotary_dim);
+  const std::vector<int> dims = c.rotary_dims();  // layers with the same R have one table
+  for (int R : std::set<int>(dims.begin(), dims.end())) m.rope_table += rope_table_bytes(std::max(T, c.context), R);
   return m;
 }
 
@@ -356,7 +376,7 @@ struct Model {
   ParameterTable table;
   Parameters<Real> weights;
   Parameters<Acc<Real>> gradients;
-  RopeTable rope;
+  std::vector<RopeTable> rope;  // each layer's
   Activations<Real> acts;
   ActivationGradients<Real> grads;
   int B, T;  // the largest batch and length that the activations were made for
@@ -399,12 +419,17 @@ struct Model {
           allocate_visited(be, [&](auto visit) { visit_activation_gradients(config, N, grads, visit); });
     }
     const int positions = std::max(T, config.context);
-    std::vector<float> host(size_t(positions) * config.rotary_dim);
-    rope_fill_table(host.data(), positions, config.rotary_dim, config.rope_base);
-    rope_memory_ = Buffer<Backend>(be, host.size() * sizeof(float));
-    be.upload(rope_memory_.data, host.data(), host.size() * sizeof(float));
-    be.synchronize();
-    rope = {rope_memory_.template as<float>(), positions, config.rotary_dim, config.rope_pairs};
+    for (int R : config.rotary_dims()) {
+      Buffer<Backend>& memory = rope_memory_[R];
+      if (!memory.data) {
+        std::vector<float> host(size_t(positions) * R);
+        rope_fill_table(host.data(), positions, config.angles(R));
+        memory = Buffer<Backend>(be, host.size() * sizeof(float));
+        be.upload(memory.data, host.data(), host.size() * sizeof(float));
+        be.synchronize();
+      }
+      rope.push_back({memory.template as<float>(), positions, R, config.rope_pairs});
+    }
   }
 
   // Initial weights from the seed: tensor i of the table draws from stream i.
@@ -454,9 +479,9 @@ struct Model {
       norm_forward(be, c.norm, a.h1, a.mean1, a.rstd1, a.x, w.norm1, w.norm1_bias, N, C, c.norm_eps);
       linear_forward(be, a.qkv, a.h1, w.qkv, w.qkv_bias, N, C, QKV);
       if (c.qk_norm)
-        qk_norm_rope_forward(be, all.qkv, all.qk_raw, all.qk_rstd, w.q_norm, w.k_norm, rope, shape, c.norm_eps);
+        qk_norm_rope_forward(be, all.qkv, all.qk_raw, all.qk_rstd, w.q_norm, w.k_norm, rope[l], shape, c.norm_eps);
       else
-        rope_forward(be, all.qkv, rope, shape);
+        rope_forward(be, all.qkv, rope[l], shape);
       attention_forward(be, all.att, all.lse, all.qkv, shape);
       linear_residual_forward(be, a.x2, a.x, a.att, w.proj, w.proj_bias, N, A, C);
 
@@ -569,9 +594,9 @@ struct Model {
       linear_backward(be, d.datt, g.proj, g.proj_bias, parallel ? d.dx : d.dx2, a.att, w.proj, N, A, C);
       attention_backward(be, d.dqkv, d.delta, d.datt, a.qkv, a.att, a.lse, shape);
       if (c.qk_norm)
-        qk_norm_rope_backward(be, d.dqkv, g.q_norm, g.k_norm, a.qk_raw, a.qk_rstd, w.q_norm, w.k_norm, rope, shape);
+        qk_norm_rope_backward(be, d.dqkv, g.q_norm, g.k_norm, a.qk_raw, a.qk_rstd, w.q_norm, w.k_norm, rope[l], shape);
       else
-        rope_backward(be, d.dqkv, rope, shape);
+        rope_backward(be, d.dqkv, rope[l], shape);
       linear_backward(be, d.dh, g.qkv, g.qkv_bias, d.dqkv, a.h1, w.qkv, N, C, QKV);
       norm_backward(be, c.norm, d.dx, g.norm1, g.norm1_bias, d.dx2, d.dh, a.x, a.mean1, a.rstd1, w.norm1, N, C);
     }
@@ -590,7 +615,7 @@ struct Model {
   }
 
  private:
-  Buffer<Backend> weights_memory_, master_memory_, training_memory_, activations_memory_, activation_gradients_memory_,
-      rope_memory_;
+  Buffer<Backend> weights_memory_, master_memory_, training_memory_, activations_memory_, activation_gradients_memory_;
+  std::map<int, Buffer<Backend>> rope_memory_;  // by R
   typename Backend::Recording training_step_;
 };

@@ -12,6 +12,7 @@
 
 #include <algorithm>
 #include <optional>
+#include <vector>
 
 #include "device/backend.h"
 
@@ -70,8 +71,97 @@ inline int rotary_dim(const RotaryRequest& ask, int HS) {
   return R;
 }
 
+// R of each layer. `rule`: "all" have R; "nope:N": every N-th layer has none, the others R; or a list, a number of
+// channels for each layer. UserError if that is none of them, or heads of HS channels cannot have it.
+inline std::vector<int> rotary_dims_of_layers(const std::string& rule, int R, int layers, int HS) {
+  std::vector<int> dims(layers, R);
+  auto fail = [&] {
+    throw UserError("--rotary-layers " + rule + ": must be all, nope:N (2 or more) for none in every N-th layer, or " +
+                    std::to_string(layers) + " numbers of channels, one for each layer");
+  };
+  if (rule == "all") return dims;
+  const bool every = rule.rfind("nope:", 0) == 0;
+  const std::vector<double> numbers = parse_list("--rotary-layers", every ? rule.substr(5) : rule);
+  for (double n : numbers)
+    if (n != std::floor(n) || std::fabs(n) > 1 << 20) fail();
+  if (every ? numbers.size() != 1 || numbers[0] < 2 : int(numbers.size()) != layers) fail();
+  for (int l = 0; l < layers; ++l) dims[l] = !every ? int(numbers[l]) : (l + 1) % int(numbers[0]) ? R : 0;
+  for (int dim : dims) check_rotary_dim(dim, HS);
+  return dims;
+}
+
 // theta_i in radians per position.
 inline double rope_frequency(int i, int R, double base) { return std::pow(base, -2.0 * i / R); }
+
+// theta of every pair, and what cos and sin are multiplied by (only some published models do).
+struct RopeAngles {
+  std::vector<double> theta;  // (R/2), radians per position
+  double attention = 1;
+};
+
+// `rule`: "rotary": base^(-2i/R); "head": base^(-2i/HS), the highest frequencies of a head that is rotated in full; or
+// a list of R/2 wavelengths, in positions.
+inline RopeAngles rope_angles(int R, int HS, double base, const std::string& rule = "rotary") {
+  RopeAngles angles;
+  angles.theta.resize(R / 2);
+  if (rule == "rotary" || rule == "head") {
+    for (int i = 0; i < R / 2; ++i) angles.theta[i] = rope_frequency(i, rule == "head" ? HS : R, base);
+    return angles;
+  }
+  const std::vector<double> wavelengths = parse_list("--rope-frequencies", rule);
+  if (R > 0 && int(wavelengths.size()) != R / 2)
+    throw UserError("--rope-frequencies " + rule + ": must be rotary, head or " + std::to_string(R / 2) +
+                    " wavelengths, one for each of the " + std::to_string(R / 2) + " pairs");
+  for (int i = 0; i < R / 2; ++i) {
+    if (!(wavelengths[i] > 0)) throw UserError("--rope-frequencies " + rule + ": wavelengths must be above 0");
+    angles.theta[i] = 2 * M_PI / wavelengths[i];
+  }
+  return angles;
+}
+
+// What published models do to their frequencies to reach further than they were trained, as
+//   none
+//   linear:FACTOR                                 theta / FACTOR: positions as if between those of training
+//                                                 (arXiv 2306.15595)
+//   llama3:FACTOR,LOW,HIGH,POSITIONS              as linear if a wave fits less than LOW times into POSITIONS, those of
+//                                                 the first training, unchanged if more than HIGH times, a mean between
+//   yarn:FACTOR,POSITIONS[,ATTENTION[,FAST,SLOW]] the same between SLOW and FAST, 1 and 32, with the mean by number of
+//                                                 pair; ATTENTION is 0.1 ln FACTOR + 1 (arXiv 2309.00071)
+//   longrope:ATTENTION,F0,F1,...                  theta_i / F_i (arXiv 2402.13753)
+// Equal to ROPE_INIT_FUNCTIONS of Hugging Face's Transformers.
+inline void rope_scale(RopeAngles& angles, const std::string& scaling, double base, int denominator) {
+  if (scaling == "none") return;
+  const size_t colon = std::min(scaling.find(':'), scaling.size());
+  const std::string type = scaling.substr(0, colon);
+  std::vector<double> x;
+  if (colon < scaling.size()) x = parse_list("--rope-scaling", scaling.substr(colon + 1));
+  const bool positive = std::all_of(x.begin(), x.end(), [](double v) { return v > 0; });
+  const size_t n = positive ? x.size() : 0, pairs = angles.theta.size();
+  // The share 1 - keep of an angle is divided by the factor.
+  auto mix = [&](double& theta, double keep) {
+    keep = std::min(std::max(keep, 0.0), 1.0);
+    theta = (1 - keep) * theta / x[0] + keep * theta;
+  };
+  if (type == "linear" && n == 1) {
+    for (double& theta : angles.theta) theta /= x[0];
+  } else if (type == "llama3" && n == 4 && x[1] < x[2]) {
+    for (double& theta : angles.theta) mix(theta, (x[3] * theta / (2 * M_PI) - x[1]) / (x[2] - x[1]));
+  } else if (type == "yarn" && (n == 2 || n == 3 || (n == 5 && x[3] > x[4]))) {
+    // The pair whose wave fits `turns` times into the positions of training.
+    auto pair = [&](double turns) { return denominator * std::log(x[1] / (turns * 2 * M_PI)) / (2 * std::log(base)); };
+    const double fast = std::max(std::floor(pair(n == 5 ? x[3] : 32)), 0.0),
+                 slow = std::min(std::ceil(pair(n == 5 ? x[4] : 1)), denominator - 1.0);
+    for (size_t i = 0; i < pairs; ++i) mix(angles.theta[i], 1 - (i - fast) / (slow == fast ? 0.001 : slow - fast));
+    angles.attention = n > 2 ? x[2] : 0.1 * std::log(x[0]) + 1;
+  } else if (type == "longrope" && n > 1 && (n == 1 + pairs || pairs == 0)) {
+    for (size_t i = 0; i < pairs; ++i) angles.theta[i] /= x[1 + i];
+    angles.attention = x[0];
+  } else {
+    throw UserError("--rope-scaling " + scaling + ": must be none, linear:FACTOR, llama3:FACTOR,LOW,HIGH,POSITIONS, " +
+                    "yarn:FACTOR,POSITIONS[,ATTENTION[,FAST,SLOW]] or longrope:ATTENTION,F0,F1,... with " +
+                    std::to_string(pairs) + " factors; numbers above 0");
+  }
+}
 
 // cos and sin of every angle. All that partial RoPE saves in memory is here: the table shrinks with R.
 struct RopeTable {
@@ -98,13 +188,15 @@ inline size_t rope_table_bytes(size_t positions, int R) { return positions * (R 
 
 // Fills the host array cos_sin (positions, R/2, 2). Angles are computed in double: at position 100,000 an fp32 angle
 // would be off by up to 0.004 radians.
-inline void rope_fill_table(float* cos_sin, int positions, int R, double base) {
+inline void rope_fill_table(float* cos_sin, int positions, const RopeAngles& angles) {
   for (int t = 0; t < positions; ++t)
-    for (int i = 0; i < R / 2; ++i) {
-      double angle = t * rope_frequency(i, R, base);
-      cos_sin[(size_t(t) * (R / 2) + i) * 2 + 0] = float(std::cos(angle));
-      cos_sin[(size_t(t) * (R / 2) + i) * 2 + 1] = float(std::sin(angle));
+    for (double theta : angles.theta) {
+      *cos_sin++ = float(angles.attention * std::cos(t * theta));
+      *cos_sin++ = float(angles.attention * std::sin(t * theta));
     }
+}
+inline void rope_fill_table(float* cos_sin, int positions, int R, double base) {
+  rope_fill_table(cos_sin, positions, rope_angles(R, R, base));
 }
 
 // The two channels of pair i.

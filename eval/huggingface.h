@@ -96,6 +96,9 @@ inline std::string model_type_of(const Config& c) {
                     "; --with-code writes it with a class of its own");
   };
   if (c.rope_pairs == RopePairs::interleaved && c.rotary_dim > 0) return none("--rope-pairs interleaved");
+  if (c.rope_frequencies != "rotary") return none("--rope-frequencies " + c.rope_frequencies);
+  if (c.rope_scaling != "none") return none("--rope-scaling " + c.rope_scaling);
+  if (c.rotary_layers != "all") return none("--rotary-layers " + c.rotary_layers);
   if (c.norm == NormKind::layer) {
     if (c.mlp != MlpKind::gelu || !c.bias) return none("--norm layer needs --mlp gelu and --bias (GPT-NeoX)");
     if (c.qk_norm) return none("--norm layer with --qk-norm");
@@ -329,7 +332,10 @@ inline Config imported_config(const std::string& path, const nlohmann::json& jso
   if (type == "partial_rope") {
     Settings s;
     const nlohmann::ordered_json needed = settings_json(s, {"Model"});
-    for (const auto& [key, value] : needed.items()) at(key.c_str());
+    // Older exports lack these.
+    const std::set<std::string> later = {"rope_frequencies", "rope_scaling", "rotary_layers"};
+    for (const auto& [key, value] : needed.items())
+      if (!later.count(key)) at(key.c_str());
     c = settings_from_json(path, json).model;
     try {
       resolve(c);

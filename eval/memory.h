@@ -48,22 +48,6 @@ std::vector<MemoryRow> activation_rows(const Config& c, int B, int T) {
   return rows;
 }
 
-// ---------------------------------------------------------------------------------------------------------------------
-
-inline std::vector<double> parse_list(const std::string& flag, const std::string& text) {
-  std::stringstream words(text);
-  std::vector<double> values;
-  for (std::string word; std::getline(words, word, ',');) {
-    char* end = nullptr;
-    const double value = std::strtod(word.c_str(), &end);
-    if (word.empty() || *end || !std::isfinite(value))
-      throw UserError(flag + " " + text + ": \"" + word + "\" is not a number");
-    values.push_back(value);
-  }
-  if (values.empty()) throw UserError(flag + ": give one number or more, with commas between");
-  return values;
-}
-
 inline std::string shape_text(const std::vector<size_t>& shape) {
   std::string text;
   for (size_t n : shape) text += (text.empty() ? "(" : ", ") + std::to_string(n);

@@ -45,6 +45,7 @@ struct Trace {
   std::vector<ScoreTrace> scores;       // (position + 1): the query against key s
   std::vector<std::vector<float>> queries, keys;  // (T, HS): this head's after RoPE, of every position
   double lse = 0;                       // the model's
+  double attention = 1;                 // what cos and sin are multiplied by
   std::vector<CheckTrace> checks;
   bool agrees() const {
     for (const CheckTrace& c : checks)
@@ -64,7 +65,7 @@ inline double pair_score(double qa, double qb, double ka, double kb, double angl
 inline Trace trace_head(Model<Cpu, float>& model, const std::vector<int>& tokens, int position, int layer, int head,
                         int against) {
   const Config& c = model.config;
-  const int T = int(tokens.size()), HS = c.head_size, R = c.rotary_dim, QKV = c.qkv_width(),
+  const int T = int(tokens.size()), HS = c.head_size, QKV = c.qkv_width(),
             heads = c.heads + c.kv_heads;
   auto in_range = [](const char* flag, int value, int end) {
     if (value < 0 || value >= end)
@@ -77,6 +78,8 @@ inline Trace trace_head(Model<Cpu, float>& model, const std::vector<int>& tokens
   if (against >= 0) in_range("--against", against, position + 1);  // causal: no key of the future
 
   model.forward(tokens.data(), 1, T);
+  const RopeTable& rope = model.rope[layer];
+  const int R = rope.R;
   const BlockActivations<float>& a = model.acts.blocks[layer];
   const BlockParameters<float>& w = model.weights.blocks[layer];
   const RopeShape shape = c.heads_shape(1, T, 0);
@@ -91,10 +94,10 @@ inline Trace trace_head(Model<Cpu, float>& model, const std::vector<int>& tokens
   if (c.qk_norm) {
     qk_norm_rope_forward(model.be, before.data(), scratch.data(), rstd.data(), w.q_norm, w.k_norm, still, shape,
                          c.norm_eps);
-    qk_norm_rope_forward(model.be, again.data(), scratch.data(), rstd.data(), w.q_norm, w.k_norm, model.rope, shape,
+    qk_norm_rope_forward(model.be, again.data(), scratch.data(), rstd.data(), w.q_norm, w.k_norm, rope, shape,
                          c.norm_eps);
   } else {
-    rope_forward(model.be, again.data(), model.rope, shape);
+    rope_forward(model.be, again.data(), rope, shape);
   }
 
   Trace trace;
@@ -119,16 +122,19 @@ inline Trace trace_head(Model<Cpu, float>& model, const std::vector<int>& tokens
     trace.keys.push_back(head_at(t, c.heads + trace.kv_head).after);
   }
 
+  const RopeAngles angles = c.angles(R);
+  trace.attention = angles.attention;
   bool table_agrees = true;
   for (int i = 0; i < R / 2; ++i) {
     PairTrace p;
     p.a = rope_first(c.rope_pairs, i), p.b = rope_second(c.rope_pairs, i, R);
-    p.theta = rope_frequency(i, R, c.rope_base);
+    p.theta = angles.theta[i];
     p.angle = position * p.theta;
     p.table_offset = (size_t(position) * (R / 2) + i) * 2 * sizeof(float);
-    p.cos = model.rope.cos_sin[p.table_offset / sizeof(float)];
-    p.sin = model.rope.cos_sin[p.table_offset / sizeof(float) + 1];
-    table_agrees = table_agrees && p.cos == float(std::cos(p.angle)) && p.sin == float(std::sin(p.angle));
+    p.cos = rope.cos_sin[p.table_offset / sizeof(float)];
+    p.sin = rope.cos_sin[p.table_offset / sizeof(float) + 1];
+    table_agrees = table_agrees && p.cos == float(angles.attention * std::cos(p.angle)) &&
+                   p.sin == float(angles.attention * std::sin(p.angle));
     trace.pairs.push_back(p);
   }
 
@@ -189,8 +195,9 @@ inline Trace trace_head(Model<Cpu, float>& model, const std::vector<int>& tokens
     check(untouched,
           "channels " + std::to_string(R) + " to " + std::to_string(HS - 1) + " are the same after RoPE, to the bit");
   for (const PairTrace& p : trace.pairs) {
-    met += scale * pair_score(trace.query.before[p.a], trace.query.before[p.b], trace.other.before[p.a],
-                              trace.other.before[p.b], (position - against) * p.theta);
+    met += scale * angles.attention * angles.attention *
+           pair_score(trace.query.before[p.a], trace.query.before[p.b], trace.other.before[p.a],
+                      trace.other.before[p.b], (position - against) * p.theta);
     // Each number of a turned pair is off by at most 3.02 roundings of the pair's length (two products, a sum, cos or
     // sin), so the pair by 3.02 sqrt(2) of them, and a product of two by twice that.
     met_error += 10 * rounding * scale * std::hypot(trace.query.before[p.a], trace.query.before[p.b]) *

@@ -106,7 +106,7 @@ class TraceText {
   const std::vector<int>& tokens;
   const Tokenizer* tokenizer;
   const bool colour, all;
-  const int HS = c.head_size, R = c.rotary_dim, t = trace.position, pairs = R / 2, T = int(tokens.size());
+  const int HS = c.head_size, pairs = int(trace.pairs.size()), R = 2 * pairs, t = trace.position, T = int(tokens.size());
   const size_t head_bytes = HS * sizeof(float);
   static constexpr const char *dim = "2", *bold = "1";
   static constexpr const char* colours[] = {"36", "33", "35", "32", "34", "31"};
@@ -204,10 +204,11 @@ class TraceText {
       page.say("   R = 0: there is no table and nothing turns. The query and the key go on as they are.\n");
     } else {
       page.say(
-          "   Pair i turns by theta_i = base^(-2i/R) radians per position, so here by t theta_i with t = %d.\n"
+          "   Pair i turns by theta_i%s radians per position, so here by t theta_i with t = %d.\n"
           "   cos and sin come from the table (position, pair, {cos, sin}), fp32; position t starts at byte\n"
           "   t * R/2 * 2 * 4 = %s. Slow pairs tell far positions apart, quick ones near positions.\n\n",
-          t, grouped(size_t(t) * R * sizeof(float)).c_str());
+          c.rope_frequencies == "rotary" && c.rope_scaling == "none" ? " = base^(-2i/R)" : "", t,
+          grouped(size_t(t) * R * sizeof(float)).c_str());
       page.say(
           "     %s\n",
           page.paint(bold, "pair     theta_i   turns once in   t theta_i   mod 360       cos        sin  table bytes")
@@ -329,11 +330,12 @@ class TraceText {
           page.paint(bold, "pair      |q|      |k|   alpha_i   distance theta_i      adds   (without the turn)")
               .c_str());
       double still = 0;
+      const double turned = scale * trace.attention * trace.attention;
       for (int i = 0; i < pairs; ++i) {
         const PairTrace& p = trace.pairs[i];
         const double qa = trace.query.before[p.a], qb = trace.query.before[p.b], ka = trace.other.before[p.a],
                      kb = trace.other.before[p.b];
-        still += scale * pair_score(qa, qb, ka, kb, 0);
+        still += turned * pair_score(qa, qb, ka, kb, 0);
         if (!shown_pair(i)) {
           skipped(i);
           continue;
@@ -342,7 +344,7 @@ class TraceText {
         std::snprintf(row, sizeof row, "%4d  %7.4f  %7.4f  %7.2f°  %15.2f°  %9.4f   (%8.4f)", i, std::hypot(qa, qb),
                       std::hypot(ka, kb), std::atan2(qa * kb - qb * ka, qa * ka + qb * kb) * 180 / M_PI,
                       std::fmod(distance * p.theta, 2 * M_PI) * 180 / M_PI,
-                      scale * pair_score(qa, qb, ka, kb, distance * p.theta), scale * pair_score(qa, qb, ka, kb, 0));
+                      turned * pair_score(qa, qb, ka, kb, distance * p.theta), turned * pair_score(qa, qb, ka, kb, 0));
         page.say("     %s\n", page.paint(colours[i % 6], row).c_str());
       }
       page.say("     %-51s %8.4f   (%8.4f)\n", "the rotated channels together", trace.scores[trace.against].rotated,
@@ -392,7 +394,7 @@ inline nlohmann::json trace_json(const Trace& trace, const Config& c, const std:
   auto head = [](const HeadTrace& h) { return json{{"raw", h.raw}, {"before", h.before}, {"after", h.after}}; };
   json object = {{"layer", trace.layer},         {"head", trace.head},           {"kv_head", trace.kv_head},
                  {"position", trace.position},   {"against", trace.against},     {"head_size", c.head_size},
-                 {"rotary_dim", c.rotary_dim},   {"query", head(trace.query)},   {"key", head(trace.key)},
+                 {"rotary_dim", 2 * trace.pairs.size()},   {"query", head(trace.query)},   {"key", head(trace.key)},
                  {"other", head(trace.other)},   {"queries", trace.queries},     {"keys", trace.keys},
                  {"tokens", json::array()},      {"pairs", json::array()},       {"agrees", trace.agrees()}};
   for (int token : tokens) object["tokens"].push_back(token_text(tokenizer, token));

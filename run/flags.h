@@ -171,6 +171,12 @@ inline void add_model_flags(Flags& f, Config& c, RotaryRequest& rotary) {
       ->default_str(kRotaryDim ? std::to_string(*kRotaryDim) : "");
   f.add("rope-base", c.rope_base, "base of the rotation frequencies");
   f.add_choice("rope-pairs", c.rope_pairs, {"half", "interleaved"}, "which channels pair up");
+  f.add("rope-frequencies", c.rope_frequencies,
+        "rotary: base^(-2i/R), head: base^(-2i/HS), or wavelengths in positions, such as 6.3,135");
+  f.add("rope-scaling", c.rope_scaling,
+        "what is done to them: none, linear:FACTOR, llama3:..., yarn:... or longrope:... (rope_scale in rope.cuh)");
+  f.add("rotary-layers", c.rotary_layers,
+        "all, nope:N: none in every N-th layer, or each layer's number of channels, such as 16,16,0");
   f.add("qk-norm", c.qk_norm, "RMSNorm on queries and keys before RoPE");
   f.add_choice("block", c.block, {"sequential", "parallel"}, "attention then MLP, or side by side");
   f.add_choice("norm", c.norm, {"rms", "layer"}, "RMSNorm or LayerNorm");
@@ -222,8 +228,14 @@ inline void add_run_flags(Flags& f, Settings& s) {
 
 // Once all flags are read: sizes that follow from others, then R, which needs the head size.
 inline void resolve_settings(Settings& s) {
-  resolve(s.model);
+  derive_sizes(s.model);
   s.model.rotary_dim = rotary_dim(s.rotary, s.model.head_size);
+  const int R = s.model.rotary_dim;
+  resolve(s.model);
+  if ((s.rotary.dim || s.rotary.fraction) && s.model.rotary_dim != R)
+    throw UserError("--rotary-layers " + s.model.rotary_layers + ": up to " + std::to_string(s.model.rotary_dim) +
+                    " channels, where --rotary-dim or --rotary-fraction mean " + std::to_string(R) +
+                    "; give --rotary-dim " + std::to_string(s.model.rotary_dim) + ", or --rotary-layers all");
 }
 
 inline void expect_positive(const char* flag, double value, bool zero_allowed = false) {

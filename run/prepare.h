@@ -1,6 +1,7 @@
 #pragma once
 // What is decided before a run starts: its settings, its data, where its files go and what it starts from.
 
+#include <set>
 #include <filesystem>
 #include <memory>
 #include <string>
@@ -19,6 +20,7 @@ struct Run {
   std::string directory;
   std::string checkpoint, init;  // the checkpoint to resume from, or to take the weights from, or empty
   nlohmann::json state;
+  std::string changes;  // of settings, to what it starts from
   int kept_step = 0;  // of the run's checkpoint, when a step is replayed
   Meta meta;
   std::unique_ptr<Dataset> train, val;
@@ -135,11 +137,16 @@ inline Run prepare(const std::vector<std::string>& args) {
   if (again || !run.init.empty()) {
     std::vector<std::string> groups = {"Model"};
     if (again) groups.push_back("Optimiser");
-    const std::string flag = replay ? "--replay-step" : asked.resume ? "--resume" : "--init",
-                      may_differ = replay ? "" : asked.resume ? "steps" : "context";
+    const std::string flag = replay ? "--replay-step" : asked.resume ? "--resume" : "--init";
+    // Weights know nothing of the position code: a trained model may go on with another one, or with none.
+    std::set<std::string> may_differ = {"context", "rotary_fraction", "rotary_dim", "rotary_layers", "rope_base",
+                                        "rope_frequencies", "rope_scaling"};
+    if (again) may_differ = {replay ? "" : "steps"};
     const auto was = settings_json(before, groups), is = settings_json(s, groups);
     for (const auto& [key, value] : was.items())
-      if (key != may_differ && is[key] != value)
+      if (is[key] != value && may_differ.count(key))
+        run.changes += (run.changes.empty() ? "" : ", ") + key + " " + is[key].dump() + " (was " + value.dump() + ")";
+      else if (is[key] != value)
         throw UserError(flag + ": " + key + " is " + is[key].dump() + " but was " + value.dump() + " in " +
                         (replay ? run.directory : asked.resume ? run.checkpoint : run.init) +
                         "; leave the flag out, or start a new run");
@@ -201,8 +208,10 @@ void print_start(Run& run, size_t parameters, int step) {
   const MemoryReport memory = memory_report<Backend, Real>(c, s.batch, c.context);
   const size_t tokens_per_step = size_t(s.batch) * c.context * s.accumulate;
   print_settings(s);
-  std::printf("RoPE turns %d of %d channels of each query and key head (%.1f %%); table %s.\n", c.rotary_dim,
-              c.head_size, 100.0 * c.rotary_dim / c.head_size, human_bytes(memory.rope_table).c_str());
+  if (!run.changes.empty()) std::printf("Changed: %s.\n", run.changes.c_str());
+  const std::string layers = c.rotary_layers == "all" ? "" : ", by layer " + c.rotary_layers;
+  std::printf("RoPE turns %d of %d channels of each query and key head (%.1f %%)%s; table %s.\n", c.rotary_dim,
+              c.head_size, 100.0 * c.rotary_dim / c.head_size, layers.c_str(), human_bytes(memory.rope_table).c_str());
   std::printf(
       "%.2f M parameters on %s, %s. Memory: parameters %s, gradients %s, optimiser %s, activations %s; %s in all.\n",
       parameters * 1e-6, Backend::name, dtype_name<Real>(), human_bytes(memory.parameters).c_str(),

@@ -1,6 +1,6 @@
 """Writes tests/fixtures/*.safetensors: losses, gradients and runs of scripts/reference.py, for the C++ to equal.
 
-    python scripts/fixtures.py            needs torch and numpy; takes seconds; the same bytes each time
+    python scripts/fixtures.py            needs torch, numpy and transformers; takes seconds; the same bytes each time
 
 Inputs are exact fp32 numbers; everything is computed in fp64; losses are stored in fp64, gradients rounded to fp32.
 A file holds its configuration (`config` in the metadata, JSON) and the tensors
@@ -41,6 +41,12 @@ CONFIGS = {
                              rope_pairs="interleaved", tied=True, qk_norm=True),
     # a kind of block that nobody presets: LayerNorm without biases in the linears, SwiGLU, one key/value head
     "mixed": dict(width=19, heads=3, kv_heads=1, head_size=5, mlp_hidden=11, rotary_dim=4, norm="layer"),
+    # the frequencies of a whole head, scaled as Llama 3's, and a layer that is not rotated
+    "rules": dict(width=20, heads=4, kv_heads=2, head_size=10, mlp_hidden=13, rotary_dim=6, rope_base=30.0,
+                  rope_frequencies="head", rope_scaling="llama3:4,1,3,20", rotary_layers="nope:2"),
+    # another R in every layer, QK-Norm, YaRN with its factor on cos and sin
+    "yarn": dict(width=20, heads=2, kv_heads=1, head_size=10, mlp_hidden=13, rotary_dim=10, rope_base=30.0,
+                 rope_pairs="interleaved", qk_norm=True, rope_scaling="yarn:4,20", rotary_layers="10,4"),
 }
 Z_LOSS = {"llama": 1e-2, "interleaved_tied": 1e-3}
 IGNORED = {"nope"}  # fixtures with some targets of -1
@@ -136,8 +142,38 @@ def make(name, options, seed):
     return path.stat().st_size
 
 
+# --rope-scaling, R, base, and what Transformers calls it.
+SCALINGS = [
+    ("linear:4", 16, 10000.0, dict(rope_type="linear", factor=4.0)),
+    ("llama3:8,1,4,8192", 128, 500000.0, dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0,
+                                              high_freq_factor=4.0, original_max_position_embeddings=8192)),
+    ("yarn:16,512", 64, 10000.0, dict(rope_type="yarn", factor=16.0, original_max_position_embeddings=512)),
+    ("yarn:40,4096,1.3,24,2", 26, 1e6, dict(rope_type="yarn", factor=40.0, original_max_position_embeddings=4096,
+                                            attention_factor=1.3, beta_fast=24.0, beta_slow=2.0)),
+    ("longrope:1.1902380714238083,1,1.5,2,4,8,16", 12, 10000.0,
+     dict(rope_type="longrope", factor=32.0, original_max_position_embeddings=4096,
+          short_factor=[1.0, 1.5, 2.0, 4.0, 8.0, 16.0], long_factor=[64.0] * 6)),
+]
+
+
+def scalings():
+    """tests/fixtures/rope_scaling.json: frequencies and attention factor of each, by Transformers (needs it)."""
+    from transformers import LlamaConfig
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    rows = []
+    for rule, R, base, parameters in SCALINGS:
+        positions = int(parameters.get("factor", 1) * parameters.get("original_max_position_embeddings", 512))
+        config = LlamaConfig(hidden_size=4 * R, num_attention_heads=4, head_dim=R, max_position_embeddings=positions,
+                             rope_parameters=dict(parameters, rope_theta=base))
+        theta, attention = ROPE_INIT_FUNCTIONS[parameters["rope_type"]](config, "cpu", seq_len=1)
+        rows.append(dict(scaling=rule, R=R, base=base, theta=theta.tolist(), attention=attention))
+    (FOLDER / "rope_scaling.json").write_text(json.dumps(rows, indent=1) + "\n")
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    scalings()
     FOLDER.mkdir(exist_ok=True)
     total = sum(make(name, options, seed) for seed, (name, options) in enumerate(CONFIGS.items(), 1))
     print(f"{len(CONFIGS)} files, {total} bytes")

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
 
-from .reference import Block, Config, make_norm, rope_table
+from .reference import Block, Config, make_norm, rope_table, rotary_dims
 
 
 class PartialRopeConfig(PretrainedConfig):
@@ -29,7 +29,8 @@ class PartialRopeForCausalLM(PreTrainedModel, GenerationMixin):
 
     def __init__(self, config):
         super().__init__(config)
-        self.ours = c = Config(**{field.name: getattr(config, field.name) for field in dataclasses.fields(Config)})
+        self.ours = c = Config(**{field.name: getattr(config, field.name, field.default)
+                                    for field in dataclasses.fields(Config)})
         self.embedding = nn.Embedding(c.vocab, c.width)
         self.layers = nn.ModuleList(Block(c) for _ in range(c.layers))
         self.final_norm = make_norm(c, c.width)
@@ -41,10 +42,12 @@ class PartialRopeForCausalLM(PreTrainedModel, GenerationMixin):
         """input_ids (B, T) -> logits (B, T, V); with labels (B, T) also the mean loss of all but the first, in nats."""
         if attention_mask is not None and not attention_mask[:, 0].all():
             raise ValueError("padding on the left is not supported: texts begin at position 0")
-        cos, sin = (table.to(input_ids.device) for table in rope_table(self.ours, input_ids.shape[1]))
+        dims = rotary_dims(self.ours)
+        tables = {R: [table.to(input_ids.device) for table in rope_table(self.ours, input_ids.shape[1], R)]
+                  for R in {*dims}}
         x = self.embedding(input_ids)
-        for layer in self.layers:
-            x = layer(x, cos, sin)
+        for layer, R in zip(self.layers, dims):
+            x = layer(x, *tables[R])
         logits = F.linear(self.final_norm(x), (self.embedding if self.ours.tied else self.head).weight)
         loss = None
         if labels is not None:

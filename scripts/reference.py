@@ -6,6 +6,7 @@ and in any dtype, under torch.compile and under autocast.
 """
 
 import dataclasses
+import math
 
 import torch
 import torch.nn as nn
@@ -27,6 +28,9 @@ class Config:
     rotary_dim: int
     rope_base: float = 10000.0
     rope_pairs: str = "half"  # or "interleaved"
+    rope_frequencies: str = "rotary"  # or "head", or wavelengths in positions
+    rope_scaling: str = "none"  # see rope_scale in rope.cuh
+    rotary_layers: str = "all"  # or "nope:N", or R of each layer
     qk_norm: bool = False
     block: str = "sequential"  # or "parallel"
     norm: str = "rms"  # or "layer"
@@ -42,13 +46,48 @@ def make_norm(config, size):
     return nn.RMSNorm(size, eps=EPS) if config.norm == "rms" else nn.LayerNorm(size, eps=EPS)
 
 
-def rope_table(config, positions):
+def rotary_dims(config):
+    """R of each layer."""
+    rule, layers = config.rotary_layers, range(config.layers)
+    if rule == "all":
+        return [config.rotary_dim for _ in layers]
+    if rule.startswith("nope:"):
+        return [config.rotary_dim if (layer + 1) % int(rule[5:]) else 0 for layer in layers]
+    return [int(R) for R in rule.split(",")]
+
+
+def scaled(frequency, scaling, base, size):
+    """The frequencies that rope_scale of rope.cuh makes of these, and what cos and sin are multiplied by."""
+    kind, _, numbers = scaling.partition(":")
+    x = [float(number) for number in numbers.split(",") if number]
+    if kind == "none":
+        return frequency, 1.0
+    if kind == "longrope":
+        return frequency / torch.tensor(x[1:], dtype=torch.float64), x[0]
+    if kind == "linear":
+        return frequency / x[0], 1.0
+    attention = 1.0
+    if kind == "llama3":
+        keep = (x[3] * frequency / (2 * math.pi) - x[1]) / (x[2] - x[1])
+    else:  # YaRN
+        pairs = [size * math.log(x[1] / (turns * 2 * math.pi)) / (2 * math.log(base)) for turns in x[3:] or (32, 1)]
+        fast, slow = max(math.floor(pairs[0]), 0), min(math.ceil(pairs[1]), size - 1)
+        keep = 1 - (torch.arange(len(frequency), dtype=torch.float64) - fast) / (slow - fast or 0.001)
+        attention = x[2] if len(x) > 2 else 0.1 * math.log(x[0]) + 1
+    keep = keep.clamp(0, 1)
+    return (1 - keep) * frequency / x[0] + keep * frequency, attention
+
+
+def rope_table(config, positions, R):
     """cos and sin, (positions, R) each, a column per rotated channel; computed in fp64, kept in fp32 as in rope.cuh."""
-    R = config.rotary_dim
-    frequency = config.rope_base ** (-torch.arange(0, R, 2, dtype=torch.float64) / max(R, 1))
+    size = config.head_size if config.rope_frequencies == "head" else max(R, 1)
+    frequency = config.rope_base ** (-torch.arange(0, R, 2, dtype=torch.float64) / size)
+    if R and config.rope_frequencies not in ("rotary", "head"):
+        frequency = 2 * math.pi / torch.tensor([float(w) for w in config.rope_frequencies.split(",")]).double()
+    frequency, attention = scaled(frequency, config.rope_scaling if R else "none", config.rope_base, size)
     angle = torch.arange(positions, dtype=torch.float64)[:, None] * frequency
     angle = torch.cat((angle, angle), -1) if config.rope_pairs == "half" else angle.repeat_interleave(2, -1)
-    return angle.cos().float(), angle.sin().float()
+    return (angle.cos() * attention).float(), (angle.sin() * attention).float()
 
 
 def rotate_half(x, pairs):
@@ -116,9 +155,9 @@ class GPT(nn.Module):
         self.head = nn.Linear(c.width, c.vocab, bias=False)
         if c.tied:
             self.head.weight = self.embedding.weight
-        cos, sin = rope_table(c, c.context)
-        self.register_buffer("cos", cos, persistent=False)
-        self.register_buffer("sin", sin, persistent=False)
+        for R in {*rotary_dims(c)}:
+            for name, table in zip(("cos", "sin"), rope_table(c, c.context, R)):
+                self.register_buffer(f"{name}{R}", table, persistent=False)
         for name, p in self.named_parameters():
             if p.dim() > 1:
                 nn.init.normal_(p, 0.0, 0.02)
@@ -129,8 +168,8 @@ class GPT(nn.Module):
         """tokens (B, T) -> logits (B, T, V)"""
         T = tokens.shape[1]
         x = self.embedding(tokens)
-        for layer in self.layers:
-            x = layer(x, self.cos[:T], self.sin[:T])
+        for layer, R in zip(self.layers, rotary_dims(self.config)):
+            x = layer(x, getattr(self, f"cos{R}")[:T], getattr(self, f"sin{R}")[:T])
         return self.head(self.final_norm(x))
 
     def loss(self, tokens, targets, z_loss=0.0):

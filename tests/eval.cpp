@@ -378,9 +378,10 @@ TEST_CASE("trace: says so when something does not agree") {
   Model<Cpu, float> model(cpu, c, 1, c.context, false);
   scatter(model, 12);
   const std::vector<int> tokens = random_tokens(10, 257, 13);
-  std::vector<float> wrong(model.rope.cos_sin, model.rope.cos_sin + size_t(model.rope.positions) * 4);
+  RopeTable& table = model.rope[0];
+  std::vector<float> wrong(table.cos_sin, table.cos_sin + size_t(table.positions) * 4);
   wrong[9 * 4 + 1] = std::nextafter(wrong[9 * 4 + 1], 2.0f);  // one sine, by one bit
-  model.rope.cos_sin = wrong.data();
+  table.cos_sin = wrong.data();
   const Trace trace = trace_head(model, tokens, 9, 0, 0, -1);
   CHECK(!trace.agrees());
   CHECK(contains(print_trace(trace, c, tokens, nullptr, false, false), "WRONG"));

@@ -7,13 +7,14 @@
 
 namespace {
 
-const std::vector<std::string> kFixtures = {"llama", "nope", "parallel_qknorm", "pythia", "interleaved_tied", "mixed"};
+const std::vector<std::string> kFixtures = {"llama", "nope", "parallel_qknorm", "pythia", "interleaved_tied", "mixed",
+                                            "rules", "yarn"};
 const std::vector<std::string> kRuns = {"llama", "pythia", "interleaved_tied"};
 
 // Whether this program can run it: after make ROTARY_DIM=6 it knows one rotary dimension only.
 bool built_for(const Config& c) {
   const int R = kRotaryDim.value_or(c.rotary_dim);
-  return R == c.rotary_dim;
+  return R == c.rotary_dim && (!kRotaryDim || c.rotary_layers == "all");
 }
 
 Config config_from(const nlohmann::json& j) {
@@ -22,6 +23,7 @@ Config config_from(const nlohmann::json& j) {
   c.head_size = j["head_size"], c.mlp_hidden = j["mlp_hidden"], c.context = j["context"], c.vocab = j["vocab"];
   c.rotary_dim = j["rotary_dim"], c.rope_base = j["rope_base"], c.qk_norm = j["qk_norm"], c.bias = j["bias"],
   c.tied = j["tied"];
+  c.rope_frequencies = j["rope_frequencies"], c.rope_scaling = j["rope_scaling"], c.rotary_layers = j["rotary_layers"];
   c.rope_pairs = j["rope_pairs"] == "half" ? RopePairs::half : RopePairs::interleaved;
   c.block = j["block"] == "parallel" ? BlockKind::parallel : BlockKind::sequential;
   c.norm = j["norm"] == "layer" ? NormKind::layer : NormKind::rms;

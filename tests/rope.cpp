@@ -142,6 +142,64 @@ TEST_CASE("rope: the table holds cos and sin of t * base^(-2i/R), rounded once")
   CHECK(rope_table_bytes(10'000'000, 0) == 0);
 }
 
+TEST_CASE("rope: frequencies by rule") {
+  const RopeAngles own = rope_angles(6, 64, 10000), head = rope_angles(6, 64, 10000, "head"),
+                   list = rope_angles(6, 64, 10000, "6.283185307179586,100,1e9");
+  for (int i = 0; i < 3; ++i) {
+    CHECK(own.theta[i] == about(std::exp(-2.0 * i / 6 * std::log(10000.0))));
+    CHECK(head.theta[i] == rope_angles(64, 64, 10000).theta[i]);  // the quickest of a full rotation
+  }
+  CHECK(list.theta[0] == about(1.0));
+  CHECK(list.theta[1] * 100 == about(2 * M_PI));
+  CHECK(list.theta[2] * 1e9 == about(2 * M_PI));
+  CHECK(rope_angles(0, 64, 10000, "5,6").theta.empty());  // a layer without rotation has no use for them
+  CHECK(contains(error_of([] { rope_angles(6, 64, 10000, "5,6"); }), "3 wavelengths"));
+  CHECK(contains(error_of([] { rope_angles(4, 64, 10000, "5,0"); }), "above 0"));
+  CHECK(contains(error_of([] { rope_angles(4, 64, 10000, "5,quick"); }), "\"quick\" is not a number"));
+}
+
+TEST_CASE("rope: scaled frequencies are those of Transformers, and reach cos and sin") {
+  std::ifstream file("tests/fixtures/rope_scaling.json");
+  const nlohmann::json rows = nlohmann::json::parse(file);
+  CHECK(rows.size() == 5);
+  for (const auto& row : rows) {
+    const std::string scaling = row["scaling"];
+    CAPTURE(scaling);
+    const int R = row["R"];
+    RopeAngles angles = rope_angles(R, 2 * R, row["base"]);
+    rope_scale(angles, scaling, row["base"], R);
+    // Transformers computes in fp32: a power, then some sums and products, of which one may cancel half of a number.
+    for (int i = 0; i < R / 2; ++i) CHECK(angles.theta[i] == about(row["theta"][i].get<double>(), 16 * 0x1p-24));
+    CHECK(angles.attention == about(row["attention"].get<double>()));
+    std::vector<float> values(size_t(3) * R);
+    rope_fill_table(values.data(), 3, angles);
+    CHECK(values[2 * R] == float(angles.attention * std::cos(2 * angles.theta[0])));
+    CHECK(values[2 * R + 1] == float(angles.attention * std::sin(2 * angles.theta[0])));
+  }
+  RopeAngles two = rope_angles(4, 8, 100);
+  for (const char* wrong : {"", "yarn", "yarn:2", "linear:0", "linear:-1", "linear:1,2", "llama3:8,4,1,512",
+                            "longrope:1,2", "longrope:1,2,3,4", "ntk:2", "linear:x"})
+    CHECK(contains(error_of([&] { rope_scale(two, wrong, 100, 4); }), std::string("--rope-scaling ")));
+  CHECK(two.theta == rope_angles(4, 8, 100).theta);
+}
+
+TEST_CASE("rope: R by layer") {
+  using Dims = std::vector<int>;
+  const int R = kRotaryDim.value_or(6);
+  CHECK(rotary_dims_of_layers("all", R, 3, 16) == Dims{R, R, R});
+  if (!kRotaryDim) {
+    CHECK(rotary_dims_of_layers("nope:2", 6, 5, 16) == Dims{6, 0, 6, 0, 6});
+    CHECK(rotary_dims_of_layers("nope:4", 6, 3, 16) == Dims{6, 6, 6});
+    CHECK(rotary_dims_of_layers("16,0,2", 6, 3, 16) == Dims{16, 0, 2});
+    CHECK(contains(error_of([] { rotary_dims_of_layers("4,18", 6, 2, 16); }), "head size 16"));
+  } else {
+    CHECK(contains(error_of([&] { rotary_dims_of_layers("nope:2", R, 2, 16); }), "was built for"));
+  }
+  for (const char* wrong : {"nope:1", "nope:0", "nope:2,3", "nope:1.5", "6,6", "6,6,6,6", "6,6,6.5", "nope:-1"})
+    CHECK(contains(error_of([&] { rotary_dims_of_layers(wrong, R, 3, 16); }), "one for each layer"));
+  CHECK(contains(error_of([&] { rotary_dims_of_layers("some", R, 3, 16); }), "--rotary-layers some"));
+}
+
 TEST_CASE_TEMPLATE("rope: values, and the channels from R on, other heads and R = 0 unchanged to the bit", Real, float,
                    double) {
   for (const Case& c : cases()) {
