@@ -1,5 +1,5 @@
 #pragma once
-// Causal self-attention over the packed buffer qkv, and QK-Norm.
+// Causal self-attention over the buffer qkv, in which a token's queries, keys and values stand side by side; QK-Norm.
 //
 // For a query q at position t and the keys k_s, values v_s at positions s <= t of its sequence:
 //     score_s = q . k_s / sqrt(HS)      p = softmax(score)      out = sum_s p_s v_s
@@ -186,10 +186,10 @@ void attention_forward(Cpu&, Real* out, Acc<Real>* lse, const Real* qkv, Attenti
 // dqkv (B, T, NH + 2*NKV, HS) from dout (B, T, NH, HS) and what the forward pass read and wrote. With P the
 // probabilities:  dV = P^T dO,  dP = dO V^T,  dS = P * (dP - D) with D_t = dO_t . O_t,  dQ = dS K,  dK = dS^T Q.
 // Sums over s or t add in pieces, as out does: dQ as there, dK and dV by (kQueryBlock + T / kQueryBlock) u at most.
-// D_t is the definition's sum_s p_s dP_s, as out = sum_s p_s v_s. `delta` (B, NH, T) is scratch for D, which the CUDA
-// version computes in a pass of its own.
+// D_t is the definition's sum_s p_s dP_s, as out = sum_s p_s v_s. D (B, NH, T) is left behind: on CUDA one kernel makes
+// it and the next reads it.
 template <class Real>
-void attention_backward(Cpu&, Real* dqkv, Acc<Real>* delta, const Real* dout, const Real* qkv, const Real* out,
+void attention_backward(Cpu&, Real* dqkv, Acc<Real>* D, const Real* dout, const Real* qkv, const Real* out,
                         const Acc<Real>* lse, AttentionShape s) {
   const int heads = s.NH + 2 * s.NKV, group = s.NH / s.NKV, stride = heads * s.HS, p_stride = round_up(s.T, 16) + 16;
   const size_t out_stride = size_t(s.NH) * s.HS;
@@ -227,7 +227,7 @@ void attention_backward(Cpu&, Real* dqkv, Acc<Real>* delta, const Real* dout, co
           Real d = 0;
 #pragma omp simd reduction(+ : d)
           for (int c = 0; c < s.HS; ++c) d += do_row[c] * o_row[c];
-          delta[row_at] = d;
+          D[row_at] = d;
 #pragma omp simd
           for (int j = 0; j <= t; ++j) {
             p_row[j] = exp_(p_row[j] * scale - row_lse);
@@ -396,7 +396,7 @@ __global__ void __launch_bounds__(kAttentionWarps * 32)
 // A warp works out dQ of one query, over its keys, and leaves D = dO . O for the keys' kernel.
 template <class Real, int CHANNELS>
 __global__ void __launch_bounds__(kAttentionWarps * 32)
-    attention_dq_kernel(Real* dqkv, float* delta, const Real* dout, const Real* qkv, const Real* out, const float* lse,
+    attention_dq_kernel(Real* dqkv, float* D, const Real* dout, const Real* qkv, const Real* out, const float* lse,
                         AttentionShape s, float scale) {
   __shared__ float shared[kAttentionWarps][2][CHANNELS];
   const AttentionPlace at = attention_place(s.NH, s.T);
@@ -414,7 +414,7 @@ __global__ void __launch_bounds__(kAttentionWarps * 32)
   float d = 0;
   for (int c = lane; c < HS; c += 32) d += d_o[c] * float(out[out_at + c]);
   d = warp_sum(d);
-  if (lane == 0) delta[row_at] = d;
+  if (lane == 0) D[row_at] = d;
 
   float dq[CHANNELS / 32] = {};
   for (int j0 = 0; j0 <= t; j0 += 32) {
@@ -442,7 +442,7 @@ __global__ void __launch_bounds__(kAttentionWarps * 32)
 // A warp works out dK and dV of one key, over the query heads that share it and the queries that see it.
 template <class Real, int CHANNELS>
 __global__ void __launch_bounds__(kAttentionWarps * 32)
-    attention_dkv_kernel(Real* dqkv, const float* delta, const Real* dout, const Real* qkv, const float* lse,
+    attention_dkv_kernel(Real* dqkv, const float* D, const Real* dout, const Real* qkv, const float* lse,
                          AttentionShape s, float scale) {
   __shared__ float shared[kAttentionWarps][2][CHANNELS];
   const AttentionPlace at = attention_place(s.NKV, s.T);
@@ -465,7 +465,7 @@ __global__ void __launch_bounds__(kAttentionWarps * 32)
       float p = 0, ds = 0;
       if (t < s.T) {
         p = __expf(dot_row(k_row, queries + t * stride, HS) * scale - lse[row_at + t]);
-        ds = p * (dot_row(v_row, douts + t * out_stride, HS) - delta[row_at + t]) * scale;
+        ds = p * (dot_row(v_row, douts + t * out_stride, HS) - D[row_at + t]) * scale;
       }
       float dk_part[CHANNELS / 32] = {}, dv_part[CHANNELS / 32] = {};
       for (int i = 0; i < min(32, s.T - t0); ++i) {
@@ -517,16 +517,16 @@ void simple_attention_forward(Cuda& be, Real* out, float* lse, const Real* qkv, 
 }
 
 template <class Real>
-void simple_attention_backward(Cuda& be, Real* dqkv, float* delta, const Real* dout, const Real* qkv, const Real* out,
+void simple_attention_backward(Cuda& be, Real* dqkv, float* D, const Real* dout, const Real* qkv, const Real* out,
                                const float* lse, AttentionShape s) {
   const float scale = 1 / std::sqrt(float(s.HS));
   const int threads = kAttentionWarps * 32;
   with_channels(s.HS, [&](auto channels) {
     launch(be, "attention_backward (queries)", attention_dq_kernel<Real, channels()>,
-           divide_up(size_t(s.B) * s.NH * s.T, kAttentionWarps), threads, 0, dqkv, delta, dout, qkv, out, lse, s,
+           divide_up(size_t(s.B) * s.NH * s.T, kAttentionWarps), threads, 0, dqkv, D, dout, qkv, out, lse, s,
            scale);
     launch(be, "attention_backward (keys)", attention_dkv_kernel<Real, channels()>,
-           divide_up(size_t(s.B) * s.NKV * s.T, kAttentionWarps), threads, 0, dqkv, (const float*)delta, dout, qkv, lse,
+           divide_up(size_t(s.B) * s.NKV * s.T, kAttentionWarps), threads, 0, dqkv, (const float*)D, dout, qkv, lse,
            s, scale);
   });
 }
@@ -548,12 +548,12 @@ void attention_forward(Cuda& be, Real* out, Acc<Real>* lse, const Real* qkv, Att
 }
 
 template <class Real>
-void attention_backward(Cuda& be, Real* dqkv, Acc<Real>* delta, const Real* dout, const Real* qkv, const Real* out,
+void attention_backward(Cuda& be, Real* dqkv, Acc<Real>* D, const Real* dout, const Real* qkv, const Real* out,
                         const Acc<Real>* lse, AttentionShape s) {
   if constexpr (std::is_same_v<Real, bf16>)
     if (use_flash_attention<Real>(be, s))
-      return flash_attention_backward(be, dqkv, delta, dout, qkv, out, lse, s.B, s.T, s.NH, s.NKV, s.HS);
-  simple_attention_backward(be, dqkv, delta, dout, qkv, out, lse, s);
+      return flash_attention_backward(be, dqkv, D, dout, qkv, out, lse, s.B, s.T, s.NH, s.NKV, s.HS);
+  simple_attention_backward(be, dqkv, D, dout, qkv, out, lse, s);
 }
 
 // How neighbouring lanes of a warp share the first CHANNELS channels of a head at one position: kPacks packs of W for
