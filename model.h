@@ -22,6 +22,7 @@
 #include "layers.cuh"
 #include "optimizer.cuh"
 #include "rope.cuh"
+#include "run/random.h"
 
 enum class BlockKind { sequential, parallel };
 enum class MlpKind { swiglu, gelu };
@@ -181,19 +182,6 @@ Parameters<T> bind(const Config& c, const ParameterTable& table, T* flat) {
   });
   if (c.tied) p.head = p.embedding;
   return p;
-}
-
-// A number in [0, 1) for each (seed, stream, index), by the splitmix64 finaliser: no state, so initialisation is the
-// same for any number of threads.
-inline double uniform(uint64_t seed, uint64_t stream, uint64_t index) {
-  uint64_t z = seed * 0x9E3779B97F4A7C15ull + stream;
-  for (int round = 0; round < 2; ++round) {
-    z += index + 0x9E3779B97F4A7C15ull;
-    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9ull;
-    z = (z ^ (z >> 27)) * 0x94D049BB133111EBull;
-    z ^= z >> 31;
-  }
-  return double(z >> 11) * 0x1p-53;
 }
 
 // Initial values of one tensor, written to the host array values (count).
