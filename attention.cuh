@@ -1,5 +1,5 @@
 #pragma once
-// Causal self-attention over the packed buffer qkv, and QK-Norm.
+// Causal self-attention over the buffer qkv, in which a token's queries, keys and values stand side by side; QK-Norm.
 //
 // For a query q at position t and the keys k_s, values v_s at positions s <= t of its sequence:
 //     score_s = q . k_s / sqrt(HS)      p = softmax(score)      out = sum_s p_s v_s
@@ -186,10 +186,10 @@ void attention_forward(Cpu&, Real* out, Acc<Real>* lse, const Real* qkv, Attenti
 // dqkv (B, T, NH + 2*NKV, HS) from dout (B, T, NH, HS) and what the forward pass read and wrote. With P the
 // probabilities:  dV = P^T dO,  dP = dO V^T,  dS = P * (dP - D) with D_t = dO_t . O_t,  dQ = dS K,  dK = dS^T Q.
 // Sums over s or t add in pieces, as out does: dQ as there, dK and dV by (kQueryBlock + T / kQueryBlock) u at most.
-// D_t is the definition's sum_s p_s dP_s, as out = sum_s p_s v_s. `delta` (B, NH, T) is scratch for D, which the CUDA
-// version computes in a pass of its own.
+// D_t is the definition's sum_s p_s dP_s, as out = sum_s p_s v_s. D (B, NH, T) is left behind: on CUDA one kernel makes
+// it and the next reads it.
 template <class Real>
-void attention_backward(Cpu&, Real* dqkv, Acc<Real>* delta, const Real* dout, const Real* qkv, const Real* out,
+void attention_backward(Cpu&, Real* dqkv, Acc<Real>* D, const Real* dout, const Real* qkv, const Real* out,
                         const Acc<Real>* lse, AttentionShape s) {
   const int heads = s.NH + 2 * s.NKV, group = s.NH / s.NKV, stride = heads * s.HS, p_stride = round_up(s.T, 16) + 16;
   const size_t out_stride = size_t(s.NH) * s.HS;
@@ -227,7 +227,7 @@ void attention_backward(Cpu&, Real* dqkv, Acc<Real>* delta, const Real* dout, co
           Real d = 0;
 #pragma omp simd reduction(+ : d)
           for (int c = 0; c < s.HS; ++c) d += do_row[c] * o_row[c];
-          delta[row_at] = d;
+          D[row_at] = d;
 #pragma omp simd
           for (int j = 0; j <= t; ++j) {
             p_row[j] = exp_(p_row[j] * scale - row_lse);
@@ -396,7 +396,7 @@ __global__ void __launch_bounds__(kAttentionWarps * 32)
 // A warp works out dQ of one query, over its keys, and leaves D = dO . O for the keys' kernel.
 template <class Real, int CHANNELS>
 __global__ void __launch_bounds__(kAttentionWarps * 32)
-    attention_dq_kernel(Real* dqkv, float* delta, const Real* dout, const Real* qkv, const Real* out, const float* lse,
+    attention_dq_kernel(Real* dqkv, float* D, const Real* dout, const Real* qkv, const Real* out, const float* lse,
                         AttentionShape s, float scale) {
   __shared__ float shared[kAttentionWarps][2][CHANNELS];
   const AttentionPlace at = attention_place(s.NH, s.T);
@@ -414,7 +414,7 @@ __global__ void __launch_bounds__(kAttentionWarps * 32)
   float d = 0;
   for (int c = lane; c < HS; c += 32) d += d_o[c] * float(out[out_at + c]);
   d = warp_sum(d);
-  if (lane == 0) delta[row_at] = d;
+  if (lane == 0) D[row_at] = d;
 
   float dq[CHANNELS / 32] = {};
   for (int j0 = 0; j0 <= t; j0 += 32) {
@@ -442,7 +442,7 @@ __global__ void __launch_bounds__(kAttentionWarps * 32)
 // A warp works out dK and dV of one key, over the query heads that share it and the queries that see it.
 template <class Real, int CHANNELS>
 __global__ void __launch_bounds__(kAttentionWarps * 32)
-    attention_dkv_kernel(Real* dqkv, const float* delta, const Real* dout, const Real* qkv, const float* lse,
+    attention_dkv_kernel(Real* dqkv, const float* D, const Real* dout, const Real* qkv, const float* lse,
                          AttentionShape s, float scale) {
   __shared__ float shared[kAttentionWarps][2][CHANNELS];
   const AttentionPlace at = attention_place(s.NKV, s.T);
@@ -465,7 +465,7 @@ __global__ void __launch_bounds__(kAttentionWarps * 32)
       float p = 0, ds = 0;
       if (t < s.T) {
         p = __expf(dot_row(k_row, queries + t * stride, HS) * scale - lse[row_at + t]);
-        ds = p * (dot_row(v_row, douts + t * out_stride, HS) - delta[row_at + t]) * scale;
+        ds = p * (dot_row(v_row, douts + t * out_stride, HS) - D[row_at + t]) * scale;
       }
       float dk_part[CHANNELS / 32] = {}, dv_part[CHANNELS / 32] = {};
       for (int i = 0; i < min(32, s.T - t0); ++i) {
@@ -517,16 +517,16 @@ void simple_attention_forward(Cuda& be, Real* out, float* lse, const Real* qkv, 
 }
 
 template <class Real>
-void simple_attention_backward(Cuda& be, Real* dqkv, float* delta, const Real* dout, const Real* qkv, const Real* out,
+void simple_attention_backward(Cuda& be, Real* dqkv, float* D, const Real* dout, const Real* qkv, const Real* out,
                                const float* lse, AttentionShape s) {
   const float scale = 1 / std::sqrt(float(s.HS));
   const int threads = kAttentionWarps * 32;
   with_channels(s.HS, [&](auto channels) {
     launch(be, "attention_backward (queries)", attention_dq_kernel<Real, channels()>,
-           divide_up(size_t(s.B) * s.NH * s.T, kAttentionWarps), threads, 0, dqkv, delta, dout, qkv, out, lse, s,
+           divide_up(size_t(s.B) * s.NH * s.T, kAttentionWarps), threads, 0, dqkv, D, dout, qkv, out, lse, s,
            scale);
     launch(be, "attention_backward (keys)", attention_dkv_kernel<Real, channels()>,
-           divide_up(size_t(s.B) * s.NKV * s.T, kAttentionWarps), threads, 0, dqkv, (const float*)delta, dout, qkv, lse,
+           divide_up(size_t(s.B) * s.NKV * s.T, kAttentionWarps), threads, 0, dqkv, (const float*)D, dout, qkv, lse,
            s, scale);
   });
 }
@@ -548,23 +548,23 @@ void attention_forward(Cuda& be, Real* out, Acc<Real>* lse, const Real* qkv, Att
 }
 
 template <class Real>
-void attention_backward(Cuda& be, Real* dqkv, Acc<Real>* delta, const Real* dout, const Real* qkv, const Real* out,
+void attention_backward(Cuda& be, Real* dqkv, Acc<Real>* D, const Real* dout, const Real* qkv, const Real* out,
                         const Acc<Real>* lse, AttentionShape s) {
   if constexpr (std::is_same_v<Real, bf16>)
     if (use_flash_attention<Real>(be, s))
-      return flash_attention_backward(be, dqkv, delta, dout, qkv, out, lse, s.B, s.T, s.NH, s.NKV, s.HS);
-  simple_attention_backward(be, dqkv, delta, dout, qkv, out, lse, s);
+      return flash_attention_backward(be, dqkv, D, dout, qkv, out, lse, s.B, s.T, s.NH, s.NKV, s.HS);
+  simple_attention_backward(be, dqkv, D, dout, qkv, out, lse, s);
 }
 
-// How neighbouring lanes of a warp share the first CHANNELS channels of a head at one position: kPacks packs of W for
-// each. The two channels of a pair may lie in different lanes, and meet in shared memory.
+// How neighbouring lanes of a warp share the first CHANNELS channels of a head at one position: kVectors vectors of W
+// for each. The two channels of a pair may lie in different lanes, and meet in shared memory.
 template <int CHANNELS, int W>
 struct HeadLanes {
-  static constexpr int kLanes = CHANNELS / W < 32 ? CHANNELS / W : 32, kPacks = CHANNELS / W / kLanes;
+  static constexpr int kLanes = CHANNELS / W < 32 ? CHANNELS / W : 32, kVectors = CHANNELS / W / kLanes;
   static constexpr int kHeads = 256 / kLanes;  // that a block of 256 threads works on at a time
 
-  // The first channel of a lane's pack.
-  __device__ static int channel(int pack) { return (pack * kLanes + int(threadIdx.x) % kLanes) * W; }
+  // The first channel of a lane's vector.
+  __device__ static int channel(int vector) { return (vector * kLanes + int(threadIdx.x) % kLanes) * W; }
   __device__ static float sum(float x) {  // over the lanes of a head
 #pragma unroll
     for (int step = kLanes / 2; step > 0; step /= 2) x += __shfl_xor_sync(~0u, x, step);
@@ -573,15 +573,15 @@ struct HeadLanes {
 
   // Turns those of the lane's channels x that are under R; y (CHANNELS) is the head's place in shared memory, t is the
   // position. All lanes of the warp take part.
-  __device__ static void turn(float (&x)[kPacks][W], float* y, const RopeTable& table, int t, float direction) {
+  __device__ static void turn(float (&x)[kVectors][W], float* y, const RopeTable& table, int t, float direction) {
     const int R = table.R;
     const float* cos_sin = table.cos_sin + size_t(t) * R;
 #pragma unroll
-    for (int p = 0; p < kPacks; ++p)
+    for (int p = 0; p < kVectors; ++p)
       if (channel(p) < R) store<W>(y + channel(p), x[p]);
     __syncwarp();
 #pragma unroll
-    for (int p = 0; p < kPacks; ++p)
+    for (int p = 0; p < kVectors; ++p)
 #pragma unroll
       for (int k = 0; k < W; ++k) {
         const int c = channel(p) + k;
@@ -613,9 +613,9 @@ __global__ void __launch_bounds__(256)
   Real* x = qkv + (at * (heads + s.NKV) + h) * s.HS;
   Real* raw = qk_raw + (at * heads + h) * s.HS;
   const Real* weight = h < unsigned(s.NH) ? q_weight : k_weight;
-  float v[Lanes::kPacks][W] = {}, w[W], sum = 0;
+  float v[Lanes::kVectors][W] = {}, w[W], sum = 0;
 #pragma unroll
-  for (int p = 0; p < Lanes::kPacks; ++p) {
+  for (int p = 0; p < Lanes::kVectors; ++p) {
     const int c = Lanes::channel(p);
     if (!inside || c >= s.HS) continue;
     load<W>(v[p], x + c);
@@ -626,7 +626,7 @@ __global__ void __launch_bounds__(256)
   const float rstd = rsqrtf(Lanes::sum(sum) / s.HS + eps);
   if (inside && Lanes::channel(0) == 0) qk_rstd[at * heads + h] = rstd;
 #pragma unroll
-  for (int p = 0; p < Lanes::kPacks; ++p) {
+  for (int p = 0; p < Lanes::kVectors; ++p) {
     if (Lanes::channel(p) >= s.HS) continue;
     load<W>(w, weight + Lanes::channel(p));
 #pragma unroll
@@ -634,7 +634,7 @@ __global__ void __launch_bounds__(256)
   }
   Lanes::turn(v, shared[threadIdx.x / Lanes::kLanes], table, t, 1);
 #pragma unroll
-  for (int p = 0; p < Lanes::kPacks; ++p)
+  for (int p = 0; p < Lanes::kVectors; ++p)
     if (inside && Lanes::channel(p) < s.HS) store<W>(x + Lanes::channel(p), v[p]);
 }
 
@@ -648,7 +648,7 @@ __global__ void __launch_bounds__(256, 4)
   __shared__ __align__(16) float shared[Lanes::kHeads][CHANNELS];
   const unsigned heads = s.NH + s.NKV, items = unsigned(s.B) * s.T * heads;
   float* y = shared[threadIdx.x / Lanes::kLanes];
-  float dweights[2][Lanes::kPacks][W] = {};
+  float dweights[2][Lanes::kVectors][W] = {};
   // All lanes of a block make the same number of turns, because they wait for each other.
   for (unsigned first = blockIdx.x * Lanes::kHeads; first < items; first += gridDim.x * Lanes::kHeads) {
     const unsigned id = first + threadIdx.x / Lanes::kLanes, n = id / heads, h = id % heads;
@@ -657,9 +657,9 @@ __global__ void __launch_bounds__(256, 4)
     const Real* raw = qk_raw + size_t(id) * s.HS;
     const Real* weight = query ? q_weight : k_weight;
     const float rstd = inside ? qk_rstd[id] : 0;
-    float dy[Lanes::kPacks][W] = {}, xhat[Lanes::kPacks][W] = {}, w[W], dot = 0;
+    float dy[Lanes::kVectors][W] = {}, xhat[Lanes::kVectors][W] = {}, w[W], dot = 0;
 #pragma unroll
-    for (int p = 0; p < Lanes::kPacks; ++p) {
+    for (int p = 0; p < Lanes::kVectors; ++p) {
       const int c = Lanes::channel(p);
       if (!inside || c >= s.HS) continue;
       load<W>(dy[p], dx + c);
@@ -667,7 +667,7 @@ __global__ void __launch_bounds__(256, 4)
     }
     Lanes::turn(dy, y, table, n % s.T, -1);
 #pragma unroll
-    for (int p = 0; p < Lanes::kPacks; ++p) {
+    for (int p = 0; p < Lanes::kVectors; ++p) {
       if (Lanes::channel(p) >= s.HS) continue;
       load<W>(w, weight + Lanes::channel(p));
 #pragma unroll
@@ -682,7 +682,7 @@ __global__ void __launch_bounds__(256, 4)
     }
     dot = Lanes::sum(dot) / s.HS;
 #pragma unroll
-    for (int p = 0; p < Lanes::kPacks; ++p) {
+    for (int p = 0; p < Lanes::kVectors; ++p) {
       if (!inside || Lanes::channel(p) >= s.HS) continue;
 #pragma unroll
       for (int k = 0; k < W; ++k) dy[p][k] = rstd * (dy[p][k] - xhat[p][k] * dot);
@@ -692,7 +692,7 @@ __global__ void __launch_bounds__(256, 4)
   for (int which = 0; which < 2; ++which) {
     __syncthreads();
 #pragma unroll
-    for (int p = 0; p < Lanes::kPacks; ++p) store<W>(y + Lanes::channel(p), dweights[which][p]);
+    for (int p = 0; p < Lanes::kVectors; ++p) store<W>(y + Lanes::channel(p), dweights[which][p]);
     __syncthreads();
     for (int c = threadIdx.x; c < s.HS; c += blockDim.x) {
       float sum = 0;
@@ -707,13 +707,11 @@ void qk_norm_rope_forward(Cuda& be, Real* qkv, Real* qk_raw, Acc<Real>* qk_rstd,
                           const Real* k_weight, const RopeTable& table, RopeShape s, double eps) {
   const size_t items = size_t(s.B) * (s.T - s.first) * (s.NH + s.NKV);
   with_channels(s.HS, [&](auto channels) {
-    auto start = [&](auto W) {
+    with_width<kWide<Real>>(wide(s.HS, qkv, qk_raw, q_weight, k_weight), [&](auto W) {
       launch(be, "qk_norm_rope_forward", qk_norm_rope_forward_kernel<Real, channels(), W()>,
              divide_up(items, HeadLanes<channels(), W()>::kHeads), 256, 0, qkv, qk_raw, qk_rstd, q_weight, k_weight,
              table, s, float(eps));
-    };
-    if (wide(s.HS, qkv, qk_raw, q_weight, k_weight)) return start(std::integral_constant<int, kWide<Real>>());
-    start(std::integral_constant<int, 1>());
+    });
   });
 }
 
@@ -725,13 +723,11 @@ void qk_norm_rope_backward(Cuda& be, Real* dqkv, Acc<Real>* dq_weight, Acc<Real>
   const size_t items = size_t(s.B) * s.T * (s.NH + s.NKV);
   int blocks = 0;
   with_channels(s.HS, [&](auto channels) {
-    auto start = [&](auto W) {
+    with_width<kWide<Real>>(wide(s.HS, dqkv, qk_raw, q_weight, k_weight), [&](auto W) {
       blocks = int(std::min<size_t>(8 * be.multiprocessors, divide_up(items, HeadLanes<channels(), W()>::kHeads)));
       launch(be, "qk_norm_rope_backward", qk_norm_rope_backward_kernel<Real, channels(), W()>, blocks, 256, 0, dqkv,
              partial, qk_raw, qk_rstd, q_weight, k_weight, table, s);
-    };
-    if (wide(s.HS, dqkv, qk_raw, q_weight, k_weight)) return start(std::integral_constant<int, kWide<Real>>());
-    start(std::integral_constant<int, 1>());
+    });
   });
   add_rows(be, dq_weight, partial, blocks, s.HS, 2 * s.HS);
   add_rows(be, dk_weight, partial + s.HS, blocks, s.HS, 2 * s.HS);

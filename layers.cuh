@@ -232,20 +232,20 @@ void add_losses(Cpu&, double* loss, double* z, const Real* losses, const Real* l
 // A thread copies W channels of one row.
 template <class Real, int W>
 __global__ void embedding_forward_kernel(Real* x, const int* tokens, const Real* weight, int N, int C) {
-  const int packs = C / W;
-  const size_t id = blockIdx.x * size_t(blockDim.x) + threadIdx.x, n = id / packs;
+  const int vectors = C / W;
+  const size_t id = blockIdx.x * size_t(blockDim.x) + threadIdx.x, n = id / vectors;
   if (n >= N) return;
-  const int c = int(id % packs) * W;
-  using P = Pack<Real, W>;
-  *reinterpret_cast<P*>(x + n * C + c) = *reinterpret_cast<const P*>(weight + size_t(tokens[n]) * C + c);
+  const int c = int(id % vectors) * W;
+  using Part = Vector<Real, W>;
+  *reinterpret_cast<Part*>(x + n * C + c) = *reinterpret_cast<const Part*>(weight + size_t(tokens[n]) * C + c);
 }
 
 template <class Real>
 void embedding_forward(Cuda& be, Real* x, const int* tokens, const Real* weight, int N, int C) {
-  const bool packs = wide(C, x, weight);
-  launch(be, "embedding_forward",
-         packs ? embedding_forward_kernel<Real, kWide<Real>> : embedding_forward_kernel<Real, 1>,
-         divide_up(size_t(N) * C / (packs ? kWide<Real> : 1), 256), 256, 0, x, tokens, weight, N, C);
+  with_width<kWide<Real>>(wide(C, x, weight), [&](auto W) {
+    launch(be, "embedding_forward", embedding_forward_kernel<Real, W()>, divide_up(size_t(N) * C / W(), 256), 256, 0, x,
+           tokens, weight, N, C);
+  });
 }
 
 // For the backward pass, the rows are sorted by token; the sort is stable, so that the rows of a token are added up in
@@ -255,8 +255,8 @@ static __global__ void count_up_kernel(int* to, int n) {
   const int i = blockIdx.x * blockDim.x + threadIdx.x;
   if (i < n) to[i] = i;
 }
-// Where the run of each token begins and ends in the sorted list; both 0 for a token that does not occur.
-static __global__ void find_runs_kernel(int* begin, int* end, const int* sorted, int N) {
+// Where the rows of each token begin and end in the sorted list; both 0 for a token that does not occur.
+static __global__ void find_tokens_kernel(int* begin, int* end, const int* sorted, int N) {
   const int i = blockIdx.x * blockDim.x + threadIdx.x;
   if (i >= N) return;
   if (i == 0 || sorted[i] != sorted[i - 1]) begin[sorted[i]] = i;
@@ -265,10 +265,10 @@ static __global__ void find_runs_kernel(int* begin, int* end, const int* sorted,
 
 constexpr int kEmbeddingWarps = 8;
 
-// The sum of every step-th row of a run, in the W columns from c on.
+// The sum of every step-th of the rows begin .. end-1 of the list, in the W columns from c on.
 template <class Real, int W>
-__device__ __forceinline__ void add_run(float (&sum)[W], const Real* dx, const int* rows, int begin, int end, int step,
-                                        int C, int c) {
+__device__ __forceinline__ void add_rows_of_token(float (&sum)[W], const Real* dx, const int* rows, int begin, int end,
+                                                  int step, int C, int c) {
 #pragma unroll 4
   for (int i = begin; i < end; i += step) {
     float d[W];
@@ -303,11 +303,11 @@ __global__ void __launch_bounds__(kEmbeddingWarps * 32)
     float sum[W] = {};
     if (!frequent) {
       if (i != warp || first == last || c >= C) continue;
-      add_run<Real, W>(sum, dx, rows, first, last, 1, C, c);
+      add_rows_of_token<Real, W>(sum, dx, rows, first, last, 1, C, c);
       add_to<W>(dweight + size_t(token) * C + c, sum);
       continue;
     }
-    if (c < C) add_run<Real, W>(sum, dx, rows, first + warp, last, kEmbeddingWarps, C, c);
+    if (c < C) add_rows_of_token<Real, W>(sum, dx, rows, first + warp, last, kEmbeddingWarps, C, c);
     for (int k = 0; k < W; ++k) sums[warp][k * 32 + lane] = sum[k];
     __syncthreads();
     if (warp == 0 && c < C) {
@@ -334,12 +334,12 @@ void embedding_backward(Cuda& be, Acc<Real>* dweight, const Real* dx, const int*
   launch(be, "count_up", count_up_kernel, divide_up(N, 256), 256, 0, counts, N);
   check(cub::DeviceRadixSort::SortPairs(temporary, bytes, tokens, sorted, counts, rows, N, 0, bits, be.stream), "sort");
   be.zero(begin, 2 * size_t(V) * sizeof(int));
-  launch(be, "find_runs", find_runs_kernel, divide_up(N, 256), 256, 0, begin, end, (const int*)sorted, N);
-  const bool packs = wide(C, dx) && wide(4, dweight);
-  const dim3 blocks(divide_up(V, kEmbeddingWarps), divide_up(C, 32 * (packs ? kWide<Real> : 1)));
-  launch(be, "embedding_backward",
-         packs ? embedding_backward_kernel<Real, kWide<Real>> : embedding_backward_kernel<Real, 1>, blocks,
-         kEmbeddingWarps * 32, 0, dweight, dx, (const int*)rows, (const int*)begin, (const int*)end, V, C);
+  launch(be, "find_tokens", find_tokens_kernel, divide_up(N, 256), 256, 0, begin, end, (const int*)sorted, N);
+  with_width<kWide<Real>>(wide(C, dx) && wide(4, dweight), [&](auto W) {
+    launch(be, "embedding_backward", embedding_backward_kernel<Real, W()>,
+           dim3(divide_up(V, kEmbeddingWarps), divide_up(C, 32 * W())), kEmbeddingWarps * 32, 0, dweight, dx,
+           (const int*)rows, (const int*)begin, (const int*)end, V, C);
+  });
 }
 
 constexpr int kNormWarps = 8;
@@ -386,14 +386,12 @@ __global__ void __launch_bounds__(kNormWarps * 32)
 template <class Real>
 void norm_forward(Cuda& be, NormKind kind, Real* out, Acc<Real>* mean, Acc<Real>* rstd, const Real* x,
                   const Real* weight, const Real* bias, int N, int C, double eps) {
-  auto kernel = [&](auto W) {
-    return kind == NormKind::rms ? norm_forward_kernel<Real, W(), NormKind::rms>
-                                 : norm_forward_kernel<Real, W(), NormKind::layer>;
-  };
-  launch(be, "norm_forward",
-         wide(C, out, x, weight, bias) ? kernel(std::integral_constant<int, kWide<Real>>())
-                                       : kernel(std::integral_constant<int, 1>()),
-         divide_up(N, kNormWarps), kNormWarps * 32, 0, out, mean, rstd, x, weight, bias, N, C, float(eps));
+  with_width<kWide<Real>>(wide(C, out, x, weight, bias), [&](auto W) {
+    launch(be, "norm_forward",
+           kind == NormKind::rms ? norm_forward_kernel<Real, W(), NormKind::rms>
+                                 : norm_forward_kernel<Real, W(), NormKind::layer>,
+           divide_up(N, kNormWarps), kNormWarps * 32, 0, out, mean, rstd, x, weight, bias, N, C, float(eps));
+  });
 }
 
 // A warp works through many rows. Its sums for dweight (and dbias) lie in shared memory, (warps, C) of each, where a
@@ -455,10 +453,6 @@ template <class Real>
 void norm_backward(Cuda& be, NormKind kind, Real* dx, Acc<Real>* dweight, Acc<Real>* dbias, const Real* dresidual,
                    const Real* dout, const Real* x, const Acc<Real>* mean, const Acc<Real>* rstd, const Real* weight,
                    int N, int C) {
-  auto kernel = [&](auto W) {
-    return kind == NormKind::rms ? norm_backward_kernel<Real, W(), NormKind::rms>
-                                 : norm_backward_kernel<Real, W(), NormKind::layer>;
-  };
   const int sums = kind == NormKind::rms ? 1 : 2;
   const size_t bytes = size_t(sums) * C * sizeof(float);  // per warp
   const int warps = int(std::min<size_t>(kNormWarps, be.shared_bytes / bytes));
@@ -467,10 +461,12 @@ void norm_backward(Cuda& be, NormKind kind, Real* dx, Acc<Real>* dweight, Acc<Re
   const int per_multiprocessor = kind == NormKind::rms && C <= 1024 ? 4 : 6;  // found by measurement on an H200
   const int blocks = int(std::min<size_t>(per_multiprocessor * be.multiprocessors, divide_up(N, warps)));
   float* partial = static_cast<float*>(be.workspace);
-  const bool packs = wide(C, dx, dresidual, dout, x, weight);
-  launch(be, "norm_backward",
-         packs ? kernel(std::integral_constant<int, kWide<Real>>()) : kernel(std::integral_constant<int, 1>()), blocks,
-         warps * 32, warps * bytes, dx, partial, dresidual, dout, x, mean, rstd, weight, N, C);
+  with_width<kWide<Real>>(wide(C, dx, dresidual, dout, x, weight), [&](auto W) {
+    launch(be, "norm_backward",
+           kind == NormKind::rms ? norm_backward_kernel<Real, W(), NormKind::rms>
+                                 : norm_backward_kernel<Real, W(), NormKind::layer>,
+           blocks, warps * 32, warps * bytes, dx, partial, dresidual, dout, x, mean, rstd, weight, N, C);
+  });
   add_rows(be, dweight, partial, blocks, C, sums * C);
   if (kind == NormKind::layer) add_rows(be, dbias, partial + C, blocks, C, sums * C);
 }
@@ -486,7 +482,7 @@ void linear_residual_forward(Cuda& be, Real* out, const Real* residual, const Re
   multiply(be, Product<Real>{out, residual, bias, OC, N, IC, true, false}, weight, inp);
 }
 
-// Column sums of a run of rows: a block has 32 columns, whose rows its 8 warps share; one row of partial (blocks, OC)
+// Column sums of some rows: a block has 32 columns, whose rows its 8 warps share; one row of partial (blocks, OC)
 // each.
 template <class Real>
 __global__ void __launch_bounds__(256) bias_backward_kernel(float* partial, const Real* dout, int N, int OC) {
@@ -520,10 +516,10 @@ __device__ __forceinline__ float sigmoid(float x) { return 1 / (1 + __expf(-x));
 // A thread works out W of the F channels of one row.
 template <class Real, int W>
 __global__ void swiglu_forward_kernel(Real* out, const Real* gate_up, int N, int F) {
-  const int packs = F / W;
-  const size_t id = blockIdx.x * size_t(blockDim.x) + threadIdx.x, n = id / packs;
+  const int vectors = F / W;
+  const size_t id = blockIdx.x * size_t(blockDim.x) + threadIdx.x, n = id / vectors;
   if (n >= N) return;
-  const int f = int(id % packs) * W;
+  const int f = int(id % vectors) * W;
   float gate[W], up[W];
   load<W>(gate, gate_up + n * 2 * F + f);
   load<W>(up, gate_up + n * 2 * F + F + f);
@@ -534,10 +530,10 @@ __global__ void swiglu_forward_kernel(Real* out, const Real* gate_up, int N, int
 
 template <class Real, int W>
 __global__ void swiglu_backward_kernel(Real* dgate_up, const Real* dout, const Real* gate_up, int N, int F) {
-  const int packs = F / W;
-  const size_t id = blockIdx.x * size_t(blockDim.x) + threadIdx.x, n = id / packs;
+  const int vectors = F / W;
+  const size_t id = blockIdx.x * size_t(blockDim.x) + threadIdx.x, n = id / vectors;
   if (n >= N) return;
-  const int f = int(id % packs) * W;
+  const int f = int(id % vectors) * W;
   const size_t at = n * 2 * F + f;
   float gate[W], up[W], d[W];
   load<W>(gate, gate_up + at);
@@ -555,16 +551,18 @@ __global__ void swiglu_backward_kernel(Real* dgate_up, const Real* dout, const R
 
 template <class Real>
 void swiglu_forward(Cuda& be, Real* out, const Real* gate_up, int N, int F) {
-  const bool packs = wide(F, out, gate_up);
-  launch(be, "swiglu_forward", packs ? swiglu_forward_kernel<Real, kWide<Real>> : swiglu_forward_kernel<Real, 1>,
-         divide_up(size_t(N) * F / (packs ? kWide<Real> : 1), 256), 256, 0, out, gate_up, N, F);
+  with_width<kWide<Real>>(wide(F, out, gate_up), [&](auto W) {
+    launch(be, "swiglu_forward", swiglu_forward_kernel<Real, W()>, divide_up(size_t(N) * F / W(), 256), 256, 0, out,
+           gate_up, N, F);
+  });
 }
 
 template <class Real>
 void swiglu_backward(Cuda& be, Real* dgate_up, const Real* dout, const Real* gate_up, int N, int F) {
-  const bool packs = wide(F, dgate_up, dout, gate_up);
-  launch(be, "swiglu_backward", packs ? swiglu_backward_kernel<Real, kWide<Real>> : swiglu_backward_kernel<Real, 1>,
-         divide_up(size_t(N) * F / (packs ? kWide<Real> : 1), 256), 256, 0, dgate_up, dout, gate_up, N, F);
+  with_width<kWide<Real>>(wide(F, dgate_up, dout, gate_up), [&](auto W) {
+    launch(be, "swiglu_backward", swiglu_backward_kernel<Real, W()>, divide_up(size_t(N) * F / W(), 256), 256, 0,
+           dgate_up, dout, gate_up, N, F);
+  });
 }
 
 // Phi, the normal distribution up to x, and its density, from one exponential: erfc by Abramowitz and Stegun (1964,
@@ -606,16 +604,18 @@ __global__ void gelu_backward_kernel(Real* dx, const Real* dout, const Real* x, 
 
 template <class Real>
 void gelu_forward(Cuda& be, Real* out, const Real* x, int N, int F) {
-  const bool packs = wide(F, out, x);
-  launch(be, "gelu_forward", packs ? gelu_forward_kernel<Real, kWide<Real>> : gelu_forward_kernel<Real, 1>,
-         divide_up(size_t(N) * F / (packs ? kWide<Real> : 1), 256), 256, 0, out, x, size_t(N) * F);
+  with_width<kWide<Real>>(wide(F, out, x), [&](auto W) {
+    launch(be, "gelu_forward", gelu_forward_kernel<Real, W()>, divide_up(size_t(N) * F / W(), 256), 256, 0, out, x,
+           size_t(N) * F);
+  });
 }
 
 template <class Real>
 void gelu_backward(Cuda& be, Real* dx, const Real* dout, const Real* x, int N, int F) {
-  const bool packs = wide(F, dx, dout, x);
-  launch(be, "gelu_backward", packs ? gelu_backward_kernel<Real, kWide<Real>> : gelu_backward_kernel<Real, 1>,
-         divide_up(size_t(N) * F / (packs ? kWide<Real> : 1), 256), 256, 0, dx, dout, x, size_t(N) * F);
+  with_width<kWide<Real>>(wide(F, dx, dout, x), [&](auto W) {
+    launch(be, "gelu_backward", gelu_backward_kernel<Real, W()>, divide_up(size_t(N) * F / W(), 256), 256, 0, dx, dout,
+           x, size_t(N) * F);
+  });
 }
 
 // The largest of some numbers and the sum of their exponentials relative to it.
@@ -631,21 +631,21 @@ __device__ __forceinline__ SoftmaxSum merge(SoftmaxSum a, SoftmaxSum b) {
 constexpr int kLossThreads = 512;  // at most
 
 // A block works on one row: one pass for the maximum and the sum together, then one that writes the gradient. A thread
-// takes every so many'th pack of W logits, the same ones in both passes. With KEEP, for rows so short that several fit
-// a multiprocessor, shared memory holds them in between; a long row is read from the L2 cache again.
+// takes every so many'th vector of W logits, the same in both passes. With KEEP, for rows so short that several fit a
+// multiprocessor, shared memory holds them in between; a long row is read from the L2 cache again.
 template <class Real, int W, bool KEEP>
 __global__ void __launch_bounds__(kLossThreads)
     cross_entropy_kernel(float* losses, float* log_z, Real* logits, const int* targets, float scale, float z_loss,
                          int V) {
   extern __shared__ float4 shared_row[];
   __shared__ SoftmaxSum warps[kLossThreads / 32];
-  using P = Pack<Real, W>;
-  P* kept = reinterpret_cast<P*>(shared_row);
-  const int n = blockIdx.x, target = targets[n], packs = V / W;
+  using Logits = Vector<Real, W>;
+  Logits* kept = reinterpret_cast<Logits*>(shared_row);
+  const int n = blockIdx.x, target = targets[n], vectors = V / W;
   Real* row = logits + size_t(n) * V;
   float x[W];
   if (target < 0) {
-    for (int i = threadIdx.x; i < packs; i += blockDim.x) {
+    for (int i = threadIdx.x; i < vectors; i += blockDim.x) {
       const float zeros[W] = {};
       store<W>(row + i * W, zeros);
     }
@@ -655,14 +655,14 @@ __global__ void __launch_bounds__(kLossThreads)
   const float target_logit = float(row[target]);
   SoftmaxSum total = {-INFINITY, 0};
 #pragma unroll 4
-  for (int i = threadIdx.x; i < packs; i += blockDim.x) {
-    const P pack = reinterpret_cast<const P*>(row)[i];
-    if (KEEP) kept[i] = pack;
-    SoftmaxSum here = {float(pack.x[0]), 0};
+  for (int i = threadIdx.x; i < vectors; i += blockDim.x) {
+    const Logits logit = reinterpret_cast<const Logits*>(row)[i];
+    if (KEEP) kept[i] = logit;
+    SoftmaxSum here = {float(logit.x[0]), 0};
 #pragma unroll
-    for (int k = 1; k < W; ++k) here.highest = fmaxf(here.highest, float(pack.x[k]));
+    for (int k = 1; k < W; ++k) here.highest = fmaxf(here.highest, float(logit.x[k]));
 #pragma unroll
-    for (int k = 0; k < W; ++k) here.sum += __expf(float(pack.x[k]) - here.highest);
+    for (int k = 0; k < W; ++k) here.sum += __expf(float(logit.x[k]) - here.highest);
     total = merge(total, here);
   }
 #pragma unroll
@@ -676,11 +676,11 @@ __global__ void __launch_bounds__(kLossThreads)
   const float z = total.highest + logf(total.sum), factor = scale * (1 + 2 * z_loss * z) / total.sum;
   if (threadIdx.x == 0) log_z[n] = z, losses[n] = z - target_logit;
 #pragma unroll 4
-  for (int i = threadIdx.x; i < packs; i += blockDim.x) {
-    const P pack = KEEP ? kept[i] : reinterpret_cast<const P*>(row)[i];
+  for (int i = threadIdx.x; i < vectors; i += blockDim.x) {
+    const Logits logit = KEEP ? kept[i] : reinterpret_cast<const Logits*>(row)[i];
 #pragma unroll
     for (int k = 0; k < W; ++k)
-      x[k] = factor * __expf(float(pack.x[k]) - total.highest) - (i * W + k == target ? scale : 0);
+      x[k] = factor * __expf(float(logit.x[k]) - total.highest) - (i * W + k == target ? scale : 0);
     store<W>(row + i * W, x);
   }
 }
@@ -688,16 +688,14 @@ __global__ void __launch_bounds__(kLossThreads)
 template <class Real>
 void cross_entropy(Cuda& be, Acc<Real>* losses, Acc<Real>* log_z, Real* logits, const int* targets, double scale,
                    double z_loss, int N, int V) {
-  auto start = [&](auto W) {  // with at least four packs per thread, where there are as many
+  with_width<kWide<Real>>(wide(V, logits), [&](auto W) {  // at least four accesses per thread, where there are as many
     const int threads = int(std::min<size_t>(kLossThreads, 32 * divide_up(V / W(), 4 * 32)));
     const size_t bytes = V * sizeof(Real);
     const bool keep = bytes <= 16 * 1024;
     auto kernel = keep ? cross_entropy_kernel<Real, W(), true> : cross_entropy_kernel<Real, W(), false>;
     launch(be, "cross_entropy", kernel, N, threads, keep ? bytes : 0, losses, log_z, logits, targets, float(scale),
            float(z_loss), V);
-  };
-  if (wide(V, logits)) return start(std::integral_constant<int, kWide<Real>>());
-  start(std::integral_constant<int, 1>());
+  });
 }
 
 // One block for the losses and one for log Z: thread i adds up elements i, i + 1024, ...

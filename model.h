@@ -4,7 +4,7 @@
 // A block, with rows N = B*T. The parallel block differs in one thing: norm2 reads x instead of x2.
 //
 //     h1   = norm1(x)
-//     qkv  = h1 Wqkv^T                      (N, NH + 2*NKV, HS), packed
+//     qkv  = h1 Wqkv^T                      (N, NH + 2*NKV, HS), side by side
 //     qkv  = rope(qkv)                      the first R channels of queries and keys, in place
 //     att  = attention(qkv)                 (N, NH, HS)
 //     x2   = x + att Wproj^T
@@ -24,6 +24,7 @@
 #include "layers.cuh"
 #include "optimizer.cuh"
 #include "rope.cuh"
+#include "run/random.h"
 
 enum class BlockKind { sequential, parallel };
 enum class MlpKind { swiglu, gelu };
@@ -155,7 +156,7 @@ void visit_parameters(const Config& c, Parameters<T>& p, Visit visit) {
 }
 
 // A row of the table: where a tensor lies in the flat array of all parameters. Matrices, which decay, come first, so
-// that AdamW works on two runs of memory. Each tensor starts at a multiple of 64 elements; the gaps stay zero.
+// that AdamW works on two stretches of memory. Each tensor starts at a multiple of 64 elements; the gaps stay zero.
 struct ParameterRow {
   std::string name;
   std::vector<size_t> shape;
@@ -202,19 +203,6 @@ Parameters<T> bind(const Config& c, const ParameterTable& table, T* flat) {
   return p;
 }
 
-// A number in [0, 1) for each (seed, stream, index), by the splitmix64 finaliser: no state, so initialisation is the
-// same for any number of threads.
-inline double uniform(uint64_t seed, uint64_t stream, uint64_t index) {
-  uint64_t z = seed * 0x9E3779B97F4A7C15ull + stream;
-  for (int round = 0; round < 2; ++round) {
-    z += index + 0x9E3779B97F4A7C15ull;
-    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9ull;
-    z = (z ^ (z >> 27)) * 0x94D049BB133111EBull;
-    z ^= z >> 31;
-  }
-  return double(z >> 11) * 0x1p-53;
-}
-
 // Initial values of one tensor, written to the host array values (count).
 template <class T>
 void initialise(T* values, const ParameterRow& row, uint64_t seed, uint64_t stream, double deviation) {
@@ -250,10 +238,10 @@ struct Activations {
 template <class Real>  // one set, used again by every block
 struct ActivationGradients {
   Real *dx = nullptr, *dx2 = nullptr, *dh = nullptr, *dqkv = nullptr, *datt = nullptr, *dup = nullptr, *dact = nullptr;
-  Acc<Real>* delta = nullptr;
+  Acc<Real>* D = nullptr;  // of attention_backward()
 };
 
-// Rows of logits that exist at one time: loss and head work through the tokens in runs of this many, so that a large
+// Rows of logits that exist at one time: loss and head work through the tokens in chunks of this many, so that a large
 // vocabulary does not dominate memory.
 template <class Backend>
 int loss_rows(const Config& c, size_t N) {
@@ -315,7 +303,7 @@ void visit_activation_gradients(const Config& c, size_t N, ActivationGradients<R
   visit("dh", N * C, d.dh);
   visit("dqkv", N * c.qkv_width(), d.dqkv);
   visit("datt", N * A, d.datt);
-  visit("delta", N * c.heads, d.delta);
+  visit("D", N * c.heads, d.D);
   visit("dup", N * c.up_width(), d.dup);
   visit("dact", N * c.mlp_hidden, d.dact);
 }
@@ -500,10 +488,10 @@ struct Model {
   // After forward(): losses per token in nats, host (batch, length), for targets, host (batch, length); a negative
   // target is skipped (loss 0).
   void loss(Acc<Real>* losses, const int* targets, int batch, int length) {
-    const int N = batch * length, C = config.width, V = config.vocab, run = loss_rows<Backend>(config, size_t(B) * T);
+    const int N = batch * length, C = config.width, V = config.vocab, chunk = loss_rows<Backend>(config, size_t(B) * T);
     be.upload(acts.targets, targets, N * sizeof(int));
-    for (int n = 0; n < N; n += run) {
-      const int rows = std::min(run, N - n);
+    for (int n = 0; n < N; n += chunk) {
+      const int rows = std::min(chunk, N - n);
       linear_forward(be, acts.logits, acts.final + size_t(n) * C, weights.head, (const Real*)nullptr, rows, C, V);
       cross_entropy(be, acts.losses + n, acts.log_z + n, acts.logits, acts.targets + n, 0.0, 0.0, rows, V);
     }
@@ -512,10 +500,10 @@ struct Model {
 
   // After forward(): logits, host (rows, V), of the last `rows` positions of a batch of one.
   void logits(Acc<Real>* out, int length, int rows) {
-    const int C = config.width, V = config.vocab, run = std::min(rows, loss_rows<Backend>(config, size_t(B) * T));
-    std::vector<Real> host(size_t(run) * V);
-    for (int n = length - rows; n < length; n += run) {
-      const int count = std::min(run, length - n);
+    const int C = config.width, V = config.vocab, chunk = std::min(rows, loss_rows<Backend>(config, size_t(B) * T));
+    std::vector<Real> host(size_t(chunk) * V);
+    for (int n = length - rows; n < length; n += chunk) {
+      const int count = std::min(chunk, length - n);
       linear_forward(be, acts.logits, acts.final + size_t(n) * C, weights.head, (const Real*)nullptr, count, C, V);
       be.download(host.data(), acts.logits, size_t(count) * V * sizeof(Real));
       for (size_t i = 0; i < size_t(count) * V; ++i) *out++ = Acc<Real>(host[i]);
@@ -550,12 +538,12 @@ struct Model {
     const Config& c = config;
     const int C = c.width, A = c.heads * c.head_size, F = c.mlp_hidden, V = c.vocab, QKV = c.qkv_width(),
               UP = c.up_width();
-    const int N = batch * length, run = loss_rows<Backend>(c, size_t(B) * T);
+    const int N = batch * length, chunk = loss_rows<Backend>(c, size_t(B) * T);
     const RopeShape shape = c.heads_shape(batch, length, 0);
     const bool parallel = c.block == BlockKind::parallel;
     ActivationGradients<Real>& d = grads;
-    for (int n = 0; n < N; n += run) {
-      const int rows = std::min(run, N - n);
+    for (int n = 0; n < N; n += chunk) {
+      const int rows = std::min(chunk, N - n);
       const Real* final = acts.final + size_t(n) * C;
       linear_forward(be, acts.logits, final, weights.head, (const Real*)nullptr, rows, C, V);
       cross_entropy(be, acts.losses + n, acts.log_z + n, acts.logits, acts.targets + n, scale, z_loss, rows, V);
@@ -592,7 +580,7 @@ struct Model {
 
       // Sequential: x2 feeds norm2, so its gradient is dx2. Parallel: norm2 hangs on x, so that of x2 is still dx.
       linear_backward(be, d.datt, g.proj, g.proj_bias, parallel ? d.dx : d.dx2, a.att, w.proj, N, A, C);
-      attention_backward(be, d.dqkv, d.delta, d.datt, a.qkv, a.att, a.lse, shape);
+      attention_backward(be, d.dqkv, d.D, d.datt, a.qkv, a.att, a.lse, shape);
       if (c.qk_norm)
         qk_norm_rope_backward(be, d.dqkv, g.q_norm, g.k_norm, a.qk_raw, a.qk_rstd, w.q_norm, w.k_norm, rope[l], shape);
       else

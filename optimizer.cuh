@@ -25,16 +25,17 @@ struct AdamW {
 // ---------------------------------------------------------------------------------------------------------------------
 // CPU
 
-// norm (1) = sqrt(sum of squares of gradients (n)). Partial sums over fixed runs, in double.
+// norm (1) = sqrt(sum of squares of gradients (n)). Partial sums over chunks of a fixed size, in double.
 template <class Real>
 void gradient_norm(Cpu&, Real* norm, const Real* gradients, size_t n) {
-  const size_t run = 1 << 16, runs = (n + run - 1) / run;
-  std::vector<double> partial(runs);
+  const size_t chunk = 1 << 16, chunks = (n + chunk - 1) / chunk;
+  std::vector<double> partial(chunks);
 #pragma omp parallel for
-  for (size_t i = 0; i < runs; ++i) {
+  for (size_t i = 0; i < chunks; ++i) {
     double sum = 0;
 #pragma omp simd reduction(+ : sum)
-    for (size_t j = i * run; j < std::min(n, (i + 1) * run); ++j) sum += double(gradients[j]) * double(gradients[j]);
+    for (size_t j = i * chunk; j < std::min(n, (i + 1) * chunk); ++j)
+      sum += double(gradients[j]) * double(gradients[j]);
     partial[i] = sum;
   }
   double sum = 0;
@@ -73,7 +74,7 @@ void adamw(Cpu&, Real* parameters, Acc<Real>* master, const Acc<Real>* gradients
 constexpr int kNormBlocks = 1024;
 
 // Two stages, so that the order of the sums does not depend on which block is ready first. A thread adds up the squares
-// of every (blocks * 256)-th pack of 4.
+// of every (blocks * 256)-th vector of 4.
 static __global__ void __launch_bounds__(256) squares_kernel(double* partial, const float* gradients, size_t n) {
   const size_t stride = size_t(gridDim.x) * 256, id = blockIdx.x * size_t(256) + threadIdx.x;
   float sum = 0;
@@ -143,9 +144,11 @@ void adamw(Cuda& be, Real* parameters, Acc<Real>* master, const Acc<Real>* gradi
                           float(a.lr / (1 - std::pow(a.beta1, a.step))),
                           float(1 / std::sqrt(1 - std::pow(a.beta2, a.step))),
                           float(1 - a.lr * a.weight_decay)};
-  const bool packs = n % 4 == 0 && wide(4, master, gradients, m, v) && reinterpret_cast<uintptr_t>(parameters) % 8 == 0;
-  launch(be, "adamw", packs ? adamw_kernel<Real, 4> : adamw_kernel<Real, 1>, divide_up(n, packs ? 1024 : 256), 256, 0,
-         parameters, master, gradients, m, v, norm, n, step);
+  const bool aligned = wide(4, master, gradients, m, v) && reinterpret_cast<uintptr_t>(parameters) % 8 == 0;
+  with_width<4>(n % 4 == 0 && aligned, [&](auto W) {
+    launch(be, "adamw", adamw_kernel<Real, W()>, divide_up(n, 256 * W()), 256, 0, parameters, master, gradients, m, v,
+           norm, n, step);
+  });
 }
 
 static __global__ void convert_kernel(bf16* to, const float* from, size_t n) {

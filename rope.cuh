@@ -209,7 +209,7 @@ __host__ __device__
 #endif
 inline int rope_second(RopePairs pairs, int i, int R) { return pairs == RopePairs::half ? i + R / 2 : 2 * i + 1; }
 
-// Where rotation applies in the packed buffer qkv (B, T, NH + 2*NKV, HS): the first R channels of the first NH + NKV
+// Where rotation applies in the buffer qkv (B, T, NH + 2*NKV, HS): the first R channels of the first NH + NKV
 // heads. Positions first .. T-1 of each sequence are worked on (first > 0 while sampling with a key/value cache).
 struct RopeShape {
   int B, T, NH, NKV, HS;
@@ -369,9 +369,9 @@ __device__ __forceinline__ void store_pairs(Real* head, const float (&a)[W], con
 template <int W, RopePairs PAIRS, class Real>
 __global__ void rope_wide_kernel(Real* qkv, RopeTable table, RopeShape s, float direction) {
   const int R = table.R, heads = s.NH + s.NKV, rows = s.T - s.first, columns = (heads + kRopeHeads - 1) / kRopeHeads;
-  const int packs = R >= 2 * W ? R / 2 / W : 1;  // never 0 where it runs, but it is compiled for every W
+  const int vectors = R >= 2 * W ? R / 2 / W : 1;  // never 0 where it runs, but it is compiled for every W
   const unsigned id = blockIdx.x * blockDim.x + threadIdx.x;  // below 2^32: qkv would not fit a GPU otherwise
-  const int i = int(id % packs) * W, h = int(id / packs % columns), n = int(id / packs / columns);
+  const int i = int(id % vectors) * W, h = int(id / vectors % columns), n = int(id / vectors / columns);
   if (n >= s.B * rows) return;
   const int t = s.first + n % rows;
   Real* token = qkv + (size_t(n / rows) * s.T + t) * (heads + s.NKV) * s.HS;

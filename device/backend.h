@@ -72,8 +72,8 @@ struct Cpu {
   void replay(Recording&, Work work) { work(); }
 };
 
-// Sums over rows (parameter gradients) are made from partial sums over kRowChunks runs of rows, added in order, so that
-// the result does not depend on the number of threads. Calls work(chunk, begin, end) for each run of rows of N.
+// Sums over rows (parameter gradients) are made from partial sums over kRowChunks chunks of rows, added in order: the
+// result does not depend on the number of threads. Calls work(chunk, begin, end) for each chunk of the N rows.
 constexpr int kRowChunks = 16;
 template <class Work>
 void for_row_chunks(int N, Work work) {
@@ -244,27 +244,34 @@ template <class Real>
 constexpr int kWide = 16 / sizeof(Real);  // 4 fp32 or 8 bf16
 
 template <class Real, int W>
-struct alignas(W * sizeof(Real) < 16 ? W * sizeof(Real) : 16) Pack {
+struct alignas(W * sizeof(Real) < 16 ? W * sizeof(Real) : 16) Vector {
   Real x[W];
 };
 template <int W, class Real>
 __device__ __forceinline__ void load(float (&to)[W], const Real* from) {
-  const Pack<Real, W> pack = *reinterpret_cast<const Pack<Real, W>*>(from);
+  const Vector<Real, W> vector = *reinterpret_cast<const Vector<Real, W>*>(from);
 #pragma unroll
-  for (int k = 0; k < W; ++k) to[k] = float(pack.x[k]);
+  for (int k = 0; k < W; ++k) to[k] = float(vector.x[k]);
 }
 template <int W, class Real>
 __device__ __forceinline__ void store(Real* to, const float (&from)[W]) {
-  Pack<Real, W> pack;
+  Vector<Real, W> vector;
 #pragma unroll
-  for (int k = 0; k < W; ++k) pack.x[k] = Real(from[k]);
-  *reinterpret_cast<Pack<Real, W>*>(to) = pack;
+  for (int k = 0; k < W; ++k) vector.x[k] = Real(from[k]);
+  *reinterpret_cast<Vector<Real, W>*>(to) = vector;
 }
 
 // Whether rows of `columns` elements at these addresses can be read 16 bytes at a time; nullptr stands for no tensor.
 template <class... T>
 bool wide(int columns, const T*... tensors) {
   return ((columns * sizeof(T) % 16 == 0 && reinterpret_cast<uintptr_t>(tensors) % 16 == 0) && ...);
+}
+
+// Starts the kernel for wide or for narrow access: start(W), W a constant, being WIDE or 1.
+template <int WIDE, class Start>
+void with_width(bool is_wide, Start start) {
+  if (is_wide) return start(std::integral_constant<int, WIDE>());
+  start(std::integral_constant<int, 1>());
 }
 
 __device__ __forceinline__ float warp_sum(float x) {  // the same in every lane
@@ -292,7 +299,7 @@ __device__ inline double block_sum(double x) {
 }
 
 // Raises *to to x if that is larger; neither may be negative. The order of such calls does not matter, so that the
-// result is the same in every run: numbers of one sign are ordered like their bits.
+// result is the same every time: numbers of one sign are ordered like their bits.
 __device__ __forceinline__ void raise_to(double* to, double x) {
   atomicMax(reinterpret_cast<long long*>(to), __double_as_longlong(x));
 }

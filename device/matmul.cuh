@@ -5,9 +5,9 @@
 // The method is that of Goto and van de Geijn (2008, "Anatomy of high-performance matrix multiplication"). The inner
 // loop multiplies kTileRows rows of `a` with one panel of `b`, a few vectors of columns, and keeps that tile of c in
 // registers: every number that is loaded is used several times. Panels of b are packed, so that the inner loop reads
-// them in order and from the L1 cache; a is read where it stands, or packed if its rows run across memory.
+// them in order and from the L1 cache; a is read where it stands, or packed if its rows lie across memory.
 //
-// An element of c is a sum over k in runs of at most kDepth, in order. Nothing else about how the work is divided
+// An element of c is a sum over k in slices of at most kDepth, in order. Nothing else about how the work is divided
 // reaches the result, so it is the same for any number of threads, to the bit.
 
 #include <algorithm>
@@ -34,7 +34,7 @@ constexpr int kVectorBytes = 16, kTileRows = 6;
 template <class Real>
 constexpr int kTileColumns = 2 * kVectorBytes / int(sizeof(Real));
 
-constexpr int kDepth = 384;    // k per run: a panel of b (kDepth, kTileColumns) takes 24 KiB of a 32 KiB L1 cache
+constexpr int kDepth = 384;    // k per slice: a panel of b (kDepth, kTileColumns) takes 24 KiB of a 32 KiB L1 cache
 constexpr int kRowBlock = 96;  // rows per task: their part of a (kRowBlock, kDepth) takes 144 KiB of the L2 cache
 // b is packed a slab at a time: up to kSlabDepth of k by kSlabColumns, 8 MiB in fp32, part of which the L3 cache holds.
 constexpr int kSlabDepth = 2048, kSlabColumns = 1024;
@@ -53,10 +53,10 @@ Strided<Real> transposed(const Real* data, size_t stride) { return {data, 1, str
 
 inline int round_up(int n, int multiple) { return (n + multiple - 1) / multiple * multiple; }
 
-// The length of the runs that k is cut into: equal ones, and a function of K alone.
-inline int depth_of_runs(int K) {
-  const int runs = std::max(1, (K + kDepth - 1) / kDepth);
-  return std::max(1, (K + runs - 1) / runs);
+// The length of the slices that k is cut into: equal ones, and a function of K alone.
+inline int depth_of_slices(int K) {
+  const int slices = std::max(1, (K + kDepth - 1) / kDepth);
+  return std::max(1, (K + slices - 1) / slices);
 }
 
 // One tile: c (rows <= kTileRows, columns <= kTileColumns) = start + a (rows, K) b (K, kTileColumns), b packed.
@@ -107,26 +107,26 @@ struct Packed {
 template <class Real>
 size_t packed_elements(int K, int N) { return size_t(K) * round_up(N, kTileColumns<Real>); }
 
-// Packs panels [first, last) of b (K, N): runs of k one after the other, in a run panel by panel, in a panel row by
+// Packs panels [first, last) of b (K, N): slices of k one after the other, in a slice panel by panel, in a panel row by
 // row, in a row kTileColumns numbers, zeros past the edge.
 template <class Real>
 void pack_panels(Real* packed, Strided<Real> b, int K, int N, int first, int last) {
   constexpr int kColumns = kTileColumns<Real>, kLine = 64 / int(sizeof(Real));
-  const int depth = depth_of_runs(K), width = round_up(N, kColumns);
+  const int depth = depth_of_slices(K), width = round_up(N, kColumns);
   for (int k0 = 0; k0 < K; k0 += depth)
     for (int panel = first; panel < last; ++panel) {
-      const int run = std::min(depth, K - k0), columns = std::min(kColumns, N - panel * kColumns);
+      const int slice = std::min(depth, K - k0), columns = std::min(kColumns, N - panel * kColumns);
       const Real* from = b.at(k0, panel * kColumns);
-      Real* to = packed + size_t(k0) * width + size_t(panel) * kColumns * run;
+      Real* to = packed + size_t(k0) * width + size_t(panel) * kColumns * slice;
       int k = 0;
       if (columns == kColumns && b.row == 1)  // a transpose: a cache line of every column at a time
-        for (; k + kLine <= run; k += kLine, to += kLine * kColumns)
+        for (; k + kLine <= slice; k += kLine, to += kLine * kColumns)
           for (int j = 0; j < kColumns; ++j) {
             const Real* column = from + k + j * b.column;
             __builtin_prefetch(column + 4 * kLine);
             for (int i = 0; i < kLine; ++i) to[i * kColumns + j] = column[i];
           }
-      for (; k < run; ++k, to += kColumns) {
+      for (; k < slice; ++k, to += kColumns) {
         __builtin_prefetch(from + (k + 8) * b.row);
         if (columns == kColumns && b.column == 1)
           std::memcpy(to, from + k * b.row, kColumns * sizeof(Real));
@@ -149,16 +149,16 @@ void multiply_packed(Real* c, size_t c_stride, const Real* start, size_t start_s
                      int M, int N, int K) {
   constexpr int kColumns = kTileColumns<Real>;
   static thread_local std::vector<Real> packed_a;
-  const int depth = depth_of_runs(b.K), width = round_up(b.N, kColumns);
+  const int depth = depth_of_slices(b.K), width = round_up(b.N, kColumns);
   const bool pack_a = a.column != 1 && K > 64;
   if (pack_a) packed_a.resize(size_t(round_up(M, kTileRows)) * depth);
-  for (int k0 = 0; k0 < std::max(K, 1); k0 += depth) {  // K = 0 is one run of nothing: c = start
-    const int run = std::min(depth, K - k0);
+  for (int k0 = 0; k0 < std::max(K, 1); k0 += depth) {  // K = 0 is one slice of nothing: c = start
+    const int slice = std::min(depth, K - k0);
     if (pack_a)
-      for (int k = 0; k < run; ++k) {
+      for (int k = 0; k < slice; ++k) {
         for (int i = 0; i < M; i += 64 / int(sizeof(Real))) __builtin_prefetch(a.at(i, k0 + k + 8));
         for (int i = 0; i < M; i += kTileRows) {
-          Real* to = &packed_a[size_t(i) * run + size_t(k) * kTileRows];
+          Real* to = &packed_a[size_t(i) * slice + size_t(k) * kTileRows];
           const Real* from = a.at(i, k0 + k);
           if (a.row == 1 && M - i >= kTileRows)
             std::memcpy(to, from, kTileRows * sizeof(Real));
@@ -170,11 +170,11 @@ void multiply_packed(Real* c, size_t c_stride, const Real* start, size_t start_s
       for (int i = 0; i < M; i += kTileRows) {
         Real* tile = c + i * c_stride + j;
         const Real* from = k0 ? tile : start ? start + i * start_stride + j : nullptr;
-        const Strided<Real> rows = pack_a ? Strided<Real>{&packed_a[size_t(i) * run], 1, kTileRows}
+        const Strided<Real> rows = pack_a ? Strided<Real>{&packed_a[size_t(i) * slice], 1, kTileRows}
                                           : Strided<Real>{a.at(i, k0), a.row, a.column};
         const Real* panel = b.data + size_t(k0) * width + size_t(j) * std::min(depth, b.K - k0);
         multiply_tile(tile, c_stride, from, k0 ? c_stride : start_stride, rows, panel, std::min(kTileRows, M - i),
-                      std::min(kColumns, N - j), run);
+                      std::min(kColumns, N - j), slice);
       }
   }
 }

@@ -520,7 +520,6 @@ inline Settings import_model(const std::string& from, const std::string& run_dir
   }
   s.run = std::filesystem::path(run_directory).filename().string();
   const nlohmann::ordered_json state = {{"step", 0},
-                                        {"micro_batches", 0},
                                         {"tokens", 0},
                                         {"seed", s.seed},
                                         {"tokenizer", tokenizer ? tokenizer->name() : ""},

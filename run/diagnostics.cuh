@@ -119,15 +119,15 @@ void tensor_statistics(Cpu&, TensorStatistics* out, const TensorPlace* places, i
                        const Real* gradients, const Real* m, const Real* v, const Real* norm, const AdamW& a) {
   const AdamWChange<Real> change(a);
   const bool changed = std::isfinite(norm[0]);
-  const size_t run = 1 << 16;
+  const size_t chunk = 1 << 16;
   for (int tensor = 0; tensor < tensors; ++tensor) {
     const TensorPlace& at = places[tensor];
-    std::vector<TensorStatistics> partial((at.count + run - 1) / run);
+    std::vector<TensorStatistics> partial((at.count + chunk - 1) / chunk);
 #pragma omp parallel for
     for (size_t r = 0; r < partial.size(); ++r) {
       double gradient = 0, weight = 0, update = 0, nonfinite = 0;
 #pragma omp simd reduction(+ : gradient, weight, update, nonfinite)
-      for (size_t i = at.offset + r * run; i < at.offset + std::min(at.count, (r + 1) * run); ++i) {
+      for (size_t i = at.offset + r * chunk; i < at.offset + std::min(at.count, (r + 1) * chunk); ++i) {
         const double g = gradients[i], w = master[i], u = change(master[i], m[i], v[i], at.decays);
         gradient += g * g;
         weight += w * w;
@@ -211,16 +211,16 @@ void attention_statistics(Cuda& be, double* max_logit, double* entropy, Acc<Real
          s.T);
 }
 
-// A block works on some rows of the group blockIdx.y, a thread on every so many'th pack of W channels.
+// A block works on some rows of the group blockIdx.y, a thread on every so many'th vector of W channels.
 template <class Real, int W>
 __global__ void __launch_bounds__(256) squares_of_groups_kernel(double* partial, const Real* x, int N, int width,
                                                                 int stride) {
-  const unsigned packs = width / W, count = N * packs;
+  const unsigned vectors = width / W, count = N * vectors;
   float sum = 0;
 #pragma unroll 4
   for (unsigned i = blockIdx.x * 256 + threadIdx.x; i < count; i += gridDim.x * 256) {
     float v[W];
-    load<W>(v, x + size_t(i / packs) * stride + blockIdx.y * width + i % packs * W);
+    load<W>(v, x + size_t(i / vectors) * stride + blockIdx.y * width + i % vectors * W);
 #pragma unroll
     for (int k = 0; k < W; ++k) sum += v[k] * v[k];
   }
@@ -238,10 +238,10 @@ template <class Real>
 void add_squares(Cuda& be, double* sums, const Real* x, int N, int groups, int width, int stride) {
   double* partial = static_cast<double*>(be.workspace);
   const int parts = int(std::min<size_t>(divide_up(8 * be.multiprocessors, groups), divide_up(size_t(N) * width, 256)));
-  const bool packs = wide(width, x) && wide(stride, x);
-  launch(be, "add_squares",
-         packs ? squares_of_groups_kernel<Real, kWide<Real>> : squares_of_groups_kernel<Real, 1>,
-         dim3(parts, groups), 256, 0, partial, x, N, width, stride);
+  with_width<kWide<Real>>(wide(width, x) && wide(stride, x), [&](auto W) {
+    launch(be, "add_squares", squares_of_groups_kernel<Real, W()>, dim3(parts, groups), 256, 0, partial, x, N, width,
+           stride);
+  });
   launch(be, "add_squares", add_groups_kernel, groups, 256, 0, sums, (const double*)partial, parts);
 }
 
@@ -318,7 +318,7 @@ class Diagnostics {
     for (int l = 0; l < c_.layers; ++l) {
       const BlockActivations<Real>& a = model_.acts.blocks[l];
       const LayerSums sums = of_layer(sums_, l);
-      attention_statistics(model_.be, sums.max_logit, sums.entropy, model_.grads.delta, a.qkv, a.lse,
+      attention_statistics(model_.be, sums.max_logit, sums.entropy, model_.grads.D /* not in use now */, a.qkv, a.lse,
                            c_.heads_shape(model_.B, model_.T, 0));
       add_squares(model_.be, sums.qk_squares, a.qkv, N, heads, c_.head_size, c_.qkv_width());
       add_squares(model_.be, sums.x_squares, a.x, N, 1, c_.width, c_.width);

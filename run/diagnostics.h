@@ -1,6 +1,6 @@
 #pragma once
-// What a run tells about itself: loss spikes, and for the steps of --diagnostics-every what goes on inside the model, as
-// csv files, as a table and as figures of the summary. The numbers are made in run/diagnostics.cuh.
+// What a run tells about itself: loss spikes, and for the steps of --diagnostics-every what goes on inside the model: as
+// csv files, a table and figures of the summary. The numbers are made in run/diagnostics.cuh.
 
 #include <algorithm>
 #include <cmath>

@@ -84,7 +84,6 @@ struct Trainer {
   void save() {
     const nlohmann::ordered_json state = {
         {"step", done},
-        {"micro_batches", first_micro_batch(done)},
         {"tokens", uint64_t(done) * tokens_per_step},
         {"seed", s.seed},
         {"tokenizer", run.meta.tokenizer},

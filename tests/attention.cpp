@@ -28,8 +28,8 @@ template <class Real>
 std::vector<Real> attend_backward(const std::vector<Real>& qkv, const std::vector<Real>& dout, AttentionShape s) {
   Cpu be;
   const Result<Real> r = attend(qkv, s);
-  std::vector<Real> dqkv = garbage<Real>(qkv.size()), delta = garbage<Real>(rows(s));
-  attention_backward(be, dqkv.data(), delta.data(), dout.data(), qkv.data(), r.out.data(), r.lse.data(), s);
+  std::vector<Real> dqkv = garbage<Real>(qkv.size()), D = garbage<Real>(rows(s));
+  attention_backward(be, dqkv.data(), D.data(), dout.data(), qkv.data(), r.out.data(), r.lse.data(), s);
   return dqkv;
 }
 

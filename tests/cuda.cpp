@@ -91,11 +91,11 @@ void test_attention(AttentionShape s, bool flash) {
   std::vector<double> dqkv(qkv.size());
   attention_backward_by_definition(dqkv.data(), exact_dout.data(), exact.data(), s);
   Tensor<Real> device_dout(dout), got_dqkv(qkv.size());
-  Tensor<float> got_delta(lse.size());
+  Tensor<float> got_D(lse.size());
   if (flash)
-    attention_backward(*gpu(), got_dqkv(), got_delta(), device_dout(), device_qkv(), got(), got_lse(), s);
+    attention_backward(*gpu(), got_dqkv(), got_D(), device_dout(), device_qkv(), got(), got_lse(), s);
   else
-    simple_attention_backward(*gpu(), got_dqkv(), got_delta(), device_dout(), device_qkv(), got(), got_lse(), s);
+    simple_attention_backward(*gpu(), got_dqkv(), got_D(), device_dout(), device_qkv(), got(), got_lse(), s);
   // Every element is a sum of terms each with its own relative error: at most p_error, a rounding, and that of D, which
   // comes from the rounded out; taken over the tensor such errors are relative to its norm. At T = 1 dS is 0 but for rounding (p = 1, dP = D), so dq and dk are
   // measured against dv as well: the norm is that of all of dqkv.

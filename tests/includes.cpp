@@ -16,7 +16,7 @@ Names operator+(Names a, const Names& b) {
 
 // From the bottom to the top. The first row that fits a file counts. No row names a program on its right.
 const std::vector<std::pair<Names, Names>>& layout() {
-  static const Names ground = {"run/error.h", "run/files.h", "run/print.h", "run/command_line.h"},
+  static const Names ground = {"run/error.h", "run/files.h", "run/print.h", "run/random.h", "run/command_line.h"},
                      operations = {"rope.cuh", "attention.cuh", "layers.cuh", "optimizer.cuh"},
                      model = Names{"device/", "model.h"} + operations,
                      run = model + Names{"text/", "run/"};
@@ -26,7 +26,7 @@ const std::vector<std::pair<Names, Names>>& layout() {
       {{"text/"}, Names{"text/"} + ground},
       {{"rope.cuh", "layers.cuh", "optimizer.cuh"}, {"device/"}},
       {{"attention.cuh"}, {"device/", "rope.cuh"}},
-      {{"model.h"}, Names{"device/"} + operations},
+      {{"model.h"}, Names{"device/", "run/random.h"} + operations},
       {{"run/"}, run},
       {{"eval/"}, run + Names{"eval/", "python.h"}},  // python.h: made by the Makefile
       {{"data.cpp"}, Names{"text/"} + ground},

@@ -23,6 +23,7 @@
 #include <vector>
 
 #include "run/files.h"
+#include "run/random.h"
 #include "text/fingerprint.h"
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -132,13 +133,6 @@ class Shard {
 // Order. Training reads windows in a shuffled order, every one once per epoch, as a function of (seed, index) alone:
 // to resume, a run needs to know its step and nothing else, and the order takes no memory however large the data.
 
-// A well-mixing function of 64 bits (the finaliser of SplitMix64).
-inline uint64_t mix_bits(uint64_t x) {
-  x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9ull;
-  x = (x ^ (x >> 27)) * 0x94d049bb133111ebull;
-  return x ^ (x >> 31);
-}
-
 // A permutation of 0..n-1 chosen by `key`: where element i goes. Constant memory and constant time on average.
 // A Feistel network permutes the smallest power of four that holds n, whatever its round function is; what lands
 // outside of 0..n-1 is sent through again (cycle walking, Black and Rogaway 2002), less than four times on average.
@@ -149,7 +143,7 @@ inline uint64_t permute(uint64_t i, uint64_t n, uint64_t key) {
   do {
     uint64_t left = i >> half, right = i & mask;
     for (uint64_t round = 1; round <= 8; round++) {
-      uint64_t next = left ^ (mix_bits(key + round * 0x9e3779b97f4a7c15ull + mix_bits(right + 1)) & mask);
+      uint64_t next = left ^ (mix_bits(key + round * kGoldenRatio + mix_bits(right + 1)) & mask);
       left = right;
       right = next;
     }
@@ -231,7 +225,7 @@ class Dataset {
     const uint64_t n = windows(T);
     for (int b = 0; b < B; b++) {
       uint64_t position = index * uint64_t(B) + uint64_t(b);
-      uint64_t key = mix_bits(mix_bits(seed + 0x9e3779b97f4a7c15ull) + position / n);  // of this epoch
+      uint64_t key = mix_bits(mix_bits(seed + kGoldenRatio) + position / n);  // of this epoch
       size_t offset = size_t(b) * size_t(T);
       window(size_t(permute(position % n, n, key)), T, inputs + offset, targets + offset);
     }

@@ -15,21 +15,7 @@
 #include <utility>
 #include <vector>
 
-// SplitMix64 (Steele, Lea, Flood 2014): 64 random bits per call, the same everywhere, unlike std:: distributions.
-struct Random {
-  uint64_t state;
-  explicit Random(uint64_t seed) : state(seed) {}
-
-  uint64_t next() {
-    uint64_t z = state += 0x9e3779b97f4a7c15ull;
-    z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9ull;
-    z = (z ^ (z >> 27)) * 0x94d049bb133111ebull;
-    return z ^ (z >> 31);
-  }
-
-  // Uniform in [0, n). The bias of the multiplication is below n / 2^32, far under the precision of a reported loss.
-  int below(int n) { return int(((next() >> 32) * uint64_t(n)) >> 32); }
-};
+#include "run/random.h"
 
 // The closed vocabulary. Within a list every word has its own first letter, so that a draw is paid for in one byte.
 inline const std::vector<std::string> story_names = {
