@@ -71,6 +71,8 @@ TESTS := $(patsubst tests/%.cpp,$(BUILD)/tests-%.o,$(wildcard tests/*.cpp))
 test: $(BUILD)/tests $(BUILD)/train $(BUILD)/data $(BUILD)/eval
 	@OMP_WAIT_POLICY=passive $(BUILD)/tests $(ARGS)
 	@OMP_WAIT_POLICY=passive BUILD=$(BUILD) sh tests/commands.sh
+	@if command -v python3 >/dev/null; then OMP_WAIT_POLICY=passive BUILD=$(BUILD) ROTARY_DIM=$(ROTARY_DIM) python3 tests/page.py; \
+	else echo "page: skipped, there is no python3"; fi
 ifeq ($(ROTARY_DIM),)  # and what a program that is built for one R takes and refuses
 	@$(MAKE) --no-print-directory ROTARY_DIM=6 TESTS='$$(addprefix $$(BUILD)/tests-,main.o rope.o flags.o)' \
 	  $(BUILD)-rotary6/tests
@@ -122,11 +124,14 @@ $(BUILD)/%.o: bench/%.cpp $(BUILD)/ready
 	$(COMPILE)
 $(BUILD)/%.o: bench/%.cu $(BUILD)/ready
 	$(COMPILE)
-# The Python files that `eval export --with-code` writes, as strings.
+# Files that programs write, as strings: the Python of `eval export --with-code`, the page of `eval trace --html`.
 $(BUILD)/eval.o $(BUILD)/tests-huggingface.o $(BUILD)/tests-fuzz.o build-fuzz/fuzz: $(BUILD)/python.h
 $(BUILD)/python.h: scripts/modeling_partial_rope.py scripts/reference.py $(BUILD)/ready
 	@for name in modeling_partial_rope reference; do \
 	  printf 'inline const char* const k_%s_py = R"PYTHON(' $$name; cat scripts/$$name.py; echo ')PYTHON";'; done >$@
+$(BUILD)/eval.o $(BUILD)/train.o $(BUILD)/tests-page.o $(BUILD)/tests-eval.o: $(BUILD)/page.h
+$(BUILD)/page.h: eval/page.html $(BUILD)/ready
+	@{ printf 'inline const char* const kPage = R"PAGE('; cat eval/page.html; echo ')PAGE";'; } >$@
 # Tests are compiled more often than they run: little optimisation, and doctest's assertions as function calls.
 $(BUILD)/tests-%.o: OPTIMISE := $(if $(SAN),-O1 -g,$(if $(DEBUG),-O0 -g,-O1 -march=native))
 $(BUILD)/tests-%.o: CPPFLAGS += -DDOCTEST_CONFIG_SUPER_FAST_ASSERTS

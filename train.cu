@@ -1,21 +1,24 @@
 // train: trains a GPT with partial RoPE on tokenized shards.
 //
 // One optimiser step: `accumulate` micro-batches forward and backward, clipping, AdamW. What a run writes is in
-// runs/NAME: config.json, log.csv, val.csv, spikes.csv, summary.json, checkpoint/, and with --diagnostics-every
-// layers.csv and tensors.csv. Ctrl-C finishes the step and saves. --replay-step repeats a step of a run to look into it.
+// runs/NAME: config.json, log.csv, val.csv, spikes.csv, summary.json, checkpoint/, report.html, page.html, and with
+// --diagnostics-every layers.csv and tensors.csv. Ctrl-C finishes the step and saves. --replay-step repeats a step of a
+// run to look into it.
 
 #include <unistd.h>
 
 #include <chrono>
 #include <cstdio>
 
-#include "run/prepare.h"    // defines: Run, prepare, expect_memory, print_start
-#include "run/trainer.h"    // defines: Trainer: step, validate, save
-#include "run/log.h"        // defines: RunLog
-#include "run/replay.h"     // defines: replay
-#include "run/interrupt.h"  // defines: interrupted, watch_interrupts
-#include "run/print.h"      // defines: duration_text, print_curve, printable
-#include "eval/generate.h"  // defines: generate
+#include "run/prepare.h"      // defines: Run, prepare, expect_memory, print_start
+#include "run/trainer.h"      // defines: Trainer: step, validate, save
+#include "run/log.h"          // defines: RunLog
+#include "run/replay.h"       // defines: replay
+#include "run/report.h"       // defines: write_report
+#include "run/interrupt.h"    // defines: interrupted, watch_interrupts
+#include "run/print.h"        // defines: duration_text, print_curve, printable
+#include "eval/generate.h"    // defines: generate
+#include "eval/trace_page.h"  // defines: page_length, write_page
 
 static double now() {
   return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
@@ -31,7 +34,19 @@ std::string sample(Trainer<Backend, Real>& trainer, int count) {
   return printable(text);
 }
 
-// summary.json, the curve, a sample and what to do next.
+// page.html: the first validation text on its way through the model as it was saved. False where none is written: a
+// very large model would keep the user waiting.
+bool write_own_page(const Run& run, size_t parameters) {
+  if (parameters > 300'000'000) return false;
+  const int T = page_length(run.s.model);
+  std::vector<int> tokens(T), next(T);
+  run.val->window(0, T, tokens.data(), next.data());
+  write_page(run.directory + "/page.html", run.directory + "/checkpoint", run.s.model, tokens, run.tokenizer.get(),
+             run.s.run);
+  return true;
+}
+
+// summary.json, the curve, a sample, what to look at and what to do next.
 template <class Backend, class Real>
 void finish(Trainer<Backend, Real>& trainer, const RunLog& log, double val_loss, int steps_now, double seconds) {
   const Run& run = trainer.run;
@@ -67,8 +82,13 @@ void finish(Trainer<Backend, Real>& trainer, const RunLog& log, double val_loss,
   std::printf("\n");
   if (run.tokenizer)
     std::printf("\nA sample (temperature 0.8):\n%s\n", sample(trainer, std::min(400, c.context)).c_str());
+  const bool page = write_own_page(run, trainer.model.table.parameters);
+  write_report(run.directory);
   std::printf("\nFiles: %s: log.csv val.csv spikes.csv%s summary.json config.json checkpoint/\n", run.directory.c_str(),
               log.looks_inside() ? " layers.csv tensors.csv" : "");
+  std::printf("To look at in a browser:\n");
+  if (page) std::printf("  %s/page.html      one token's way through partial RoPE\n", run.directory.c_str());
+  std::printf("  %s/report.html    the run in plots\n", run.directory.c_str());
   std::printf(
       "Next:\n"
       "  make                                        builds build/eval as well\n"

@@ -61,12 +61,44 @@ inline double pair_score(double qa, double qb, double ka, double kb, double angl
   return (qa * ka + qb * kb) * std::cos(angle) + (qa * kb - qb * ka) * std::sin(angle);
 }
 
+// The packed heads of a layer, (T, NH + 2*NKV, HS), at each stage: from the matrix product, after QK-Norm (else the
+// same), after RoPE; and what QK-Norm read, (T, NH + NKV, HS). Made again from the activations of forward() by the
+// model's own operations, stopping to look after each.
+struct LayerHeads {
+  std::vector<float> raw, before, after, read;
+};
+
+inline LayerHeads layer_heads(Model<Cpu, float>& model, int layer, int T) {
+  const Config& c = model.config;
+  const BlockActivations<float>& a = model.acts.blocks[layer];
+  const BlockParameters<float>& w = model.weights.blocks[layer];
+  const RopeShape shape = c.heads_shape(1, T, 0);
+  const RopeTable& rope = model.rope[layer];
+  const size_t heads = size_t(T) * (c.heads + c.kv_heads);
+  LayerHeads h;
+  h.raw.resize(size_t(T) * c.qkv_width());
+  linear_forward(model.be, h.raw.data(), a.h1, w.qkv, w.qkv_bias, T, c.width, c.qkv_width());
+  h.before = h.after = h.raw;
+  if (c.qk_norm) {
+    std::vector<float> rstd(heads), no_turn(size_t(T) * rope.R);
+    for (size_t i = 0; i < no_turn.size(); i += 2) no_turn[i] = 1;  // cos 1, sin 0
+    const RopeTable still = {no_turn.data(), T, rope.R, c.rope_pairs};
+    h.read.resize(heads * c.head_size);
+    for (auto [values, table] :
+         {std::pair<std::vector<float>*, const RopeTable*>{&h.before, &still}, {&h.after, &rope}})
+      qk_norm_rope_forward(model.be, values->data(), h.read.data(), rstd.data(), w.q_norm, w.k_norm, *table, shape,
+                           c.norm_eps);
+  } else {
+    rope_forward(model.be, h.after.data(), rope, shape);
+  }
+  return h;
+}
+
 // tokens: the whole text, at most model.T of them. against < 0: the earlier key with the highest probability.
 inline Trace trace_head(Model<Cpu, float>& model, const std::vector<int>& tokens, int position, int layer, int head,
                         int against) {
   const Config& c = model.config;
-  const int T = int(tokens.size()), HS = c.head_size, QKV = c.qkv_width(),
-            heads = c.heads + c.kv_heads;
+  const int T = int(tokens.size()), HS = c.head_size, QKV = c.qkv_width();
   auto in_range = [](const char* flag, int value, int end) {
     if (value < 0 || value >= end)
       throw UserError(std::string(flag) + " " + std::to_string(value) + ": must lie between 0 and " +
@@ -81,24 +113,7 @@ inline Trace trace_head(Model<Cpu, float>& model, const std::vector<int>& tokens
   const RopeTable& rope = model.rope[layer];
   const int R = rope.R;
   const BlockActivations<float>& a = model.acts.blocks[layer];
-  const BlockParameters<float>& w = model.weights.blocks[layer];
-  const RopeShape shape = c.heads_shape(1, T, 0);
-
-  // The matrix product, QK-Norm and RoPE again, by the model's own operations, stopping to look after each.
-  std::vector<float> raw(size_t(T) * QKV), before, again;
-  linear_forward(model.be, raw.data(), a.h1, w.qkv, w.qkv_bias, T, c.width, QKV);
-  before = again = raw;
-  std::vector<float> scratch(size_t(T) * heads * HS), rstd(size_t(T) * heads), no_turn(size_t(T) * R);
-  for (size_t i = 0; i < no_turn.size(); i += 2) no_turn[i] = 1;  // cos 1, sin 0
-  const RopeTable still = {no_turn.data(), T, R, c.rope_pairs};
-  if (c.qk_norm) {
-    qk_norm_rope_forward(model.be, before.data(), scratch.data(), rstd.data(), w.q_norm, w.k_norm, still, shape,
-                         c.norm_eps);
-    qk_norm_rope_forward(model.be, again.data(), scratch.data(), rstd.data(), w.q_norm, w.k_norm, rope, shape,
-                         c.norm_eps);
-  } else {
-    rope_forward(model.be, again.data(), rope, shape);
-  }
+  const LayerHeads heads = layer_heads(model, layer, T);
 
   Trace trace;
   trace.layer = layer, trace.head = head, trace.kv_head = head / (c.heads / c.kv_heads), trace.position = position;
@@ -109,10 +124,10 @@ inline Trace trace_head(Model<Cpu, float>& model, const std::vector<int>& tokens
     h.slot = slot;
     const size_t at = (size_t(t) * (c.heads + 2 * c.kv_heads) + slot) * HS;
     h.offset = at * sizeof(float);
-    h.raw.assign(&raw[at], &raw[at] + HS);
-    h.before.assign(&before[at], &before[at] + HS);
+    h.raw.assign(&heads.raw[at], &heads.raw[at] + HS);
+    h.before.assign(&heads.before[at], &heads.before[at] + HS);
     h.after.assign(a.qkv + at, a.qkv + at + HS);
-    if (c.qk_norm) h.rstd = a.qk_rstd[size_t(t) * heads + slot];
+    if (c.qk_norm) h.rstd = a.qk_rstd[size_t(t) * (c.heads + c.kv_heads) + slot];
     return h;
   };
   trace.query = head_at(position, head);
@@ -172,9 +187,9 @@ inline Trace trace_head(Model<Cpu, float>& model, const std::vector<int>& tokens
   // What was shown against what the model has.
   auto check = [&](bool agrees, const std::string& what) { trace.checks.push_back({what, agrees}); };
   if (c.qk_norm)
-    check(std::memcmp(scratch.data(), a.qk_raw, scratch.size() * sizeof(float)) == 0,
+    check(std::memcmp(heads.read.data(), a.qk_raw, heads.read.size() * sizeof(float)) == 0,
           "h1 Wqkv^T, done again, is what QK-Norm read, to the bit");
-  check(std::memcmp(again.data(), a.qkv, again.size() * sizeof(float)) == 0,
+  check(std::memcmp(heads.after.data(), a.qkv, heads.after.size() * sizeof(float)) == 0,
         std::string(c.qk_norm ? "QK-Norm and RoPE" : "h1 Wqkv^T and RoPE") +
             ", done again, give the model's qkv to the bit");
   if (R) check(table_agrees, "cos and sin in the table are those of t theta_i, to the bit of fp32");

@@ -1,10 +1,10 @@
 #pragma once
-// A trace as a terminal shows it, a function per numbered section, and as JSON: trace.h says what is in it.
+// A trace as a terminal shows it, a function per numbered section: trace.h says what is in it. `eval trace`.
 
 #include <cstdarg>
 
 #include "eval/source.h"
-#include "eval/trace.h"
+#include "eval/trace_page.h"
 #include "run/print.h"
 
 // Text of at most 100 columns; colour as ANSI sequences where asked for.
@@ -42,20 +42,6 @@ class Page {
  private:
   bool colour_;
 };
-
-// A token as one short printable word.
-inline std::string token_text(const Tokenizer* tokenizer, int token) {
-  if (!tokenizer) return "#" + std::to_string(token);
-  if (token == tokenizer->end_of_text()) return "<end>";
-  std::string bytes, shown;
-  if (token < tokenizer->vocabulary()) tokenizer->decode(token, bytes);
-  for (unsigned char b : bytes) {
-    char hex[8];
-    std::snprintf(hex, sizeof hex, "\\x%02x", b);
-    shown += b == '\n' ? "\\n" : b == '\t' ? "\\t" : b == ' ' ? "_" : b > 32 && b < 127 ? std::string(1, char(b)) : hex;
-  }
-  return shown.size() > 12 ? shown.substr(0, 11) + "~" : shown;
-}
 
 // The bytes of a number, e.g. "3f 80 00 00" for 1.
 inline std::string hex_bytes(float value) {
@@ -386,34 +372,11 @@ inline std::string print_trace(const Trace& trace, const Config& c, const std::v
   return TraceText(trace, c, tokens, tokenizer, colour, all).text();
 }
 
-// The trace as one object, for plots. Heads have a number per channel, `scores` one per key; theta and angle are in
-// radians; `queries` and `keys` (T, HS) are this head's after RoPE, of every position.
-inline nlohmann::json trace_json(const Trace& trace, const Config& c, const std::vector<int>& tokens,
-                                 const Tokenizer* tokenizer) {
-  using nlohmann::json;
-  auto head = [](const HeadTrace& h) { return json{{"raw", h.raw}, {"before", h.before}, {"after", h.after}}; };
-  json object = {{"layer", trace.layer},         {"head", trace.head},           {"kv_head", trace.kv_head},
-                 {"position", trace.position},   {"against", trace.against},     {"head_size", c.head_size},
-                 {"rotary_dim", 2 * trace.pairs.size()},   {"query", head(trace.query)},   {"key", head(trace.key)},
-                 {"other", head(trace.other)},   {"queries", trace.queries},     {"keys", trace.keys},
-                 {"tokens", json::array()},      {"pairs", json::array()},       {"agrees", trace.agrees()}};
-  for (int token : tokens) object["tokens"].push_back(token_text(tokenizer, token));
-  for (const PairTrace& p : trace.pairs)
-    object["pairs"].push_back(
-        {{"a", p.a}, {"b", p.b}, {"theta", p.theta}, {"angle", p.angle}, {"cos", p.cos}, {"sin", p.sin}});
-  for (const ScoreTrace& s : trace.scores) {
-    object["scores"]["rotated"].push_back(s.rotated);
-    object["scores"]["rest"].push_back(s.rest);
-    object["scores"]["probability"].push_back(s.probability);
-  }
-  return object;
-}
-
 // ---------------------------------------------------------------------------------------------------------------------
 
 inline int command_trace(const std::vector<std::string>& args) {
   Place place;
-  std::string prompt;
+  std::string prompt, page;
   int token = -1, layer = 0, head = 0, against = -1;
   bool all = false, json = false;
   Flags f("One token, layer and head through partial RoPE, byte by byte (on the CPU, in fp32).", "eval trace");
@@ -425,7 +388,8 @@ inline int command_trace(const std::vector<std::string>& args) {
   f.add("head", head, "query head, from 0");
   f.add("against", against, "position of a key to meet; -1: the one that the query attends to most");
   f.add("all", all, "show every pair, channel and key");
-  f.add("json", json, "print the numbers as one JSON object instead");
+  f.add("json", json, "print the numbers, those of all layers and heads too, as one JSON object instead");
+  f.add("html", page, "write a page to look at and to move, in one file, instead")->type_name("FILE");
   f.parse(args);
   if (prompt.empty()) throw UserError("--prompt: give a text to trace, such as --prompt \"Once upon a time\"");
   const Source source = open_source(place.run);
@@ -448,9 +412,15 @@ inline int command_trace(const std::vector<std::string>& args) {
   const Trace trace = trace_head(model, tokens, token < 0 ? T - 1 : token, layer, head, against);
   const char* no_colour = std::getenv("NO_COLOR");
   const bool colour = isatty(STDOUT_FILENO) && !(no_colour && *no_colour);
-  if (json)
-    std::printf("%s\n", trace_json(trace, model.config, tokens, source.tokenizer.get()).dump().c_str());
-  else
+  nlohmann::json object;
+  if (json || !page.empty()) object = page_json(model, trace, tokens, source.tokenizer.get(), describe(source));
+  if (json) std::printf("%s\n", dump_json(object).c_str());
+  if (!page.empty()) {
+    const std::string text = trace_page(object);
+    write_text_file(page, text);
+    if (!json) std::printf("%s: %s\n", page.c_str(), human_bytes(text.size()).c_str());
+  }
+  if (!json && page.empty())
     std::printf("%s\n%s", describe(source).c_str(),
                 print_trace(trace, model.config, tokens, source.tokenizer.get(), colour, all).c_str());
   if (trace.agrees()) return 0;

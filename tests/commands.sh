@@ -42,13 +42,16 @@ train="$programs/train --data data/train_*.bin --layers 2 --width 32 --heads 2 -
 check "stories" "$programs/data" stories --out data --bytes 60000 --seed 3
 check "info" "$programs/data" info "data/val_*.bin"
 check "training" $train --run straight --steps 20 --checkpoint-every 10
-for file in config.json log.csv val.csv spikes.csv summary.json checkpoint/model.safetensors checkpoint/optimizer.safetensors checkpoint/state.json; do
+for file in config.json log.csv val.csv spikes.csv summary.json report.html page.html checkpoint/model.safetensors checkpoint/optimizer.safetensors checkpoint/state.json; do
   check "$file is there" test -s "runs/straight/$file"
 done
 check "20 rows of log" test "$(wc -l <runs/straight/log.csv)" -eq 21
 check "sampling" "$programs/eval" sample --run straight --tokens 20
 check "loss" "$programs/eval" loss --run straight
 check "trace" "$programs/eval" trace --run straight --prompt "Ann ran, Bob sat."
+check "a page of the trace" "$programs/eval" trace --run straight --prompt "Ann ran, Bob sat." --html page.html
+check "the page" grep -q "</html>" page.html
+refuse "nowhere/page.html: cannot write" "$programs/eval" trace --run straight --prompt "Ann" --html nowhere/page.html
 check "memory" "$programs/eval" memory --preset llama-1b
 check "logits" "$programs/eval" logits --run straight --tokens 1,2,3 --out logits.npy
 check "logits: (3, 264) fp32 behind the header" test "$(wc -c <logits.npy)" -gt $((3 * 264 * 4))

@@ -28,7 +28,7 @@ const std::vector<std::pair<Names, Names>>& layout() {
       {{"attention.cuh"}, {"device/", "rope.cuh"}},
       {{"model.h"}, Names{"device/", "run/random.h"} + operations},
       {{"run/"}, run},
-      {{"eval/"}, run + Names{"eval/", "python.h"}},  // python.h: made by the Makefile
+      {{"eval/"}, run + Names{"eval/", "python.h", "page.h"}},  // python.h, page.h: made by the Makefile
       {{"data.cpp"}, Names{"text/"} + ground},
       {{"train.cu", "eval.cpp"}, run + Names{"eval/"}},
       {{"tests/"}, run + Names{"eval/", "tests/"}},
