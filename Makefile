@@ -73,6 +73,8 @@ test: $(BUILD)/tests $(BUILD)/train $(BUILD)/data $(BUILD)/eval
 	@OMP_WAIT_POLICY=passive BUILD=$(BUILD) sh tests/commands.sh
 	@if command -v python3 >/dev/null; then OMP_WAIT_POLICY=passive BUILD=$(BUILD) ROTARY_DIM=$(ROTARY_DIM) python3 tests/page.py; \
 	else echo "page: skipped, there is no python3"; fi
+	@OMP_WAIT_POLICY=passive BUILD=$(BUILD) sh tests/ranks.sh
+	@if command -v python3 >/dev/null; then PYTHONDONTWRITEBYTECODE=1 python3 scripts/test_runner.py; fi
 ifeq ($(ROTARY_DIM),)  # and what a program that is built for one R takes and refuses
 	@$(MAKE) --no-print-directory ROTARY_DIM=6 TESTS='$$(addprefix $$(BUILD)/tests-,main.o rope.o flags.o)' \
 	  $(BUILD)-rotary6/tests

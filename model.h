@@ -21,6 +21,7 @@
 
 #include "attention.cuh"
 #include "device/backend.h"
+#include "device/comm.h"
 #include "layers.cuh"
 #include "optimizer.cuh"
 #include "rope.cuh"
@@ -155,6 +156,15 @@ void visit_parameters(const Config& c, Parameters<T>& p, Visit visit) {
   if (!c.tied) visit("head.weight", Shape{V, C}, Init::normal, p.head);
 }
 
+// How a training step is divided: its micro-batches into `lanes`, whose gradients are added up in order, and the flat
+// arrays below into as many parts of the same size. Of `ranks` processes each works on every ranks'th lane, and its
+// optimizer on a shard, lanes / ranks parts that lie side by side. A lane and a part are the same whoever works on them:
+// so the number of ranks changes no bit, the number of lanes does.
+struct Division {
+  int lanes = 1, ranks = 1, rank = 0;
+  int rounds() const { return lanes / ranks; }  // lanes of one rank
+};
+
 // A row of the table: where a tensor lies in the flat array of all parameters. Matrices, which decay, come first, so
 // that AdamW works on two stretches of memory. Each tensor starts at a multiple of 64 elements; the gaps stay zero.
 struct ParameterRow {
@@ -172,7 +182,7 @@ struct ParameterTable {
   size_t parameters = 0;           // without the gaps
 };
 
-inline ParameterTable parameter_table(const Config& c) {
+inline ParameterTable parameter_table(const Config& c, int lanes = 1) {
   ParameterTable table;
   Parameters<float> names_only;
   visit_parameters(c, names_only, [&](const std::string& name, const std::vector<size_t>& shape, Init init, float*) {
@@ -188,6 +198,7 @@ inline ParameterTable parameter_table(const Config& c) {
     }
     if (decays) table.decayed = table.total;
   }
+  table.total = (table.total + 64 * lanes - 1) / (64 * lanes) * (64 * lanes);  // lanes parts of the same size
   return table;
 }
 
@@ -203,13 +214,14 @@ Parameters<T> bind(const Config& c, const ParameterTable& table, T* flat) {
   return p;
 }
 
-// Initial values of one tensor, written to the host array values (count).
+// Initial values of one tensor, its elements first, first + 1, ...; values (count), on the host.
 template <class T>
-void initialise(T* values, const ParameterRow& row, uint64_t seed, uint64_t stream, double deviation) {
+void initialise(T* values, const ParameterRow& row, uint64_t seed, uint64_t stream, double deviation, size_t first,
+                size_t count) {
 #pragma omp parallel for
-  for (size_t i = 0; i < row.count; ++i) {
+  for (size_t i = 0; i < count; ++i) {
     if (row.init == Init::normal) {  // Box-Muller
-      const double u = 1 - uniform(seed, 2 * stream, i), v = uniform(seed, 2 * stream + 1, i);
+      const double u = 1 - uniform(seed, 2 * stream, first + i), v = uniform(seed, 2 * stream + 1, first + i);
       values[i] = T(deviation * std::sqrt(-2 * std::log(u)) * std::cos(2 * M_PI * v));
     } else {
       values[i] = T(row.init == Init::ones ? 1 : 0);
@@ -329,20 +341,23 @@ Buffer<Backend> allocate_visited(Backend& be, VisitAll visit_all) {
 struct MemoryReport {
   size_t parameters = 0;    // the model's own copy (bf16: next to the fp32 master weights)
   size_t gradients = 0;     // of parameters, fp32
-  size_t optimizer = 0;     // m, v, and under bf16 the master weights
+  size_t optimizer = 0;     // m, v, and under bf16 the master weights, of a rank's shard
+  size_t exchange = 0;      // of gradients between lanes and ranks
   size_t activations = 0;   // of one micro-batch, with their gradients and the logits
   size_t rope_table = 0;
-  size_t total() const { return parameters + gradients + optimizer + activations + rope_table; }
+  size_t total() const { return parameters + gradients + optimizer + exchange + activations + rope_table; }
 };
 
 template <class Backend, class Real>
-MemoryReport memory_report(const Config& c, int B, int T) {
-  const ParameterTable table = parameter_table(c);
+MemoryReport memory_report(const Config& c, int B, int T, const Division& division = {}) {
+  const ParameterTable table = parameter_table(c, division.lanes);
   constexpr bool own_master = !std::is_same_v<Real, Acc<Real>>;
+  const size_t shard = table.total / division.ranks;
   MemoryReport m;
   m.parameters = table.total * sizeof(Real);
   m.gradients = table.total * sizeof(Acc<Real>);
-  m.optimizer = table.total * sizeof(Acc<Real>) * (own_master ? 3 : 2);
+  m.optimizer = shard * sizeof(Acc<Real>) * (own_master ? 3 : 2);
+  m.exchange = (division.rounds() > 1 ? shard * sizeof(Acc<Real>) : 0) + exchange_bytes(shard, division.ranks);
   auto add = [&](const char*, size_t count, auto*& pointer) {
     m.activations += (count * sizeof(*pointer) + 255) / 256 * 256;
   };
@@ -369,9 +384,17 @@ struct Model {
   ActivationGradients<Real> grads;
   int B, T;  // the largest batch and length that the activations were made for
 
-  // Flat arrays behind the names. master is the fp32 copy that AdamW updates; in fp32 it is the weights themselves.
+  // Flat arrays behind the names (table.total).
   Real* weights_flat = nullptr;
-  Acc<Real>*master = nullptr, *gradients_flat = nullptr, *m = nullptr, *v = nullptr;
+  Acc<Real>* gradients_flat = nullptr;  // of one lane
+
+  // What the optimizer works on: this rank's shard of the flat arrays (shard), which begins at element shard_begin; with
+  // one rank all of them. master is the fp32 copy that AdamW updates; in fp32 it is the weights themselves.
+  Division division;
+  size_t shard_begin, shard;
+  Acc<Real>*gradient = nullptr, *master = nullptr, *m = nullptr, *v = nullptr;  // gradient: the sum of the lanes
+  double* squares = nullptr;  // (lanes, squares_of_part): partial sums of the squares of the gradient's parts
+  size_t squares_of_part = 0;
 
   // What a step leaves for the log, on the device: the sums of its losses, in nats, and of log Z since
   // zero_gradients(), and the global norm of its gradient before clipping.
@@ -382,26 +405,33 @@ struct Model {
   StepResult* result = nullptr;
 
   // for_training = false leaves out gradients and optimizer state.
-  Model(Backend& backend, const Config& c, int batch, int length, bool for_training)
-      : be(backend), config(c), table(parameter_table(c)), B(batch), T(length) {
+  Model(Backend& backend, const Config& c, int batch, int length, bool for_training, const Division& how = {})
+      : be(backend), config(c), table(parameter_table(c, how.lanes)), B(batch), T(length), division(how),
+        shard_begin(table.total / how.ranks * how.rank), shard(table.total / how.ranks) {
     check_head_size(be, c.head_size);
     weights_memory_ = Buffer<Backend>(be, table.total * sizeof(Real));
     weights_flat = weights_memory_.template as<Real>();
     if constexpr (std::is_same_v<Real, Acc<Real>>) {
-      master = weights_flat;
+      master = weights_flat + shard_begin;
     } else {
-      master_memory_ = Buffer<Backend>(be, table.total * sizeof(Acc<Real>));
+      master_memory_ = Buffer<Backend>(be, shard * sizeof(Acc<Real>));
       master = master_memory_.template as<Acc<Real>>();
     }
     weights = bind(config, table, weights_flat);
     const size_t N = size_t(B) * T;
     activations_memory_ = allocate_visited(be, [&](auto visit) { visit_activations<Backend>(config, N, acts, visit); });
     if (for_training) {
-      training_memory_ = Buffer<Backend>(be, table.total * sizeof(Acc<Real>) * 3 + 256);
+      squares_of_part = partial_sums(be, table.total / division.lanes);
+      const bool sums = division.rounds() > 1;  // else the sum of the lanes takes the place of this rank's own lane
+      training_memory_ = Buffer<Backend>(be, (table.total + (sums ? 3 : 2) * shard) * sizeof(Acc<Real>) + 256 +
+                                                 division.lanes * squares_of_part * sizeof(double));
       gradients_flat = training_memory_.template as<Acc<Real>>();
       m = gradients_flat + table.total;
-      v = m + table.total;
-      result = reinterpret_cast<StepResult*>(v + table.total);
+      v = m + shard;
+      gradient = sums ? v + shard : gradients_flat + shard_begin;
+      char* rest = reinterpret_cast<char*>(v + (sums ? 2 : 1) * shard);
+      result = reinterpret_cast<StepResult*>(rest);
+      squares = reinterpret_cast<double*>(rest + 256);
       gradients = bind(config, table, gradients_flat);
       activation_gradients_memory_ =
           allocate_visited(be, [&](auto visit) { visit_activation_gradients(config, N, grads, visit); });
@@ -420,28 +450,40 @@ struct Model {
     }
   }
 
-  // Initial weights from the seed: tensor i of the table draws from stream i.
+  // Initial weights from the seed, in this rank's shard: tensor i of the table draws from stream i.
   void initialise_weights(uint64_t seed, double deviation = 0.02) {
+    std::vector<Acc<Real>> host;
     for (size_t i = 0; i < table.rows.size(); ++i) {
       const ParameterRow& row = table.rows[i];
-      std::vector<Acc<Real>> host(row.count);
-      initialise(host.data(), row, seed, i, deviation);
-      be.upload(master + row.offset, host.data(), row.count * sizeof(Acc<Real>));
-      be.synchronize();
+      write_shard(master, row.offset, row.count, [&](size_t first, size_t count) {
+        host.resize(count);
+        initialise(host.data(), row, seed, i, deviation, first, count);
+        return host.data();
+      });
     }
     master_changed();
   }
 
+  // Writes elements [at, at + n) of the flat arrays to `shard_of_it`, as far as they are this rank's. values(first,
+  // count) gives what is needed of the n: a host array (count).
+  template <class Values>
+  void write_shard(Acc<Real>* shard_of_it, size_t at, size_t n, Values values) {
+    const size_t begin = std::max(at, shard_begin), end = std::min(at + n, shard_begin + shard);
+    if (begin >= end) return;
+    const Acc<Real>* host = values(begin - at, end - begin);
+    be.upload(shard_of_it + (begin - shard_begin), host, (end - begin) * sizeof(Acc<Real>));
+    be.synchronize();
+  }
+
   // Sets the master weights, and the model's copy with them, from a host array (table.total).
   void set_weights(const Acc<Real>* host) {
-    be.upload(master, host, table.total * sizeof(Acc<Real>));
-    be.synchronize();
+    write_shard(master, 0, table.total, [&](size_t first, size_t) { return host + first; });
     master_changed();
   }
 
-  // Makes the model's own copy anew after the master weights were written.
+  // Makes the model's own copy anew after the master weights were written: this rank's shard of it.
   void master_changed() {
-    if constexpr (!std::is_same_v<Real, Acc<Real>>) convert(be, weights_flat, master, table.total);
+    if constexpr (!std::is_same_v<Real, Acc<Real>>) convert(be, weights_flat + shard_begin, master, shard);
   }
 
   // Runs tokens, host (batch, length), through all blocks and the final norm. With first > 0 (and batch 1) only
@@ -592,14 +634,26 @@ struct Model {
   }
 
   // One AdamW step on the accumulated gradients; decay on matrices only. The norm before clipping is left in
-  // result->norm.
-  void update(AdamW a) {
+  // result->norm. Several ranks exchange what they have between and after its two halves: Trainer::step().
+  void update(const AdamW& a) {
+    square_gradient();
+    update_shard(a);
+  }
+
+  void square_gradient() {
+    const size_t part = table.total / division.lanes, first = division.rank * division.rounds();
+    for (int i = 0; i < division.rounds(); ++i)
+      sum_squares(be, squares + (first + i) * squares_of_part, gradient + i * part, part);
+  }
+
+  void update_shard(AdamW a) {
     Acc<Real>* norm = &result->norm;
-    gradient_norm(be, norm, gradients_flat, table.total);
-    adamw(be, weights_flat, master, gradients_flat, m, v, norm, table.decayed, a);
+    gradient_norm(be, norm, squares, division.lanes * squares_of_part);
+    Real* weights = weights_flat + shard_begin;
+    const size_t o = std::min(std::max(table.decayed, shard_begin) - shard_begin, shard);  // what decays comes first
+    adamw(be, weights, master, gradient, m, v, norm, o, a);
     a.weight_decay = 0;
-    const size_t o = table.decayed;
-    adamw(be, weights_flat + o, master + o, gradients_flat + o, m + o, v + o, norm, table.total - o, a);
+    adamw(be, weights + o, master + o, gradient + o, m + o, v + o, norm, shard - o, a);
   }
 
  private:

@@ -25,11 +25,13 @@ struct AdamW {
 // ---------------------------------------------------------------------------------------------------------------------
 // CPU
 
-// norm (1) = sqrt(sum of squares of gradients (n)). Partial sums over chunks of a fixed size, in double.
+// How many partial sums sum_squares() makes of n elements.
+inline size_t partial_sums(Cpu&, size_t n) { return (n + (1 << 16) - 1) >> 16; }
+
+// partial (partial_sums(n)) = sums of the squares of gradients (n) over chunks of a fixed size, in double.
 template <class Real>
-void gradient_norm(Cpu&, Real* norm, const Real* gradients, size_t n) {
-  const size_t chunk = 1 << 16, chunks = (n + chunk - 1) / chunk;
-  std::vector<double> partial(chunks);
+void sum_squares(Cpu& be, double* partial, const Real* gradients, size_t n) {
+  const size_t chunk = 1 << 16, chunks = partial_sums(be, n);
 #pragma omp parallel for
   for (size_t i = 0; i < chunks; ++i) {
     double sum = 0;
@@ -38,8 +40,13 @@ void gradient_norm(Cpu&, Real* norm, const Real* gradients, size_t n) {
       sum += double(gradients[j]) * double(gradients[j]);
     partial[i] = sum;
   }
+}
+
+// norm (1) = the root of the sum of partial (count).
+template <class Real>
+void gradient_norm(Cpu&, Real* norm, const double* partial, size_t count) {
   double sum = 0;
-  for (double p : partial) sum += p;
+  for (size_t i = 0; i < count; ++i) sum += partial[i];
   norm[0] = Real(std::sqrt(sum));
 }
 
@@ -73,8 +80,9 @@ void adamw(Cpu&, Real* parameters, Acc<Real>* master, const Acc<Real>* gradients
 
 constexpr int kNormBlocks = 1024;
 
-// Two stages, so that the order of the sums does not depend on which block is ready first. A thread adds up the squares
-// of every (blocks * 256)-th vector of 4.
+inline size_t partial_sums(Cuda&, size_t) { return kNormBlocks; }
+
+// A thread adds up the squares of every (blocks * 256)-th vector of 4.
 static __global__ void __launch_bounds__(256) squares_kernel(double* partial, const float* gradients, size_t n) {
   const size_t stride = size_t(gridDim.x) * 256, id = blockIdx.x * size_t(256) + threadIdx.x;
   float sum = 0;
@@ -88,19 +96,21 @@ static __global__ void __launch_bounds__(256) squares_kernel(double* partial, co
   const double total = block_sum(sum);
   if (threadIdx.x == 0) partial[blockIdx.x] = total;
 }
-static __global__ void __launch_bounds__(256) norm_of_squares_kernel(float* norm, const double* partial) {
+static __global__ void __launch_bounds__(256) gradient_norm_kernel(float* norm, const double* partial, size_t count) {
   double sum = 0;
-  for (int i = threadIdx.x; i < kNormBlocks; i += 256) sum += partial[i];
+  for (size_t i = threadIdx.x; i < count; i += 256) sum += partial[i];
   sum = block_sum(sum);
   if (threadIdx.x == 0) norm[0] = float(sqrt(sum));
 }
 
-// The norm stays on the device, where adamw reads it. gradients: at a multiple of 16 bytes.
-template <class Real>
-void gradient_norm(Cuda& be, Real* norm, const Real* gradients, size_t n) {
-  double* partial = static_cast<double*>(be.workspace);
-  launch(be, "gradient_norm", squares_kernel, kNormBlocks, 256, 0, partial, gradients, n);
-  launch(be, "gradient_norm", norm_of_squares_kernel, 1, 256, 0, norm, partial);
+// gradients: at a multiple of 16 bytes.
+inline void sum_squares(Cuda& be, double* partial, const float* gradients, size_t n) {
+  launch(be, "sum_squares", squares_kernel, kNormBlocks, 256, 0, partial, gradients, n);
+}
+
+// The norm stays on the device, where adamw reads it.
+inline void gradient_norm(Cuda& be, float* norm, const double* partial, size_t count) {
+  launch(be, "gradient_norm", gradient_norm_kernel, 1, 256, 0, norm, partial, count);
 }
 
 // The constants of a step, in fp32: what the CPU version computes before its loop.

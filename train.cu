@@ -15,7 +15,8 @@
 #include "run/log.h"          // defines: RunLog
 #include "run/replay.h"       // defines: replay
 #include "run/report.h"       // defines: write_report
-#include "run/interrupt.h"    // defines: interrupted, watch_interrupts
+#include "run/interrupt.h"    // defines: watch_interrupts
+#include "device/comm.h"      // defines: Ranks, start_ranks, Comm
 #include "run/print.h"        // defines: duration_text, print_curve, printable
 #include "eval/generate.h"    // defines: generate
 #include "eval/trace_page.h"  // defines: page_length, write_page
@@ -53,7 +54,7 @@ void finish(Trainer<Backend, Real>& trainer, const RunLog& log, double val_loss,
   const Settings& s = run.s;
   const Config& c = s.model;
   const double floor = run.meta.val.entropy;
-  const MemoryReport memory = memory_report<Backend, Real>(c, s.batch, c.context);
+  const MemoryReport memory = memory_report<Backend, Real>(c, s.batch, c.context, trainer.division);
   nlohmann::ordered_json summary = {{"steps", trainer.done},
                                     {"tokens", uint64_t(trainer.done) * trainer.tokens_per_step},
                                     {"train_loss", log.losses.empty() ? NAN : log.losses.back()},
@@ -98,24 +99,26 @@ void finish(Trainer<Backend, Real>& trainer, const RunLog& log, double val_loss,
       s.run.c_str(), s.run.c_str());
 }
 
+// With several ranks all of them come through here; rank 0 writes the files, and its prints alone are seen.
 template <class Backend, class Real>
-int train(Backend& be, Run& run) {
+int train(Backend& be, Comm<Backend>& comm, Run& run) {
   const Settings& s = run.s;
   const int val_every = s.val_every ? s.val_every : std::max(1, s.steps / 8);
   const int checkpoint_every = s.checkpoint_every ? s.checkpoint_every : std::max(1, s.steps / 4);
   const bool terminal = isatty(STDOUT_FILENO);
   const std::string resume = "train --run " + s.run + " --resume";
 
-  Trainer<Backend, Real> trainer(be, run);
+  Trainer<Backend, Real> trainer(be, comm, run);
   const int& step = trainer.done;
   const int first_step = step;
-  RunLog log(run, first_step);
-  print_start<Backend, Real>(run, trainer.model.table.parameters, first_step);
+  std::unique_ptr<RunLog> log;  // on rank 0
+  if (comm.ranks.root()) log = std::make_unique<RunLog>(run, first_step);
+  print_start<Backend, Real>(run, trainer.division, trainer.model.table.parameters, first_step);
 
   double val_loss = NAN, training_seconds = 0;
   int last_saved = step;
   watch_interrupts();
-  while (step < s.steps && !interrupted) {
+  while (step < s.steps && !trainer.told_to_stop()) {
     // ---- A training step begins here ---------------------------------------------------------------------------------
     const double started = now();
     const bool diagnose = s.diagnostics_every && ((step + 1) % s.diagnostics_every == 0 || step + 1 == s.steps);
@@ -125,7 +128,7 @@ int train(Backend& be, Run& run) {
     training_seconds += seconds;
     // ---- and ends here: `step` counts it -----------------------------------------------------------------------------
 
-    log.step(trainer, result, seconds, diagnose ? &inside : nullptr);
+    if (log) log->step(trainer, result, seconds, diagnose ? &inside : nullptr);
     if (!result.finite()) {
       if (terminal) std::printf("\n");
       throw UserError("step " + std::to_string(step) + ": loss " + decimals(result.loss) + ", gradient norm " +
@@ -139,7 +142,7 @@ int train(Backend& be, Run& run) {
     const bool validated = step % val_every == 0 || step == s.steps;
     if (validated) {
       val_loss = trainer.validate();
-      log.validation(step, size_t(step) * trainer.tokens_per_step, val_loss);
+      if (log) log->validation(step, size_t(step) * trainer.tokens_per_step, val_loss);
     }
 
     const int steps_now = step - first_step;
@@ -152,7 +155,7 @@ int train(Backend& be, Run& run) {
       std::printf("\r\033[K%s%s", line, validated ? "\n" : "");
     else if (validated || step % std::max(1, s.steps / 20) == 0 || steps_now == 1)
       std::printf("%s\n", line);
-    if (s.sample_every && run.tokenizer && step % s.sample_every == 0)
+    if (log && s.sample_every && run.tokenizer && step % s.sample_every == 0)
       std::printf("%s--- sample at step %d\n%s\n---\n", terminal && !validated ? "\n" : "", step,
                   sample(trainer, 200).c_str());
     std::fflush(stdout);
@@ -169,23 +172,39 @@ int train(Backend& be, Run& run) {
     return 0;
   }
   if (std::isnan(val_loss)) val_loss = trainer.validate();
-  finish(trainer, log, val_loss, step - first_step, training_seconds);
+  if (log) finish(trainer, *log, val_loss, step - first_step, training_seconds);
   return 0;
 }
 
 int main(int argc, char** argv) {
   return exit_code_of([&] {
-    Run run = prepare({argv + 1, argv + argc});
-    Settings& s = run.s;
-    if (s.threads) omp_set_num_threads(s.threads);
-    int status = 0;
-    with_backend(s.device, s.dtype, [&](auto& be, auto real) {
-      using Backend = std::decay_t<decltype(be)>;
-      using Real = decltype(real);
-      expect_memory<Backend, Real>(s.model, s.batch, be.available_memory(),
-                                   memory_report<Backend, Real>(s.model, s.batch, s.model.context));
-      status = s.replay_step == -1 ? train<Backend, Real>(be, run) : replay<Backend, Real>(be, run);
+    const std::vector<std::string> args(argv + 1, argv + argc);
+    Settings asked;
+    apply_flags(asked, args);
+    expect_positive("ranks", asked.ranks);
+    const Process process = process_from_environment();
+    if (asked.ranks > 1 && process.ranks == 1) return start_ranks(asked.ranks, argv);
+    if (asked.ranks > 1 && process.starter < 0)
+      throw UserError("--ranks " + std::to_string(asked.ranks) + ": the environment says that this is one of " +
+                      std::to_string(process.ranks) + " ranks already; leave the flag out");
+
+    Ranks ranks(process);
+    return ranks.guard([&] {
+      if (!ranks.root() && !std::freopen("/dev/null", "w", stdout)) throw UserError("/dev/null: cannot write");
+      Run run = prepare(args, ranks.size);
+      Settings& s = run.s;
+      expect_same(run, ranks);
+      if (s.threads) omp_set_num_threads(s.threads);
+      int status = 0;
+      auto work = [&](auto& be, auto real) {
+        using Backend = std::decay_t<decltype(be)>;
+        using Real = decltype(real);
+        Comm<Backend> comm(be, ranks);
+        expect_memory<Backend, Real>(s.model, s.batch, {s.lanes, ranks.size, ranks.rank}, be.available_memory());
+        status = s.replay_step == -1 ? train<Backend, Real>(be, comm, run) : replay<Backend, Real>(be, comm, run);
+      };
+      with_backend(s.device, s.dtype, work, process.local);
+      return status;
     });
-    return status;
   });
 }

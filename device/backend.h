@@ -130,13 +130,18 @@ struct Cuda {
   int multiprocessors = 0;
   int capability = 0;  // 10 * major + minor, e.g. 90
   size_t shared_bytes = 0;  // most shared memory that a block may ask for
+  std::string name_of_gpu, id_of_gpu;  // the model, and which one it is
 
-  Cuda() {
+  // The GPU with this number among those that the process sees; of a single one, that.
+  explicit Cuda(int gpu = 0) {
     int count = 0;
     if (cudaGetDeviceCount(&count) != cudaSuccess || count == 0)
       throw UserError("--device cuda: no CUDA GPU found; use --device cpu");
+    check(cudaSetDevice(gpu % count), "cudaSetDevice");
     cudaDeviceProp properties;
-    check(cudaGetDeviceProperties(&properties, 0), "cudaGetDeviceProperties");
+    check(cudaGetDeviceProperties(&properties, gpu % count), "cudaGetDeviceProperties");
+    name_of_gpu = properties.name;
+    id_of_gpu.assign(properties.uuid.bytes, sizeof properties.uuid.bytes);
     capability = 10 * properties.major + properties.minor;
     multiprocessors = properties.multiProcessorCount;
     shared_bytes = properties.sharedMemPerBlockOptin;
@@ -391,15 +396,15 @@ inline void check_device_and_dtype(const std::string& device, const std::string&
 }
 
 // Calls work(backend, real) for what --device auto|cpu|cuda and --dtype auto|fp32|bf16 say: auto is the GPU where there
-// is one, and bf16 where it can. `real` is a value of the model's number type. UserError for what this machine or build
-// cannot do.
+// is one, and bf16 where it can. `real` is a value of the model's number type; `gpu` is the number of the GPU. UserError
+// for what this machine or build cannot do.
 template <class Work>
-void with_backend(const std::string& device, const std::string& dtype, Work work) {
+void with_backend(const std::string& device, const std::string& dtype, Work work, [[maybe_unused]] int gpu = 0) {
   check_device_and_dtype(device, dtype);
 #ifdef __CUDACC__
   int gpus = 0;
   if (device == "cuda" || (device == "auto" && cudaGetDeviceCount(&gpus) == cudaSuccess && gpus > 0)) {
-    Cuda be;
+    Cuda be(gpu);
     const bool has_bf16 = be.capability >= 80;
     if (dtype == "bf16" && !has_bf16)
       throw UserError("--dtype bf16: this GPU has no bf16 (compute capability below 8.0); use --dtype fp32");

@@ -55,10 +55,10 @@ inline std::string shape_text(const std::vector<size_t>& shape) {
 }
 
 template <class Backend, class Real>
-inline void print_memory(const Config& c, int B, bool each, const std::string& device) {
+inline void print_memory(const Config& c, int B, const Division& division, bool each, const std::string& device) {
   const size_t N = size_t(B) * c.context;
   const ParameterTable table = parameter_table(c);
-  const MemoryReport report = memory_report<Backend, Real>(c, B, c.context);
+  const MemoryReport report = memory_report<Backend, Real>(c, B, c.context, division);
   const bool own_master = !std::is_same_v<Real, Acc<Real>>;
   const size_t weight = sizeof(Real), optimizer = sizeof(Acc<Real>) * (own_master ? 3 : 2);
   const char* dtype = sizeof(Real) == 2 ? "bf16" : "fp32";
@@ -84,7 +84,9 @@ inline void print_memory(const Config& c, int B, bool each, const std::string& d
     std::printf("  %-25s %16s %5zu %3zu %17s %12s\n", row.name.c_str(), grouped(row.elements).c_str(),
                 row.element_bytes, row.copies, grouped(one).c_str(), human_bytes(one * row.copies).c_str());
   }
-  std::printf("\nIn all, for training on the %s\n\n", device == "cuda" ? "GPU" : "CPU");
+  const char* on = device == "cuda" ? "GPU" : "CPU";
+  if (division.ranks == 1) std::printf("\nIn all, for training on the %s\n\n", on);
+  else std::printf("\nIn all, on each of %d %ss: of the optimiser's numbers each has its share\n\n", division.ranks, on);
   auto total = [&](const char* name, size_t bytes) {
     std::printf("  %-25s %16s %17s bytes %5.1f %%\n", name, human_bytes(bytes).c_str(), grouped(bytes).c_str(),
                 100.0 * double(bytes) / double(report.total()));
@@ -92,11 +94,12 @@ inline void print_memory(const Config& c, int B, bool each, const std::string& d
   total("parameters", report.parameters);
   total("gradients", report.gradients);
   total("optimiser", report.optimizer);
+  if (report.exchange) total("exchange of gradients", report.exchange);
   total("activations", report.activations);
   total("RoPE table", report.rope_table);
   total("total", report.total());
-  const size_t gaps = report.parameters + report.gradients + report.optimizer + report.activations - listed -
-                      table.parameters * (weight + sizeof(Acc<Real>) + optimizer);
+  const size_t numbers = table.parameters * (weight + sizeof(Acc<Real>)) + table.parameters / division.ranks * optimizer;
+  const size_t gaps = report.parameters + report.gradients + report.optimizer + report.activations - listed - numbers;
   if (gaps)
     std::printf("  (%s of it are gaps: tensors start at multiples of 256 bytes, or of 64 numbers)\n",
                 human_bytes(gaps).c_str());
@@ -113,6 +116,8 @@ inline void command_memory(const std::vector<std::string>& args) {
     f.add("preset", preset, "what the flags below start from")->type_name("NAME");
     add_run_flag(f, run);
     f.add("batch", settings.batch, "windows in a micro-batch");
+    f.add("ranks", settings.ranks, "GPUs that train together");
+    f.add("lanes", settings.lanes, "as in train; 0: as many as ranks");
     f.add("recompute", settings.model.recompute, "as in train");
     f.add("device", device, "cpu or cuda; auto: cuda for bf16")->type_name("auto|cpu|cuda");
     f.add("dtype", dtype, "fp32 or bf16; auto: fp32, on cuda bf16")->type_name("auto|fp32|bf16");
@@ -134,6 +139,10 @@ inline void command_memory(const std::vector<std::string>& args) {
   if (c.vocab == 0) c.vocab = 264;  // the byte tokenizer's 257, rounded up as train does
   resolve_settings(s);
   expect_positive("batch", s.batch);
+  expect_positive("ranks", s.ranks);
+  if (s.lanes == 0) s.lanes = s.ranks;
+  expect_divides(s.ranks, s.lanes);
+  const Division division = {s.lanes, s.ranks, 0};
   check_device_and_dtype(device, dtype);
   if (device == "auto") device = dtype == "bf16" ? "cuda" : "cpu";
   if (dtype == "auto") dtype = device == "cuda" ? "bf16" : "fp32";
@@ -160,9 +169,9 @@ inline void command_memory(const std::vector<std::string>& args) {
               c.mlp_hidden, c.context, c.vocab, c.tied ? ", tied" : "");
   std::printf("RoPE turns %d of %d channels (%.4g %%)\n\n", c.rotary_dim, c.head_size,
               100.0 * c.rotary_dim / c.head_size);
-  if (device == "cpu") print_memory<Cpu, float>(c, s.batch, each, device);
-  else if (dtype == "fp32") print_memory<AnyGpu, float>(c, s.batch, each, device);
-  else print_memory<AnyGpu, AnyBf16>(c, s.batch, each, device);
+  if (device == "cpu") print_memory<Cpu, float>(c, s.batch, division, each, device);
+  else if (dtype == "fp32") print_memory<AnyGpu, float>(c, s.batch, division, each, device);
+  else print_memory<AnyGpu, AnyBf16>(c, s.batch, division, each, device);
 
   std::printf(
       "\nRoPE table: positions x R/2 pairs x 2 (cos, sin) x 4 bytes; HS = %d, the same for all layers and heads\n\n  "

@@ -15,6 +15,7 @@
 
 #include <cstring>
 #include <filesystem>
+#include <memory>
 #include <set>
 
 #include <nlohmann/json.hpp>
@@ -29,8 +30,9 @@ struct NamedTensor {
   size_t count;
 };
 
-inline void write_safetensors(const std::string& path, const std::vector<NamedTensor>& tensors,
-                              const nlohmann::ordered_json& metadata = {}) {
+// What a safetensors file begins with; the tensors' numbers follow in the same order.
+inline std::string safetensors_header(const std::vector<NamedTensor>& tensors,
+                                      const nlohmann::ordered_json& metadata = {}) {
   nlohmann::ordered_json header;
   if (!metadata.empty()) header["__metadata__"] = metadata;
   size_t offset = 0;
@@ -42,7 +44,13 @@ inline void write_safetensors(const std::string& path, const std::vector<NamedTe
   std::string text = header.dump();
   text.resize((text.size() + 7) / 8 * 8, ' ');  // so that the tensors start at a multiple of 8
   const uint64_t length = text.size();
-  std::vector<std::pair<const void*, size_t>> pieces = {{&length, 8}, {text.data(), text.size()}};
+  return std::string(reinterpret_cast<const char*>(&length), 8) + text;
+}
+
+inline void write_safetensors(const std::string& path, const std::vector<NamedTensor>& tensors,
+                              const nlohmann::ordered_json& metadata = {}) {
+  const std::string header = safetensors_header(tensors, metadata);
+  std::vector<std::pair<const void*, size_t>> pieces = {{header.data(), header.size()}};
   for (const NamedTensor& t : tensors) pieces.push_back({t.data, t.count * sizeof(float)});
   write_file(path, pieces);
 }
@@ -205,31 +213,60 @@ inline std::vector<NamedTensor> named(const ParameterTable& table, const float* 
   return tensors;
 }
 
-// An array of the backend as the host can read it: itself on the CPU, otherwise copied to `copy`.
-template <class Backend>
-const float* on_host(Backend& be, const float* data, size_t n, std::vector<float>& copy) {
-  if constexpr (std::is_same_v<Backend, Cpu>) return data;
-  copy.resize(n);
-  be.download(copy.data(), data, n * sizeof(float));
-  return copy.data();
+// Writes elements [at, at + n) of an array that is spread over the ranks; `shard` is what this one has of it. Only rank
+// 0 has a file; what is not its own comes to it a piece at a time, so that no host needs memory for the whole.
+template <class Backend, class Real>
+void write_spread(Ranks& ranks, OutputFile* file, Model<Backend, Real>& model, const float* shard, size_t at,
+                  size_t n) {
+  std::vector<float> piece;
+  for (size_t end = at + n, count; at < end; at += count) {
+    const int owner = int(at / model.shard);
+    const size_t first = owner * model.shard;
+    count = std::min({end - at, first + model.shard - at, size_t(1) << 24});
+    piece.resize(count);
+    if (owner == ranks.rank) model.be.download(piece.data(), shard + (at - first), count * sizeof(float));
+    if (owner == ranks.rank && !file) ranks.send(0, piece.data(), count * sizeof(float));
+    if (owner != ranks.rank && file) ranks.receive(owner, piece.data(), count * sizeof(float));
+    if (file) file->write(piece.data(), count * sizeof(float));
+  }
 }
 
-// Writes run_directory/checkpoint: weights, optimizer state and `state`. When anything fails, the old one stays.
+// Tensors of the table, in its order, from arrays that are spread over the ranks: (prefix of names, this rank's shard).
 template <class Backend, class Real>
-void save_checkpoint(Model<Backend, Real>& model, const std::string& run_directory,
+void write_spread_safetensors(Ranks& ranks, const std::string& path, Model<Backend, Real>& model,
+                              const std::vector<std::pair<std::string, const float*>>& arrays) {
+  std::unique_ptr<OutputFile> file;
+  if (ranks.root()) {
+    std::vector<NamedTensor> tensors;
+    for (const auto& [prefix, shard] : arrays)
+      for (const NamedTensor& t : named(model.table, nullptr, prefix)) tensors.push_back(t);
+    const std::string header = safetensors_header(tensors);
+    file = std::make_unique<OutputFile>(path);
+    file->write(header.data(), header.size());
+  }
+  for (const auto& [prefix, shard] : arrays)
+    for (const ParameterRow& row : model.table.rows)
+      write_spread(ranks, file.get(), model, shard, row.offset, row.count);
+  if (file) file->finish();
+}
+
+// Writes run_directory/checkpoint: weights, optimizer state and `state`. When anything fails, the old one stays. All
+// ranks call it, and rank 0 writes.
+template <class Backend, class Real>
+void save_checkpoint(Ranks& ranks, Model<Backend, Real>& model, const std::string& run_directory,
                      const nlohmann::ordered_json& state) {
   namespace fs = std::filesystem;
   const std::string now = run_directory + "/checkpoint", next = now + ".new", old = now + ".old";
+  auto write_tensors = [&] {
+    write_spread_safetensors(ranks, next + "/model.safetensors", model, {{"", model.master}});
+    write_spread_safetensors(ranks, next + "/optimizer.safetensors", model, {{"m.", model.m}, {"v.", model.v}});
+  };
+  if (!ranks.root()) return write_tensors();
   std::error_code ignored;
   fs::remove_all(next, ignored);
   try {
     fs::create_directories(next);
-    const size_t n = model.table.total;
-    std::vector<float> host, host_v;  // on a GPU, copies
-    write_safetensors(next + "/model.safetensors", named(model.table, on_host(model.be, model.master, n, host), ""));
-    std::vector<NamedTensor> moments = named(model.table, on_host(model.be, model.m, n, host), "m.");
-    for (NamedTensor& t : named(model.table, on_host(model.be, model.v, n, host_v), "v.")) moments.push_back(t);
-    write_safetensors(next + "/optimizer.safetensors", moments);
+    write_tensors();
     write_text_file(next + "/state.json", state.dump(2) + "\n");
     sync_directory(next);
     if (fs::exists(now)) {
@@ -248,13 +285,12 @@ void save_checkpoint(Model<Backend, Real>& model, const std::string& run_directo
   fs::remove_all(old, ignored);
 }
 
-// Reads the tensors of the table, under prefix + name, into a flat array of the backend.
-template <class Backend>
-void read_tensors(Backend& be, float* flat, const SafeTensors& file, const ParameterTable& table,
-                  const std::string& prefix) {
-  for (const ParameterRow& row : table.rows) {
-    be.upload(flat + row.offset, file.get(prefix + row.name, row.shape), row.count * sizeof(float));
-    be.synchronize();
+// Reads the tensors of the table, under prefix + name: what the rank's `shard` has of them.
+template <class Backend, class Real>
+void read_tensors(Model<Backend, Real>& model, float* shard, const SafeTensors& file, const std::string& prefix) {
+  for (const ParameterRow& row : model.table.rows) {
+    const float* tensor = file.get(prefix + row.name, row.shape);
+    model.write_shard(shard, row.offset, row.count, [&](size_t first, size_t) { return tensor + first; });
   }
 }
 
@@ -267,13 +303,13 @@ inline void check_weights(Config c, const std::string& checkpoint) {
 
 template <class Backend, class Real>
 void load_weights(Model<Backend, Real>& model, const std::string& checkpoint) {
-  read_tensors(model.be, model.master, SafeTensors(checkpoint + "/model.safetensors"), model.table, "");
+  read_tensors(model, model.master, SafeTensors(checkpoint + "/model.safetensors"), "");
   model.master_changed();
 }
 
 template <class Backend, class Real>
 void load_optimizer(Model<Backend, Real>& model, const std::string& checkpoint) {
   const SafeTensors file(checkpoint + "/optimizer.safetensors");
-  read_tensors(model.be, model.m, file, model.table, "m.");
-  read_tensors(model.be, model.v, file, model.table, "v.");
+  read_tensors(model, model.m, file, "m.");
+  read_tensors(model, model.v, file, "v.");
 }

@@ -290,25 +290,27 @@ inline void tensor_statistics(Cuda& be, TensorStatistics* out, const TensorPlace
 // ---------------------------------------------------------------------------------------------------------------------
 
 // Looks at a training step from outside: it reads what the step leaves in memory and changes nothing, so that a run is
-// the same, to the bit, with and without it. Around one step: begin(), after each micro-batch add_micro_batch(), after
-// the update add_update(), then read().
+// the same, to the bit, with and without it. Around one step: begin(), after each micro-batch add_micro_batch(), between
+// lanes next_lane(), after the update add_update(), then read(). As with the gradient, what is seen of lanes and of
+// parts of the flat arrays is added up in order: the number of ranks changes nothing.
 template <class Backend, class Real>
 class Diagnostics {
  public:
-  explicit Diagnostics(Model<Backend, Real>& model)
-      : model_(model), c_(model.config), tensors_(int(model.table.rows.size())) {
-    sums_memory_ = Buffer<Backend>(model.be, sums_count() * sizeof(double) + tensors_ * sizeof(TensorStatistics));
-    sums_ = sums_memory_.template as<double>();
-    tensor_sums_ = reinterpret_cast<TensorStatistics*>(sums_ + sums_count());
+  explicit Diagnostics(Model<Backend, Real>& model) : model_(model), c_(model.config) {
     std::vector<TensorPlace> places;
-    for (const ParameterRow& row : model.table.rows) places.push_back({row.offset, row.count, row.decays()});
-    places_memory_ = Buffer<Backend>(model.be, tensors_ * sizeof(TensorPlace));
+    for (const auto& piece : pieces_of(model.division.rank)) places.push_back(piece.second);
+    pieces_ = int(places.size());
+    sums_memory_ = Buffer<Backend>(model.be, sums_count() * sizeof(double) + pieces_ * sizeof(TensorStatistics));
+    sums_ = sums_memory_.template as<double>();
+    piece_sums_ = reinterpret_cast<TensorStatistics*>(sums_ + sums_count());
+    places_memory_ = Buffer<Backend>(model.be, pieces_ * sizeof(TensorPlace));
     model.be.upload(places_memory_.data, places.data(), places_memory_.bytes);
     model.be.synchronize();
   }
 
   void begin() {
     model_.be.zero(sums_memory_.data, sums_memory_.bytes);
+    lanes_.clear();
     tokens_ = 0;
   }
 
@@ -323,21 +325,52 @@ class Diagnostics {
       add_squares(model_.be, sums.qk_squares, a.qkv, N, heads, c_.head_size, c_.qkv_width());
       add_squares(model_.be, sums.x_squares, a.x, N, 1, c_.width, c_.width);
     }
-    tokens_ += N;
-  }
-
-  void add_update(const AdamW& a) {
-    tensor_statistics(model_.be, tensor_sums_, places_memory_.template as<TensorPlace>(), tensors_, model_.master,
-                      model_.gradients_flat, model_.m, model_.v, &model_.result->norm, a);
+    tokens_ += N * model_.division.ranks;  // the other ranks do as many
   }
 
   // Waits for the device.
-  StepDiagnostics read() {
-    std::vector<double> host(sums_memory_.bytes / sizeof(double));
-    model_.be.download(host.data(), sums_memory_.data, sums_memory_.bytes);
+  void next_lane() {
+    const size_t count = sums_count();
+    lanes_.resize(lanes_.size() + count);
+    model_.be.download(&lanes_[lanes_.size() - count], sums_, count * sizeof(double));
+    model_.be.zero(sums_, count * sizeof(double));
+  }
+
+  void add_update(const AdamW& a) {
+    tensor_statistics(model_.be, piece_sums_, places_memory_.template as<TensorPlace>(), pieces_, model_.master,
+                      model_.gradient, model_.m, model_.v, &model_.result->norm, a);
+  }
+
+  // Waits for the device. All ranks call it; rank 0 gets the result, the others nothing.
+  StepDiagnostics read(Ranks& ranks) {
+    next_lane();
+    std::vector<double> mine = lanes_;
+    mine.resize(mine.size() + pieces_ * sizeof(TensorStatistics) / sizeof(double));
+    model_.be.download(mine.data() + lanes_.size(), piece_sums_, pieces_ * sizeof(TensorStatistics));
+    const std::vector<std::vector<double>> of_rank = ranks.gather(mine);
     StepDiagnostics d;
+    if (!ranks.root()) return d;
+
+    std::vector<double> all(sums_count());
+    std::vector<TensorStatistics> tensors(model_.table.rows.size());
+    for (int lane = 0; lane < model_.division.lanes; ++lane) {
+      const double* lane_sums = of_rank[lane % ranks.size].data() + lane / ranks.size * sums_count();
+      for (size_t i = 0; i < sums_count(); ++i)  // a layer's sums begin with max_logit (NH)
+        all[i] = i % layer_sums() < size_t(c_.heads) ? std::max(all[i], lane_sums[i]) : all[i] + lane_sums[i];
+    }
+    for (int r = 0; r < ranks.size; ++r) {
+      const auto* piece = reinterpret_cast<const TensorStatistics*>(of_rank[r].data() + lanes_.size());
+      for (const auto& place : pieces_of(r)) {
+        TensorStatistics& t = tensors[place.first];
+        t.gradient += piece->gradient;
+        t.weight += piece->weight;
+        t.update += piece->update;
+        t.nonfinite += piece++->nonfinite;
+      }
+    }
+
     for (int l = 0; l < c_.layers; ++l) {
-      const LayerSums sums = of_layer(host.data(), l);
+      const LayerSums sums = of_layer(all.data(), l);
       auto rms = [&](double squares, int width) { return unsigned_nan(std::sqrt(squares / tokens_ / width)); };
       for (int h = 0; h < c_.heads; ++h)
         d.heads.push_back({l, h, sums.max_logit[h], unsigned_nan(sums.entropy[h] / tokens_),
@@ -345,7 +378,7 @@ class Diagnostics {
                            rms(sums.qk_squares[c_.heads + h / (c_.heads / c_.kv_heads)], c_.head_size),
                            rms(sums.x_squares[0], c_.width)});
     }
-    const TensorStatistics* t = reinterpret_cast<const TensorStatistics*>(host.data() + sums_count());
+    const TensorStatistics* t = tensors.data();
     for (const ParameterRow& row : model_.table.rows) {
       d.tensors.push_back({row.name, unsigned_nan(std::sqrt(t->gradient)), std::sqrt(t->weight / row.count),
                            t->weight > 0 ? std::sqrt(t->update / t->weight) : 0, t->nonfinite});
@@ -357,18 +390,35 @@ class Diagnostics {
  private:
   Model<Backend, Real>& model_;
   const Config& c_;
-  const int tensors_;
+  int pieces_ = 0;
   size_t tokens_ = 0;
   Buffer<Backend> sums_memory_, places_memory_;
-  double* sums_;  // (layers, LayerSums)
-  TensorStatistics* tensor_sums_;
+  double* sums_;                  // of the lane at work: (layers, LayerSums)
+  TensorStatistics* piece_sums_;  // (pieces)
+  std::vector<double> lanes_;     // of this rank's lanes: (rounds, layers, LayerSums)
 
   struct LayerSums {
     double *max_logit, *entropy /* (NH) */, *qk_squares /* (NH + NKV) */, *x_squares /* (1) */;
   };
-  size_t sums_count() const { return size_t(c_.layers) * (3 * c_.heads + c_.kv_heads + 1); }
+  size_t layer_sums() const { return 3 * c_.heads + c_.kv_heads + 1; }
+  size_t sums_count() const { return c_.layers * layer_sums(); }
   LayerSums of_layer(double* sums, int layer) const {
-    double* at = sums + size_t(layer) * (3 * c_.heads + c_.kv_heads + 1);
+    double* at = sums + layer * layer_sums();
     return {at, at + c_.heads, at + 2 * c_.heads, at + 3 * c_.heads + c_.kv_heads};
+  }
+
+  // What a rank holds of the tensors, each cut where a part of the flat arrays ends: rows of the table, and places in
+  // the rank's shard.
+  std::vector<std::pair<size_t, TensorPlace>> pieces_of(int rank) const {
+    const size_t part = model_.table.total / model_.division.lanes, first = rank * model_.shard;
+    std::vector<std::pair<size_t, TensorPlace>> pieces;
+    for (size_t i = 0; i < model_.table.rows.size(); ++i) {
+      const ParameterRow& row = model_.table.rows[i];
+      for (size_t p = first; p < first + model_.shard; p += part) {
+        const size_t begin = std::max(row.offset, p), end = std::min(row.offset + row.count, p + part);
+        if (begin < end) pieces.push_back({i, {begin - first, end - begin, row.decays()}});
+      }
+    }
+    return pieces;
   }
 };

@@ -35,23 +35,41 @@ inline nlohmann::json read_json_file(const std::string& path) {
   }
 }
 
-// Writes a file from pieces of memory and syncs it. UserError (disk full, not writable) with the file's name.
-inline void write_file(const std::string& path, const std::vector<std::pair<const void*, size_t>>& pieces) {
-  auto fail = [&] { throw UserError(path + ": cannot write: " + std::strerror(errno)); };
-  const int file = ::open(path.c_str(), O_WRONLY | O_CREAT | O_TRUNC, 0644);
-  if (file < 0) fail();
-  for (const auto& [data, bytes] : pieces)
+// A file that is written piece by piece and synced at the end. UserError (disk full, not writable) with the file's name.
+class OutputFile {
+ public:
+  explicit OutputFile(const std::string& path)
+      : path_(path), file_(::open(path.c_str(), O_WRONLY | O_CREAT | O_TRUNC, 0644)) {
+    if (file_ < 0) fail();
+  }
+  OutputFile(const OutputFile&) = delete;
+  OutputFile& operator=(const OutputFile&) = delete;
+  ~OutputFile() {
+    if (file_ >= 0) ::close(file_);
+  }
+  void write(const void* data, size_t bytes) {
     for (size_t done = 0; done < bytes;) {
-      const ssize_t n = ::write(file, static_cast<const char*>(data) + done, bytes - done);
+      const ssize_t n = ::write(file_, static_cast<const char*>(data) + done, bytes - done);
       if (n < 0 && errno == EINTR) continue;
-      if (n <= 0) {
-        ::close(file);
-        fail();
-      }
+      if (n <= 0) fail();
       done += size_t(n);
     }
-  const bool synced = ::fsync(file) == 0;
-  if (::close(file) != 0 || !synced) fail();
+  }
+  void finish() {
+    const bool synced = ::fsync(file_) == 0;
+    if (::close(std::exchange(file_, -1)) != 0 || !synced) fail();
+  }
+
+ private:
+  std::string path_;
+  int file_;
+  [[noreturn]] void fail() const { throw UserError(path_ + ": cannot write: " + std::strerror(errno)); }
+};
+
+inline void write_file(const std::string& path, const std::vector<std::pair<const void*, size_t>>& pieces) {
+  OutputFile file(path);
+  for (const auto& [data, bytes] : pieces) file.write(data, bytes);
+  file.finish();
 }
 
 inline void write_text_file(const std::string& path, const std::string& text) {

@@ -21,7 +21,7 @@ struct Settings {
   Config model;
   RotaryRequest rotary;  // R follows from it once the head size is known: resolve_settings
 
-  int steps = 1000, batch = 16, accumulate = 1;
+  int steps = 1000, batch = 16, accumulate = 1, lanes = 0;  // lanes 0: as many as ranks
   double lr = 1e-3, min_lr = -1;  // min_lr -1: a tenth of lr
   int warmup = -1;                // -1: 5 % of the steps
   Schedule schedule = Schedule::cosine;
@@ -37,6 +37,7 @@ struct Settings {
   int diagnostics_every = 0;  // 0: never
   int replay_step = -1;       // -1: train
   bool resume = false;
+  int ranks = 1;  // of the start, not of the run
 };
 
 struct Flag {
@@ -69,6 +70,11 @@ inline const std::map<std::string, std::vector<std::string>>& presets() {
       {"parallel-1b",
        {"--layers=16", "--width=2048", "--heads=8", "--head-size=256", "--mlp-hidden=2816", "--context=2048",
         "--vocab=50304", "--block=parallel", "--batch=8", "--accumulate=512", "--steps=12000", "--lr=4e-4",
+        "--min-lr=4e-5"}},
+      // Their third, of 8B, which needs several GPUs: the micro-batches are enough for 1 to 64 of them.
+      {"llama-8b",
+       {"--layers=36", "--width=4096", "--heads=32", "--kv-heads=8", "--head-size=128", "--mlp-hidden=14336",
+        "--context=2048", "--vocab=50304", "--batch=2", "--accumulate=2048", "--recompute", "--steps=12000", "--lr=4e-4",
         "--min-lr=4e-5"}},
       // The Pythia block (Biderman et al. 2023, arXiv 2304.01373): LayerNorm, GELU, biases, parallel, 25 %.
       {"pythia-70m",
@@ -189,7 +195,8 @@ inline void add_optimizer_flags(Flags& f, Settings& s) {
   f.group("Optimiser");
   f.add("steps", s.steps, "optimiser steps");
   f.add("batch", s.batch, "windows in a micro-batch");
-  f.add("accumulate", s.accumulate, "micro-batches in a step");
+  f.add("accumulate", s.accumulate, "micro-batches in a step, of all ranks together");
+  f.add("lanes", s.lanes, "sums of them that are added up in order; the ranks must divide them; 0: as many as ranks");
   f.add("lr", s.lr, "peak learning rate");
   f.add("min-lr", s.min_lr, "learning rate at the end; -1: a tenth of --lr");
   f.add("warmup", s.warmup, "steps of linear warm-up; -1: 5 % of --steps");
@@ -223,6 +230,7 @@ inline void add_run_flags(Flags& f, Settings& s) {
   f.add("recompute", s.model.recompute, "less memory: make cheap activations again in the backward pass");
   f.add("init", s.init, "start from the model and weights of this run or checkpoint")->type_name("NAME");
   f.add("resume", s.resume, "go on from the run's checkpoint");
+  f.add("ranks", s.ranks, "processes to start on this host, one for each GPU");
   f.add("replay-step", s.replay_step, "repeat a step of --run and look into it; -1: train");
 }
 
@@ -245,6 +253,13 @@ inline void expect_positive(const char* flag, double value, bool zero_allowed = 
     throw UserError(std::string("--") + flag + " " + text + ": must be a finite number " +
                     (zero_allowed ? "of at least 0" : "above 0"));
   }
+}
+
+// What a run's lanes allow.
+inline void expect_divides(int ranks, int lanes) {
+  if (lanes < 1 || lanes % ranks)
+    throw UserError("--lanes " + std::to_string(lanes) + ": must be a multiple of the number of ranks, " +
+                    std::to_string(ranks));
 }
 
 // Flags of `train`, from the command line: preset, then flags. `base` holds what they start from (a resumed run's).
@@ -287,7 +302,7 @@ inline nlohmann::ordered_json settings_json(Settings& s,
   nlohmann::ordered_json json;
   for (const Flag& flag : f.table) {
     if (std::find(groups.begin(), groups.end(), flag.group) == groups.end()) continue;
-    if (flag.name == "resume" || flag.name == "replay-step") continue;
+    if (flag.name == "resume" || flag.name == "replay-step" || flag.name == "ranks") continue;
     std::string key = flag.name;
     std::replace(key.begin(), key.end(), '-', '_');
     json[key] = flag.get();
@@ -314,6 +329,7 @@ inline Settings settings_from_json(const std::string& path, const nlohmann::json
       throw UserError(path + ": " + e.what());
     }
   }
+  if (s.lanes == 0) s.lanes = 1;  // of a time when there was nothing else
   return s;
 }
 

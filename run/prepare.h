@@ -7,6 +7,7 @@
 #include <string>
 #include <vector>
 
+#include "device/ranks.h"
 #include "run/checkpoint.h"
 #include "run/csv.h"
 #include "run/flags.h"
@@ -54,7 +55,8 @@ inline void prepare_replay(Run& run, const Settings& asked) {
   }
 }
 
-inline Run prepare(const std::vector<std::string>& args) {
+// `args` are the flags of train, which runs on `ranks` ranks.
+inline Run prepare(const std::vector<std::string>& args, int ranks) {
   Run run;
   Settings& s = run.s;
   Settings asked;
@@ -96,6 +98,11 @@ inline Run prepare(const std::vector<std::string>& args) {
   expect_positive("steps", s.steps);
   expect_positive("batch", s.batch);
   expect_positive("accumulate", s.accumulate);
+  if (s.lanes == 0) s.lanes = ranks;
+  expect_divides(ranks, s.lanes);
+  if (s.accumulate % s.lanes)
+    throw UserError("--accumulate " + std::to_string(s.accumulate) + ": must be a multiple of --lanes " +
+                    std::to_string(s.lanes) + ", which is the number of ranks unless it is given");
   expect_positive("lr", s.lr);
   if (s.min_lr != -1) expect_positive("min-lr", s.min_lr, true);
   if (s.warmup != -1) expect_positive("warmup", s.warmup, true);
@@ -164,6 +171,22 @@ inline Run prepare(const std::vector<std::string>& args) {
   return run;
 }
 
+// Refuses ranks that were started with other settings, other data or another checkpoint than rank 0.
+inline void expect_same(Run& run, Ranks& ranks) {
+  nlohmann::ordered_json mine = settings_json(run.s);
+  mine["tokens of the training data"] = run.train->tokens();
+  mine["tokens of the validation data"] = run.val->tokens();
+  mine["the step to go on from"] = run.checkpoint.empty() ? 0 : run.state["step"].get<int>();
+  const std::vector<std::string> all = ranks.gather(mine.dump());
+  for (size_t r = 1; r < all.size(); ++r) {
+    const auto theirs = nlohmann::ordered_json::parse(all[r]);
+    for (const auto& [key, value] : mine.items())
+      if (theirs.at(key) != value)
+        throw UserError(ranks.name(int(r)) + ": " + key + " is " + theirs[key].dump() + " but " + value.dump() +
+                        " on rank 0; start all ranks with the same flags, on the same files");
+  }
+}
+
 // All settings, a group a paragraph, lines of at most 110 characters.
 inline void print_settings(Settings& s) {
   for (const char* group : {"Model", "Optimiser", "Run"}) {
@@ -183,40 +206,47 @@ inline void print_settings(Settings& s) {
 
 // Refuses what does not fit, and says what would.
 template <class Backend, class Real>
-inline void expect_memory(Config c, int B, size_t available, const MemoryReport& needed) {
-  if (needed.total() <= available) return;
+void expect_memory(Config c, int B, const Division& division, size_t available) {
+  auto needed = [&] { return memory_report<Backend, Real>(c, B, c.context, division).total(); };
+  const size_t all = needed();
+  if (all <= available) return;
   std::string advice;
   if (!c.recompute) {
     c.recompute = true;
-    advice = "; --recompute would take " + human_bytes(memory_report<Backend, Real>(c, B, c.context).total());
+    advice = "; --recompute would take " + human_bytes(needed());
     c.recompute = false;
   }
-  while (B > 1 && memory_report<Backend, Real>(c, B, c.context).total() > available) --B;
-  if (memory_report<Backend, Real>(c, B, c.context).total() <= available)
+  while (B > 1 && needed() > available) --B;
+  if (needed() <= available)
     advice += "; --batch " + std::to_string(B) + " fits (with more --accumulate)";
   else
     advice += "; even --batch 1 does not fit: a smaller model or --context is needed";
-  throw UserError("--batch: not enough memory: " + human_bytes(needed.total()) + " needed, " + human_bytes(available) +
+  throw UserError("--batch: not enough memory: " + human_bytes(all) + " needed, " + human_bytes(available) +
                   (std::is_same_v<Backend, Cpu> ? " in this machine" : " free on the GPU") + advice);
 }
 
 // What a run says when it starts.
 template <class Backend, class Real>
-void print_start(Run& run, size_t parameters, int step) {
+void print_start(Run& run, const Division& division, size_t parameters, int step) {
   Settings& s = run.s;
   const Config& c = s.model;
-  const MemoryReport memory = memory_report<Backend, Real>(c, s.batch, c.context);
+  const MemoryReport memory = memory_report<Backend, Real>(c, s.batch, c.context, division);
   const size_t tokens_per_step = size_t(s.batch) * c.context * s.accumulate;
   print_settings(s);
   if (!run.changes.empty()) std::printf("Changed: %s.\n", run.changes.c_str());
   const std::string layers = c.rotary_layers == "all" ? "" : ", by layer " + c.rotary_layers;
   std::printf("RoPE turns %d of %d channels of each query and key head (%.1f %%)%s; table %s.\n", c.rotary_dim,
               c.head_size, 100.0 * c.rotary_dim / c.head_size, layers.c_str(), human_bytes(memory.rope_table).c_str());
+  std::string ranks, exchange;
+  if (division.ranks > 1) ranks = ", on " + std::to_string(division.ranks) + " ranks";
+  if (memory.exchange) exchange = ", exchange " + human_bytes(memory.exchange);
   std::printf(
-      "%.2f M parameters on %s, %s. Memory: parameters %s, gradients %s, optimiser %s, activations %s; %s in all.\n",
-      parameters * 1e-6, Backend::name, dtype_name<Real>(), human_bytes(memory.parameters).c_str(),
-      human_bytes(memory.gradients).c_str(), human_bytes(memory.optimizer).c_str(),
-      human_bytes(memory.activations).c_str(), human_bytes(memory.total()).c_str());
+      "%.2f M parameters on %s, %s%s. Memory%s: parameters %s, gradients %s, optimiser %s%s, activations %s; "
+      "%s in all.\n",
+      parameters * 1e-6, Backend::name, dtype_name<Real>(), ranks.c_str(), division.ranks > 1 ? " of each" : "",
+      human_bytes(memory.parameters).c_str(), human_bytes(memory.gradients).c_str(),
+      human_bytes(memory.optimizer).c_str(), exchange.c_str(), human_bytes(memory.activations).c_str(),
+      human_bytes(memory.total()).c_str());
   std::printf("Data: %.2f M training tokens, %zu a step, so %.2f epochs in %d steps.\n", run.train->tokens() * 1e-6,
               tokens_per_step, double(tokens_per_step) * s.steps / run.train->tokens(), s.steps);
   if (step) std::printf("Resumed at step %d.\n", step);

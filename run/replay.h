@@ -9,11 +9,25 @@
 // Repeats a run up to and including step --replay-step, looks into that step and writes what it sees to replay-STEP/ in
 // the run's directory; nothing else there is touched. 1 if the repeated steps are not the logged ones.
 template <class Backend, class Real>
-int replay(Backend& be, Run& run) {
+int replay(Backend& be, Comm<Backend>& comm, Run& run) {
   Settings& s = run.s;
   const int last = s.replay_step, T = s.model.context;
   const bool terminal = isatty(STDOUT_FILENO);
-  Trainer<Backend, Real> trainer(be, run);
+  Trainer<Backend, Real> trainer(be, comm, run);
+  StepDiagnostics inside;
+  std::vector<Acc<Real>> losses;
+  auto looks = [&](int step) {  // at this step?
+    return step == last || (s.diagnostics_every && step % s.diagnostics_every == 0);
+  };
+  auto next_step = [&] {
+    const int step = trainer.done + 1;
+    return trainer.step(looks(step) ? &inside : nullptr, step == last ? &losses : nullptr);
+  };
+  watch_interrupts();
+  if (!trainer.ranks.root()) {  // rank 0 says and writes what is seen
+    while (trainer.done < last && !trainer.told_to_stop()) next_step();
+    return 0;
+  }
   const std::string start = !run.checkpoint.empty() ? "its checkpoint of step " + std::to_string(trainer.done)
                             : !run.init.empty()     ? "the weights of " + run.init
                                                     : "its initial weights";
@@ -29,18 +43,14 @@ int replay(Backend& be, Run& run) {
   CsvLog log(directory + "/log.csv", "step,tokens,loss,lr,grad_norm,log_z", 0);
   CsvLog windows(directory + "/windows.csv", "micro_batch,window,loss", 0);
   DiagnosticsLog inside_log(directory, 0);
-  StepDiagnostics inside;
-  std::vector<Acc<Real>> losses;
   std::string difference;  // to the first step that is not as it was
-  watch_interrupts();
-  while (trainer.done < last && !interrupted) {
+  while (trainer.done < last && !trainer.told_to_stop()) {
     const int step = trainer.done + 1;
-    const bool diagnose = step == last || (s.diagnostics_every && step % s.diagnostics_every == 0);
-    const auto result = trainer.step(diagnose ? &inside : nullptr, step == last ? &losses : nullptr);
+    const auto result = next_step();
     const std::string loss = decimals(result.loss), norm = decimals(result.norm);
     log.row("%d,%zu,%s,%.6e,%s,%.6f\n", step, size_t(step) * trainer.tokens_per_step, loss.c_str(), result.lr,
             norm.c_str(), result.log_z);
-    if (diagnose) inside_log.write(step, inside);
+    if (looks(step)) inside_log.write(step, inside);
     const auto row = std::find(logged["step"].begin(), logged["step"].end(), std::to_string(step));
     const size_t at = row - logged["step"].begin();
     const bool known = row != logged["step"].end();
@@ -69,9 +79,12 @@ int replay(Backend& be, Run& run) {
   std::printf("\nThe windows with the largest loss:\n");
   for (size_t i = 0; i < std::min<size_t>(3, hardest.size()); ++i) {
     const size_t w = hardest[i].second;
+    std::vector<int> inputs(trainer.N), targets(trainer.N);
+    run.train->batch(s.seed, trainer.first_micro_batch(last - 1) + w / s.batch, s.batch, T, inputs.data(),
+                     targets.data());
     std::string text;
     for (int t = 0; run.tokenizer && t < std::min(T, 64); ++t)
-      run.tokenizer->decode(trainer.inputs_of(last - 1)[w * T + t], text);
+      run.tokenizer->decode(inputs[w % s.batch * T + t], text);
     text = printable(text.substr(0, 64));
     std::replace(text.begin(), text.end(), '\n', ' ');
     std::printf("  %.4f  micro-batch %zu, window %zu  %s\n", hardest[i].first,

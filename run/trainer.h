@@ -1,14 +1,24 @@
 #pragma once
-// Training, a step at a time: the forward and backward pass of each micro-batch, clipping, AdamW.
+// Training, a step at a time: the forward and backward pass of each micro-batch, clipping, AdamW. With several ranks
+// (device/ranks.h) every one has a Trainer and calls the same functions in the same order; step() shows what they
+// exchange.
 
+#include <numeric>
+#include <vector>
+
+#include "device/comm.h"
 #include "run/diagnostics.cuh"
+#include "run/interrupt.h"
 #include "run/prepare.h"
 
 template <class Backend, class Real>
 struct Trainer {
   Backend& be;
+  Comm<Backend>& comm;
+  Ranks& ranks;
   Run& run;
   Settings& s;
+  const Division division;
   const int N = s.batch * s.model.context;  // tokens of a micro-batch
   const size_t tokens_per_step = size_t(N) * s.accumulate;
   Model<Backend, Real> model;
@@ -22,8 +32,9 @@ struct Trainer {
   };
 
   // From the run's checkpoint, the weights of --init, or new ones.
-  Trainer(Backend& backend, Run& r)
-      : be(backend), run(r), s(r.s), model(be, s.model, s.batch, s.model.context, true), diagnostics(model),
+  Trainer(Backend& backend, Comm<Backend>& c, Run& r)
+      : be(backend), comm(c), ranks(c.ranks), run(r), s(r.s), division{s.lanes, ranks.size, ranks.rank},
+        model(be, s.model, s.batch, s.model.context, true, division), diagnostics(model),
         tokens_(be, 4 * tokens_per_step) {
     if (!run.checkpoint.empty()) {
       load_weights(model, run.checkpoint);
@@ -34,35 +45,61 @@ struct Trainer {
     } else {
       model.initialise_weights(s.seed, s.init_std);
     }
+    gather_weights();
+    ranks.checkpoint = done;
   }
 
-  // The next step; with `inside`, looks into it; with `losses`, keeps the loss of each token (accumulate, B, T).
+  // The next step; with `inside`, looks into it; with `losses`, keeps the loss of each token (accumulate, B, T). Rank 0
+  // receives both.
   Result step(StepDiagnostics* inside = nullptr, std::vector<Acc<Real>>* losses = nullptr) {
     const int warmup = s.warmup >= 0 ? s.warmup : (s.steps + 19) / 20;
     const double min_lr = s.min_lr >= 0 ? s.min_lr : s.lr / 10;
     const AdamW a = {learning_rate(s.schedule, done, s.steps, warmup, s.lr, min_lr),
                      s.beta1, s.beta2, s.eps, s.weight_decay, s.clip, done + 1};
     if (read_ < done) read_batches(done);
-    model.zero_gradients();
     if (inside) diagnostics.begin();
     if (losses) losses->resize(tokens_per_step);
-    for (int micro = 0; micro < s.accumulate; ++micro) {
-      const size_t at = size_t(micro) * N;
-      model.train_batch(inputs_of(done) + at, targets_of(done) + at, 1.0 / double(tokens_per_step), s.z_loss);
-      if (inside) diagnostics.add_micro_batch();
-      if (losses) be.download(losses->data() + at, model.acts.losses, N * sizeof(Acc<Real>));
+    std::vector<Lane> lanes(s.lanes);  // (ranks, rounds)
+    Lane* mine = &lanes[division.rank * division.rounds()];
+    for (int round = 0; round < division.rounds(); ++round) {
+      if (round > 0) mine[round - 1] = read_lane();
+      if (round > 0 && inside) diagnostics.next_lane();
+      model.zero_gradients();
+      for (int micro : micro_batches(round)) {
+        const size_t at = size_t(micro) * N;
+        model.train_batch(inputs_of(done) + at, targets_of(done) + at, 1.0 / double(tokens_per_step), s.z_loss);
+        if (inside) diagnostics.add_micro_batch();
+        if (losses) be.download(losses->data() + at, model.acts.losses, N * sizeof(Acc<Real>));
+      }
+      // Here an all-reduce of the gradient begins: each rank receives its shard of the lanes of all, and adds them up.
+      if (s.lanes > 1) comm.add_lanes(model.gradient, model.gradients_flat, model.shard, round == 0);
     }
-    model.update(a);
+    model.square_gradient();
+    comm.all_gather(model.squares, division.rounds() * model.squares_of_part * sizeof(double));
+    model.update_shard(a);
+    gather_weights();  // and here it ends, with the new weights in place of the gradient
     if (inside) diagnostics.add_update(a);
     if (done + 1 < s.steps) read_batches(done + 1);  // a GPU is still at work
-    typename Model<Backend, Real>::StepResult result;
-    be.download(&result, model.result, sizeof result);
-    if (inside) *inside = diagnostics.read();
+
+    mine[division.rounds() - 1] = read_lane();
+    ranks.all_gather(lanes.data(), division.rounds() * sizeof(Lane));
+    Lane sum = {0, 0, mine[division.rounds() - 1].norm, false};
+    for (int lane = 0; lane < s.lanes; ++lane) {
+      const Lane& one = lanes[lane % ranks.size * division.rounds() + lane / ranks.size];
+      sum.loss += one.loss;
+      sum.log_z += one.log_z;
+      told_to_stop_ = told_to_stop_ || one.interrupted;
+    }
+    if (inside) *inside = diagnostics.read(ranks);
+    if (losses) collect_losses(losses->data());
     ++done;
-    return {result.loss / double(tokens_per_step), result.log_z / double(tokens_per_step), double(result.norm), a.lr};
+    return {sum.loss / double(tokens_per_step), sum.log_z / double(tokens_per_step), sum.norm, a.lr};
   }
 
-  // The loss over the first --val-tokens of the validation data, in nats per token.
+  // Whether a signal has told any of the ranks to stop: the same answer on all of them, since the last step.
+  bool told_to_stop() const { return ranks.size == 1 ? interrupted : told_to_stop_; }
+
+  // The loss over the first --val-tokens of the validation data, in nats per token. The ranks take turns.
   double validate() {
     const int B = s.batch, T = s.model.context;
     const size_t windows = run.val->windows(T),
@@ -71,16 +108,20 @@ struct Trainer {
     std::vector<int> inputs(N), targets(N);
     std::vector<Acc<Real>> losses(N);
     for (size_t w = 0; w < wanted; w += B) {
-      const int batch = int(std::min<size_t>(B, wanted - w));
-      for (int b = 0; b < batch; ++b) run.val->window(w + b, T, &inputs[size_t(b) * T], &targets[size_t(b) * T]);
-      model.forward(inputs.data(), batch, T);
-      model.loss(losses.data(), targets.data(), batch, T);
+      const int batch = int(std::min<size_t>(B, wanted - w)), turn = int(w / B % ranks.size);
+      if (turn == ranks.rank) {
+        for (int b = 0; b < batch; ++b) run.val->window(w + b, T, &inputs[size_t(b) * T], &targets[size_t(b) * T]);
+        model.forward(inputs.data(), batch, T);
+        model.loss(losses.data(), targets.data(), batch, T);
+      }
+      hand_to_root(turn, losses.data(), batch * T * sizeof(losses[0]));
       for (int i = 0; i < batch * T; ++i) sum += losses[i];
     }
+    ranks.broadcast(&sum, sizeof sum);
     return sum / (double(wanted) * T);
   }
 
-  // The run's checkpoint, of the steps done.
+  // The run's checkpoint, of the steps done: the same files for any number of ranks.
   void save() {
     const nlohmann::ordered_json state = {
         {"step", done},
@@ -89,25 +130,62 @@ struct Trainer {
         {"tokenizer", run.meta.tokenizer},
         {"vocabulary", run.meta.vocabulary ? run.meta.vocabulary : s.model.vocab},
         {"settings", settings_json(s)}};
-    save_checkpoint(model, run.directory, state);
+    save_checkpoint(ranks, model, run.directory, state);
+    ranks.barrier();  // it is there
+    ranks.checkpoint = done;
   }
 
-  const int* inputs_of(int step) { return batches_of(step); }  // (accumulate, B, T)
-  const int* targets_of(int step) { return batches_of(step) + tokens_per_step; }
   size_t first_micro_batch(int step) const { return size_t(step) * s.accumulate; }
 
  private:
+  // What a lane leaves for the log, and whether its rank was told to stop.
+  struct Lane {
+    double loss, log_z, norm;
+    int64_t interrupted;
+  };
+  bool told_to_stop_ = false;
+
+  // Waits for the device.
+  Lane read_lane() {
+    typename Model<Backend, Real>::StepResult result;
+    be.download(&result, model.result, sizeof result);
+    return {result.loss, result.log_z, double(result.norm), interrupted};
+  }
+
+  // The micro-batches of the lane that this rank works on in a round.
+  std::vector<int> micro_batches(int round) const {
+    const int count = s.accumulate / s.lanes, lane = round * ranks.size + ranks.rank;
+    std::vector<int> all(count);
+    std::iota(all.begin(), all.end(), lane * count);
+    return all;
+  }
+
+  void gather_weights() { comm.all_gather(model.weights_flat, model.shard * sizeof(Real)); }
+
+  void hand_to_root(int from, void* data, size_t bytes) {
+    if (from == 0) return;
+    if (ranks.rank == from) ranks.send(0, data, bytes);
+    if (ranks.root()) ranks.receive(from, data, bytes);
+  }
+  void collect_losses(Acc<Real>* losses) {
+    for (int micro = 0; micro < s.accumulate; ++micro)
+      hand_to_root(micro / (s.accumulate / s.lanes) % ranks.size, losses + size_t(micro) * N, N * sizeof *losses);
+  }
+
   // The micro-batches of two steps: while the device works on one, the other is read from the shards.
   HostArray<Backend, int> tokens_;
   int read_ = -1;
 
+  const int* inputs_of(int step) { return batches_of(step); }  // (accumulate, B, T); of this rank's micro-batches
+  const int* targets_of(int step) { return batches_of(step) + tokens_per_step; }
   int* batches_of(int step) { return tokens_.data + (step % 2) * 2 * tokens_per_step; }
   void read_batches(int step) {
-    for (int micro = 0; micro < s.accumulate; ++micro) {
-      int* inputs = batches_of(step) + size_t(micro) * N;
-      run.train->batch(s.seed, first_micro_batch(step) + micro, s.batch, s.model.context, inputs,
-                       inputs + tokens_per_step);
-    }
+    for (int round = 0; round < division.rounds(); ++round)
+      for (int micro : micro_batches(round)) {
+        int* inputs = batches_of(step) + size_t(micro) * N;
+        run.train->batch(s.seed, first_micro_batch(step) + micro, s.batch, s.model.context, inputs,
+                         inputs + tokens_per_step);
+      }
     read_ = step;
   }
 };

@@ -55,7 +55,7 @@ RECIPES = {
 TOLERANCE = 0.1  # nats per token
 
 # Flags of `train` that the study sets itself.
-OWN = "run resume steps seed rotary-dim rotary-fraction qk-norm block data width heads head-size lr".split()
+OWN = "run resume steps ranks lanes seed rotary-dim rotary-fraction qk-norm block data width heads head-size lr".split()
 
 
 def parse(argv):
@@ -70,6 +70,7 @@ def parse(argv):
     parser.add_argument("--name", help="the runs and the report go to runs/NAME (default nope, or nope-RECIPE)")
     parser.add_argument("--data", default="data/stories-20M/train_*.bin", help="training shards (default %(default)s)")
     parser.add_argument("--jobs", type=int, default=0, help="runs at a time; 0: what the machine takes (default)")
+    parser.add_argument("--gpus-per-run", type=int, default=1, help="GPUs that train a run together (default 1)")
     parser.add_argument("--report", action="store_true", help="only write the report, of the runs that are there")
     changes = parser.add_argument_group("changes of the recipe")
     changes.add_argument("--blocks", type=items, metavar="LIST", help="sequential, parallel")
@@ -320,8 +321,11 @@ def report(name):
 
 def work():
     args, recipe, passed = parse(sys.argv[1:])
-    failed = [] if args.report else runner.train_all(jobs_of(args, recipe, passed), args.jobs)
-    report(args.name)
+    failed = others = False
+    if not args.report:
+        failed, others = runner.train_all(jobs_of(args, recipe, passed), args.jobs, args.gpus_per_run)
+    if not others:
+        report(args.name)
     return 1 if failed else 0
 
 

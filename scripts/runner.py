@@ -3,6 +3,10 @@
 A run is a directory runs/STUDY/NAME, and beside it NAME.txt: its flags, its commands and what they printed. Runs that
 are finished are not repeated, one that was stopped goes on from its checkpoint. A run that diverged is a result and is
 not repeated either; one that failed for another reason is tried again by the next call. On Ctrl-C all runs save first.
+
+Who trains a run holds a lock on its NAME.lock, as long as he lives. So several calls, on several hosts too, or the
+tasks of a Slurm array, work on one study side by side: each takes what nobody else has. The last to end writes the
+report.
 """
 import fcntl
 import json
@@ -19,6 +23,10 @@ BUILD = os.environ.get("BUILD", "build")
 # Flags of `train` that describe the model; eval and bench know them too.
 MODEL_FLAGS = ("layers width heads kv-heads head-size mlp-hidden context vocab rotary-dim rope-base rope-pairs qk-norm "
                "block norm mlp bias tied").split()
+
+
+# By these a program started by torchrun, mpirun or srun knows which of several ranks it is.
+RANK_VARIABLES = ("RANK WORLD_SIZE OMPI_COMM_WORLD_RANK OMPI_COMM_WORLD_SIZE SLURM_PROCID SLURM_STEP_NUM_TASKS").split()
 
 
 class UserError(Exception):
@@ -76,6 +84,7 @@ class Job:
         self.run, self.steps = f"{study}/{name}", steps
         self.flags = [f"--val-every={steps}", f"--diagnostics-every={max(1, steps // 100)}", *flags, f"--steps={steps}"]
         self.positions = positions  # tokens for `eval positions`; 0: do not
+        self.claim = None           # the locked file, while this call works on the run
         self.directory = Path("runs") / study / name
         self.output = Path(f"{self.directory}.txt")
         self.error = ""
@@ -100,22 +109,49 @@ class Job:
         state, row = self.state(), self.last_row()
         return self.steps if state != "unfinished" else row[0] if row else 0
 
-    def next_command(self, threads):
-        """What is still to be done: train, or measure the loss by position; None: nothing. Removes what is left of a
-        run without a checkpoint, which begins again."""
+    def next_program(self):
+        """What is still to be done: train, or eval to measure the loss by position; None: nothing."""
         state = self.state()
         if state == "unfinished":
+            return "train"
+        return "eval" if state == "finished" and self.positions and not self.csv().exists() else None
+
+    def csv(self):
+        return self.directory / "positions.csv"
+
+    def next_command(self, threads, gpus=1):
+        """The command for it, of a run that is claimed. Removes what is left of one without a checkpoint, which begins
+        again."""
+        program = self.next_program()
+        if program == "train":
             command = [f"{BUILD}/train", f"--run={self.run}"]
+            how = [f"--threads={threads}"] + [f"--ranks={gpus}"] * (gpus > 1)
             if any((self.directory / name / "state.json").exists() for name in ("checkpoint", "checkpoint.old")):
-                return command + ["--resume", f"--threads={threads}"]
+                return command + ["--resume"] + how
             shutil.rmtree(self.directory, ignore_errors=True)
-            return command + self.flags + [f"--threads={threads}"]
-        csv = self.directory / "positions.csv"
-        if state == "finished" and self.positions and not csv.exists():
+            return command + self.flags + how
+        if program == "eval":
             device = [flag for flag in self.flags if flag.startswith(("--device=", "--dtype="))]
-            return [f"{BUILD}/eval", "positions", f"--run={self.run}", f"--tokens={self.positions}", f"--out={csv}",
-                    f"--threads={threads}", *device]
+            return [f"{BUILD}/eval", "positions", f"--run={self.run}", f"--tokens={self.positions}",
+                    f"--out={self.csv()}", f"--threads={threads}", *device]
         return None
+
+    def try_to_claim(self):
+        """Whether the run is now this call's. Its programs inherit the lock: those of a call that was killed keep it."""
+        file = open(f"{self.directory}.lock", "a")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.close()
+            return False
+        except OSError as error:
+            raise UserError(f"{file.name}: this file system knows no locks ({error.strerror})") from None
+        self.claim = file
+        return True
+
+    def release(self):
+        self.claim.close()
+        self.claim = None
 
 
 def refuse_other_flags(jobs):
@@ -152,22 +188,26 @@ def device_of(flags):
     return json.loads(settings)["device"]
 
 
-def slots_of(jobs, most):
-    """Where runs can go at the same time, as a list with a GPU's number for each, None on the CPU; and the CPU threads
-    of a run. `most`: as many at a time; 0: a run per core, or one on each GPU. More on a GPU take turns and gain nothing
+def slots_of(jobs, most, gpus):
+    """Where runs can go at the same time, as a list with the numbers of `gpus` GPUs for each, None on the CPU; and the
+    CPU threads of each of a run's ranks. `most`: as many at a time; 0: as many as the cores, or the GPUs, are enough
+    for. More on a GPU take turns and gain nothing
     (4.6 M tokens/s for three runs of 6 layers x 256 on an H100, 5.2 M for one), and are not safe: of two that took turns
     on an H100 (driver 580.159) one got wrong results in some steps and then an illegal instruction, in a matrix product
     of cuBLASLt by a cluster of eight blocks; the same products, alone on the GPU, never did.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     if device_of(jobs[0].flags) == "cpu":
-        slots = [None] * (most or cores)
+        slots = [None] * (most or max(1, cores // gpus))
     else:
         query = ["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"]
-        gpus = [gpu for gpu in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if gpu] or output_of(query).split()
-        slots = [gpus[i % len(gpus)] for i in range(most or len(gpus))]
+        there = [gpu for gpu in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if gpu] or output_of(query).split()
+        groups = [",".join(there[i:i + gpus]) for i in range(0, len(there) - gpus + 1, gpus)]
+        if not groups:
+            raise UserError(f"--gpus-per-run {gpus}: there are {len(there)} GPUs here")
+        slots = [groups[i % len(groups)] for i in range(most or len(groups))]
     slots = slots[:len(jobs)]
-    return slots, max(1, cores // len(slots))
+    return slots, max(1, cores // (len(slots) * gpus))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -216,47 +256,56 @@ class Display:
         self.lines = len(text)
 
 
-def train_all(jobs, most=0):
-    """Trains all runs, `most` at a time (0: as many as the machine takes). Returns the jobs that failed."""
+def train_all(jobs, most=0, gpus=1):
+    """Trains all runs that nobody else is training, `most` at a time (0: as many as the machine takes), each on `gpus`
+    GPUs. Returns the jobs that failed, and whether others are still at work on the study."""
     directory = jobs[0].directory.parent
     directory.mkdir(parents=True, exist_ok=True)
-    # The runs inherit the lock: those of a driver that was killed keep it until they end.
-    lock = open(directory / "lock", "w")
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        print(f"{directory}: waiting for the runs of an earlier call to end", flush=True)
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    if gpus > 1:
+        for job in jobs:
+            job.flags = [f"--lanes={gpus}", *job.flags]
     refuse_other_flags(jobs)
-    waiting = [job for job in jobs if job.next_command(1)]
+    waiting = [job for job in jobs if job.next_program()]
     done = [job for job in jobs if job not in waiting]
     if not waiting:
-        return []
-    slots, threads = slots_of(waiting, most)
+        return [], False
+    slots, threads = slots_of(waiting, most, gpus)
     print(f"{len(waiting)} runs to train, {len(slots)} at a time, in {directory}", flush=True)
     display, running, free = Display(jobs), {}, list(slots)  # running: job -> (process, GPU)
+    # Whoever started this call as one of several tasks told it so; the runs that it starts are none of them.
+    environment = {name: value for name, value in os.environ.items() if name not in RANK_VARIABLES}
+    environment["OMP_WAIT_POLICY"] = "passive"
 
     def start(job, gpu, command):
         if not job.directory.exists():
             job.output.write_text("flags: " + " ".join(job.flags) + "\n")
-        environment = dict(os.environ, OMP_WAIT_POLICY="passive")
         if gpu is not None:
             environment["CUDA_VISIBLE_DEVICES"] = gpu
         with open(job.output, "a") as output:
             print("$", *command, file=output, flush=True)
             running[job] = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
-                                            env=environment, pass_fds=[lock.fileno()]), gpu
+                                            env=environment, pass_fds=[job.claim.fileno()]), gpu
 
+    def finish(job):
+        job.release()
+        done.append(job)
+
+    elsewhere = []
     try:
         while waiting or running:
             while free and waiting:
                 job = waiting.pop(0)
-                start(job, free.pop(0), job.next_command(threads))
+                if not job.try_to_claim():
+                    elsewhere.append(job)
+                elif not job.next_program():  # another call has done it meanwhile
+                    finish(job)
+                else:
+                    start(job, free.pop(0), job.next_command(threads, gpus))
             for job, (process, gpu) in list(running.items()):
                 if process.poll() is None:
                     continue
                 del running[job]
-                command = job.next_command(threads)
+                command = job.next_command(threads, gpus)
                 if process.returncode and job.state() != "diverged" or command and command[:1] == process.args[:1]:
                     job.error = job.output.read_text(errors="replace").rstrip().rpartition("\n")[2]
                     if process.returncode < 0:
@@ -265,7 +314,8 @@ def train_all(jobs, most=0):
                     start(job, gpu, command)
                     continue
                 free.append(gpu)
-                done.append(job)
+                finish(job)
+                waiting, elsewhere = waiting + elsewhere, []  # one may have been given up by another call
             display.show(running, done)
             time.sleep(0.1)
     except KeyboardInterrupt:
@@ -282,7 +332,10 @@ def train_all(jobs, most=0):
         names = [job.directory.name for job in failed if job.error == error]
         more = f" and {len(names) - 3} more" if len(names) > 3 else ""
         print(f"failed: {', '.join(names[:3])}{more}: {error}", file=sys.stderr)
-    return failed
+    elsewhere = [job for job in elsewhere if job.next_program()]
+    if elsewhere:
+        print(f"{len(elsewhere)} runs are at work in other processes; the call that ends last writes the report")
+    return failed, bool(elsewhere)
 
 
 def measure_speed(runs, seconds=2):

@@ -22,7 +22,7 @@ from runner import UserError
 from study import number
 
 # Flags of `train` that a sweep sets itself.
-OWN = "run resume steps seed rotary-dim rotary-fraction preset context block data".split()
+OWN = "run resume steps ranks lanes seed rotary-dim rotary-fraction preset context block data".split()
 
 
 def parse(argv):
@@ -49,6 +49,7 @@ def parse(argv):
     add("step-tokens", None, "tokens of a step: sets train's --batch by the context")
     add("positions", 2**18, "tokens for the loss by position (default 262144)")
     add("jobs", 0, "runs at a time; 0: what the machine takes (default)")
+    add("gpus-per-run", 1, "GPUs that train a run together (default 1)")
     parser.add_argument("--report", action="store_true", help="only write the report, of the runs that are there")
     return parser.parse_args(own), runner.joined(passed, OWN)
 
@@ -178,8 +179,11 @@ def report(name):
 
 def work():
     args, passed = parse(sys.argv[1:])
-    failed = [] if args.report else runner.train_all(jobs_of(args, passed), args.jobs)
-    report(args.name)
+    failed = others = False
+    if not args.report:
+        failed, others = runner.train_all(jobs_of(args, passed), args.jobs, args.gpus_per_run)
+    if not others:
+        report(args.name)
     return 1 if failed else 0
 
 

@@ -349,14 +349,36 @@ TEST_CASE("cuda: the sums of losses and log Z") {
   }
 }
 
+TEST_CASE("cuda: lanes are added in the order of the ranks, to the bit") {
+  NEEDS_GPU;
+  for (size_t n : {size_t(64), size_t(1003), size_t(1 << 20)})
+    for (int ranks : {1, 4})
+      for (bool first : {true, false}) {
+        const int rank = ranks - 1;
+        const Values own = numbers<float>(n, 320), received = numbers<float>(n * ranks, 321);
+        Values sum = numbers<float>(n, 322);
+        Tensor<float> device_own(own), device_received(received), got(sum);
+        add_rows_in_order(cpu, sum.data(), own.data(), received.data(), rank, ranks, n, first);
+        add_rows_in_order(*gpu(), got(), device_own(), device_received(), rank, ranks, n, first);
+        CHECK(same_bits(got.bits(), sum));
+        if (!first) continue;
+        add_rows_in_order(*gpu(), device_own(), device_own(), device_received(), rank, ranks, n, first);
+        CHECK(same_bits(device_own.bits(), sum));  // in the place of the own lane
+      }
+}
+
 TEST_CASE("cuda: gradient norm") {
   NEEDS_GPU;
   for (size_t n : {size_t(1), size_t(3), size_t(1000), size_t(2000003)}) {
     const Values gradients = numbers<float>(n, 25, 0.1f);
     float want;
-    gradient_norm(cpu, &want, gradients.data(), n);
+    std::vector<double> partial(partial_sums(cpu, n));
+    sum_squares(cpu, partial.data(), gradients.data(), n);
+    gradient_norm(cpu, &want, partial.data(), partial.size());
     Tensor<float> device_gradients(gradients), got(1);
-    gradient_norm(*gpu(), got(), device_gradients(), n);
+    Tensor<double> device_partial(partial_sums(*gpu(), n));
+    sum_squares(*gpu(), device_partial(), device_gradients(), n);
+    gradient_norm(*gpu(), got(), device_partial(), device_partial.n);
     // A thread adds at most n / (1024 * 256) + 1 packs of 4 squares in fp32, the rest is in double.
     close("norm", got.host(), {want}, (4 * (n / 262144 + 1) + 4) * 0x1p-24, 0);
   }
@@ -538,7 +560,7 @@ Run train(Backend& be, const Config& c, int steps, bool recorded = true) {
   // Weights that bf16 can hold, so that all start from the same.
   Values weights(model.table.total);
   for (size_t i = 0; i < model.table.rows.size(); ++i)
-    initialise(&weights[model.table.rows[i].offset], model.table.rows[i], 1, i, 0.02);
+    initialise(&weights[model.table.rows[i].offset], model.table.rows[i], 1, i, 0.02, 0, model.table.rows[i].count);
   for (float& w : weights) w = round_to<bf16>(w * 2);
   model.set_weights(weights.data());
   std::mt19937 random(30);

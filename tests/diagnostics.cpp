@@ -7,6 +7,8 @@
 
 namespace {
 
+Ranks alone;
+
 // Noise around a level, one value after the other.
 std::vector<double> noisy(size_t n, double level, double deviation) {
   std::vector<double> losses = random_values<double>(n, 120, deviation);
@@ -205,7 +207,7 @@ TEST_CASE_TEMPLATE("diagnostics: of a step with two micro-batches, from the tens
     before.assign(model.master, model.master + model.table.total);
     model.update(a);
     diagnostics.add_update(a);
-    d = diagnostics.read();
+    d = diagnostics.read(alone);
   }
   REQUIRE(d.heads.size() == size_t(c.layers * c.heads));
   // Scores are sums of 10 terms and up to 20 here; their roundings are absolute errors of log p.
@@ -256,7 +258,7 @@ TEST_CASE("diagnostics: gradients that are not finite are counted, and change no
   diagnostics.begin();
   model.update(a);
   diagnostics.add_update(a);
-  const StepDiagnostics d = diagnostics.read();
+  const StepDiagnostics d = diagnostics.read(alone);
   for (size_t i = 0; i < d.tensors.size(); ++i) {
     CHECK(d.tensors[i].nonfinite == (i == 1 ? 1 : i == 2 ? 2 : 0));
     CHECK(std::isfinite(d.tensors[i].grad_norm) == (i != 1 && i != 2));
@@ -283,7 +285,7 @@ TEST_CASE("diagnostics: training is the same with and without, to the bit, and s
       model.update(a);
       if (!look) continue;
       diagnostics.add_update(a);
-      const StepDiagnostics d = diagnostics.read();
+      const StepDiagnostics d = diagnostics.read(alone);
       for (const HeadDiagnostics& h : d.heads)
         seen.insert(seen.end(), {h.max_logit, h.entropy, h.q_rms, h.k_rms, h.residual_rms});
       for (const TensorDiagnostics& t : d.tensors)

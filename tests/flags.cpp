@@ -45,8 +45,11 @@ TEST_CASE("flags: R on the command line overrides the preset's, whichever way it
 
 TEST_CASE("flags: files hold R and its share; R counts when they are read, and a flag overrides it") {
   const int R = kRotaryDim.value_or(8);
-  Settings s = settled("nano", {"--rotary-dim=" + std::to_string(R)});
+  Settings s = settled("nano", {"--rotary-dim=" + std::to_string(R), "--lanes=4"});
   const nlohmann::ordered_json json = settings_json(s);
+  nlohmann::ordered_json older = json;
+  older.erase("lanes");
+  CHECK(settings_from_json("there", older).lanes == 1);  // a run of before there were several
   CHECK(json["rotary_dim"] == R);
   CHECK(json["rotary_fraction"] == R / 32.0);
   nlohmann::ordered_json changed = json;

@@ -1,5 +1,5 @@
 // model.h: the whole model against PyTorch (tests/fixtures, written by scripts/fixtures.py), and what must not matter:
-// the number of threads, how a batch is split, whether earlier positions are computed again.
+// the number of threads, how a batch is division, whether earlier positions are computed again.
 
 #include "model.h"
 
@@ -422,11 +422,13 @@ struct CountingCpu : Cpu {
 };
 
 template <class Real>
-void check_memory(const Config& c, int B, int T) {
+void check_memory(const Config& c, int B, int T, const Division& division = {}) {
   CountingCpu be;
-  Model<CountingCpu, Real> model(be, c, B, T, true);
-  const MemoryReport report = memory_report<CountingCpu, Real>(c, B, T);
-  CHECK(be.bytes == report.total() + 256);  // 256: the gradient's norm
+  Model<CountingCpu, Real> model(be, c, B, T, true, division);
+  const MemoryReport report = memory_report<CountingCpu, Real>(c, B, T, division);
+  be.bytes += exchange_bytes(model.shard, division.ranks);  // that is Comm's
+  // 256: the result of a step; and the partial sums of the gradient's norm.
+  CHECK(be.bytes == report.total() + 256 + division.lanes * model.squares_of_part * sizeof(double));
 }
 
 }  // namespace
@@ -438,6 +440,8 @@ TEST_CASE("model: the memory report is what is allocated") {
     check_memory<float>(c, 1, 1);
     check_memory<float>(c, 3, 13);   // as long as the context
     check_memory<double>(c, 2, 40);  // longer than the context
+    for (const Division& division : {Division{4, 1, 0}, Division{4, 2, 1}, Division{3, 3, 2}})
+      check_memory<float>(c, 3, 13, division);
   }
 }
 
