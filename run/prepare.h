@@ -19,6 +19,7 @@ struct Run {
   std::string directory;
   std::string checkpoint, init;  // the checkpoint to resume from, or to take the weights from, or empty
   nlohmann::json state;
+  nlohmann::json special_tokens;  // of the model that the weights were imported from, see eval/source.h
   int kept_step = 0;  // of the run's checkpoint, when a step is replayed
   Meta meta;
   std::unique_ptr<Dataset> train, val;
@@ -66,6 +67,7 @@ inline Run prepare(const std::vector<std::string>& args) {
     run.state = read_json_file(run.checkpoint + "/state.json");
     s = settings_from_state(run.checkpoint + "/state.json", run.state);
     check_weights(s.model, run.checkpoint);
+    run.special_tokens = run.state.value("special_tokens", nlohmann::json());
   } else if (replay) {
     prepare_replay(run, asked);
   } else {

@@ -82,7 +82,7 @@ struct Trainer {
 
   // The run's checkpoint, of the steps done.
   void save() {
-    const nlohmann::ordered_json state = {
+    nlohmann::ordered_json state = {
         {"step", done},
         {"micro_batches", first_micro_batch(done)},
         {"tokens", uint64_t(done) * tokens_per_step},
@@ -90,6 +90,7 @@ struct Trainer {
         {"tokenizer", run.meta.tokenizer},
         {"vocabulary", run.meta.vocabulary ? run.meta.vocabulary : s.model.vocab},
         {"settings", settings_json(s)}};
+    if (!run.special_tokens.is_null()) state["special_tokens"] = run.special_tokens;
     save_checkpoint(model, run.directory, state);
   }
 
