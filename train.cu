@@ -30,7 +30,7 @@ std::string sample(Trainer<Backend, Real>& trainer, int count) {
   const Tokenizer& tokenizer = *trainer.run.tokenizer;
   std::string text;
   std::vector<int> tokens = {tokenizer.end_of_text()};
-  generate(trainer.model, tokens, count, 0.8, 0, trainer.s.seed + trainer.done, tokenizer.end_of_text(),
+  generate(trainer.model, tokens, count, 0.8, 0, trainer.s.seed + trainer.done, {tokenizer.end_of_text()},
            tokenizer.vocabulary(), [&](int token) { tokenizer.decode(token, text); });
   return printable(text);
 }

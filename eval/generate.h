@@ -36,12 +36,12 @@ int sample_token(const T* logits, int vocabulary, double temperature, int top_k,
   return ids[std::min(chosen, ids.size() - 1)];
 }
 
-// Appends up to `count` tokens to `tokens` (the prompt, at least one token). emit(token) is called with each; the
-// stop_token (-1: none) ends the text, is appended but not emitted. Token n is drawn with a random number that depends
+// Appends up to `count` tokens to `tokens` (the prompt, at least one token). emit(token) is called with each; one of
+// stop_tokens ends the text, is appended but not emitted. Token n is drawn with a random number that depends
 // on (seed, n) alone. When the model's T positions are full, the last half of them is kept and computed again.
 template <class Backend, class Real, class Emit>
 void generate(Model<Backend, Real>& model, std::vector<int>& tokens, int count, double temperature, int top_k,
-              uint64_t seed, int stop_token, int vocabulary, Emit emit) {
+              uint64_t seed, const std::vector<int>& stop_tokens, int vocabulary, Emit emit) {
   if (tokens.empty()) throw std::invalid_argument("generate: the prompt needs at least one token");
   std::vector<Acc<Real>> logits(model.config.vocab);
   size_t start = 0;  // tokens before it are forgotten
@@ -59,7 +59,7 @@ void generate(Model<Backend, Real>& model, std::vector<int>& tokens, int count, 
     const int next =
         sample_token(logits.data(), vocabulary, temperature, top_k, uniform(seed, 0x73616d70, tokens.size()));
     tokens.push_back(next);
-    if (next == stop_token) return;
+    if (std::count(stop_tokens.begin(), stop_tokens.end(), next)) return;
     emit(next);
   }
 }

@@ -1,134 +1,155 @@
 #pragma once
 // Models to and from Hugging Face's format: a directory with config.json, model.safetensors and tokenizer.json, which
-// AutoModelForCausalLM and AutoTokenizer load as it is.
+// AutoModelForCausalLM and AutoTokenizer load as it is. eval/huggingface_families.h has the classes of theirs; a model
+// that none of them holds is written with a class of our own, whose code goes with it (scripts/modeling_partial_rope.py).
 //
-//     our block                                               their class
-//     sequential, RMSNorm, SwiGLU, R > 0                      Phi3ForCausalLM
-//     the same with QK-Norm                                   Glm4MoeForCausalLM, with dense layers only
-//     the same, R = 0 (NoPE), no QK-Norm                      SmolLM3ForCausalLM, with no layer rotated
-//     LayerNorm, GELU, biases, R > 0, as many key as query heads    GPTNeoXForCausalLM
-//     any, with code                                          ours: scripts/modeling_partial_rope.py
-//     read only: full rotation                                LlamaForCausalLM
-//
-// None of theirs holds interleaved pairs, nor the parallel block with RMSNorm. A fraction is written as
-// partial_rotary_factor in rope_parameters (Transformers 5) and under the older flat keys, because loaders have quietly
-// taken their default where the one that they look for was missing.
+// A fraction is written as partial_rotary_factor in rope_parameters (Transformers 5) and under the older flat keys,
+// because loaders have quietly taken their default where the one that they look for was missing.
 
 #include <list>
 
+#include "eval/huggingface_families.h"
 #include "eval/source.h"
+#include "python.h"  // made by the Makefile: files of scripts/ as strings
 #include "run/checkpoint.h"
 #include "run/flags.h"
-#include "python.h"  // made by the Makefile: files of scripts/ as strings
 #include "text/tokenizer.h"
 
-// Their tensor `theirs` is rows [row, row + rows) of our tensor `ours`; all of them where rows is 0. per_head: query,
-// key and value rows of a head stand together there, as in GPT-NeoX.
+// Their tensor `theirs` is `rows` of our tensor `ours`.
 struct TensorPart {
   std::string theirs, ours;
-  size_t row = 0, rows = 0;
-  bool per_head = false;
+  Rows rows = Rows::all;
 };
 
-// All tensors of a model of their class `type` (a model_type of config.json) with our configuration.
-inline std::vector<TensorPart> tensor_parts(const std::string& type, const Config& c) {
+// All tensors of a model of theirs, in the order of the family's row. family null: our own class, which has our names.
+inline std::vector<TensorPart> tensor_parts(const Family* family, const Described& d) {
+  std::set<std::string> names;
+  for (const ParameterRow& row : parameter_table(d.c).rows) names.insert(row.name);
   std::vector<TensorPart> parts;
-  if (type == "partial_rope") {  // our class has our names
-    for (const ParameterRow& row : parameter_table(c).rows) parts.push_back({row.name, row.name});
+  if (!family) {
+    for (const std::string& name : names) parts.push_back({name, name});
     return parts;
   }
-  const size_t Q = size_t(c.heads) * c.head_size, K = size_t(c.kv_heads) * c.head_size, F = c.mlp_hidden;
-  const bool neox = type == "gpt_neox", fused = type == "phi3";
-  parts.push_back({neox ? "gpt_neox.embed_in.weight" : "model.embed_tokens.weight", "embedding.weight"});
-  for (int l = 0; l < c.layers; ++l) {
-    const std::string ours = "layers." + std::to_string(l) + ".";
-    if (neox) {
-      const std::string theirs = "gpt_neox.layers." + std::to_string(l) + ".";
-      for (const char* kind : {"weight", "bias"}) {
-        parts.push_back({theirs + "input_layernorm." + kind, ours + "norm1." + kind});
-        parts.push_back({theirs + "post_attention_layernorm." + kind, ours + "norm2." + kind});
-        parts.push_back({theirs + "attention.query_key_value." + kind, ours + "qkv." + kind, 0, 0, true});
-        parts.push_back({theirs + "attention.dense." + kind, ours + "proj." + kind});
-        parts.push_back({theirs + "mlp.dense_h_to_4h." + kind, ours + "up." + kind});
-        parts.push_back({theirs + "mlp.dense_4h_to_h." + kind, ours + "down." + kind});
+  auto numbered = [](std::string name, int layer) {
+    const size_t at = name.find('#');
+    return at == std::string::npos ? name : name.replace(at, 1, std::to_string(layer));
+  };
+  for (const TensorRow& row : family->tensors) {
+    const bool per_layer = row.ours.find('#') != std::string::npos;
+    const std::string layer_name = row.ours.substr(row.ours.rfind('.') + 1);
+    const bool linear = layer_name.find("norm") == std::string::npos;
+    for (int l = 0; l < (per_layer ? d.c.layers : 1); ++l)
+      for (const char* kind : {".weight", ".bias"}) {
+        const std::string ours = numbered(row.ours, l) + kind;
+        if (!names.count(ours) || (linear && kind[1] == 'b' && !d.biases.count(layer_name))) continue;
+        parts.push_back({numbered(row.theirs, l) + kind, ours, row.rows});
       }
-      continue;
-    }
-    const std::string theirs = "model.layers." + std::to_string(l) + ".";
-    parts.push_back({theirs + "input_layernorm.weight", ours + "norm1.weight"});
-    parts.push_back({theirs + "post_attention_layernorm.weight", ours + "norm2.weight"});
-    parts.push_back({theirs + "self_attn.o_proj.weight", ours + "proj.weight"});
-    parts.push_back({theirs + "mlp.down_proj.weight", ours + "down.weight"});
-    if (fused) {
-      parts.push_back({theirs + "self_attn.qkv_proj.weight", ours + "qkv.weight"});
-      parts.push_back({theirs + "mlp.gate_up_proj.weight", ours + "up.weight"});
-      continue;
-    }
-    parts.push_back({theirs + "self_attn.q_proj.weight", ours + "qkv.weight", 0, Q});
-    parts.push_back({theirs + "self_attn.k_proj.weight", ours + "qkv.weight", Q, K});
-    parts.push_back({theirs + "self_attn.v_proj.weight", ours + "qkv.weight", Q + K, K});
-    parts.push_back({theirs + "mlp.gate_proj.weight", ours + "up.weight", 0, F});
-    parts.push_back({theirs + "mlp.up_proj.weight", ours + "up.weight", F, F});
-    if (c.qk_norm) {
-      parts.push_back({theirs + "self_attn.q_norm.weight", ours + "q_norm.weight"});
-      parts.push_back({theirs + "self_attn.k_norm.weight", ours + "k_norm.weight"});
-    }
   }
-  parts.push_back({neox ? "gpt_neox.final_layer_norm.weight" : "model.norm.weight", "final_norm.weight"});
-  if (neox) parts.push_back({"gpt_neox.final_layer_norm.bias", "final_norm.bias"});
-  if (!c.tied) parts.push_back({neox ? "embed_out.weight" : "lm_head.weight", "head.weight"});
   return parts;
 }
 
-// Our row of the qkv matrix that is row r of theirs, whose rows run over heads, then query, key, value, then channels.
-inline size_t per_head_row(const Config& c, size_t r) {
-  const size_t HS = c.head_size, head = r / (3 * HS), part = r / HS % 3;
-  return (part * c.heads + head) * HS + r % HS;
+// What our model has and the files of theirs have not: biases, which are zero then.
+inline std::vector<ParameterRow> tensors_without_part(const std::vector<TensorPart>& parts, const Config& c) {
+  std::set<std::string> covered;
+  for (const TensorPart& part : parts) covered.insert(part.ours);
+  std::vector<ParameterRow> left;
+  for (const ParameterRow& row : parameter_table(c).rows)
+    if (!covered.count(row.name)) left.push_back(row);
+  return left;
+}
+
+inline bool all_finite(const float* values, size_t n) {
+  bool finite = true;
+#pragma omp parallel for reduction(&& : finite)
+  for (size_t i = 0; i < n; ++i) finite = finite && std::isfinite(values[i]);
+  return finite;
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Export
+// config.json
 
-// The model_type of theirs that holds this configuration unchanged. UserError with the reason if there is none.
-inline std::string model_type_of(const Config& c) {
-  auto none = [](const std::string& why) -> std::string {
-    throw UserError("export: no class of Hugging Face's library holds this model: " + why +
-                    "; --with-code writes it with a class of its own");
-  };
-  if (c.rope_pairs == RopePairs::interleaved && c.rotary_dim > 0) return none("--rope-pairs interleaved");
-  if (c.rope_frequencies != "rotary") return none("--rope-frequencies " + c.rope_frequencies);
-  if (c.rope_scaling != "none") return none("--rope-scaling " + c.rope_scaling);
-  if (c.rotary_layers != "all") return none("--rotary-layers " + c.rotary_layers);
-  if (c.norm == NormKind::layer) {
-    if (c.mlp != MlpKind::gelu || !c.bias) return none("--norm layer needs --mlp gelu and --bias (GPT-NeoX)");
-    if (c.qk_norm) return none("--norm layer with --qk-norm");
-    if (c.rotary_dim == 0) return none("--norm layer without rotation (GPT-NeoX rotates at least 2 channels)");
-    if (c.kv_heads != c.heads) return none("--norm layer with fewer key than query heads");
-    if (c.head_size * c.heads != c.width) return none("--norm layer with a head size other than width / heads");
-    return "gpt_neox";
+// Our configuration from their config.json, and the family that it is of (null: our own class). UserError, naming the
+// key, for whatever our model would compute otherwise, and for what nobody here knows.
+inline Described imported_config(const std::string& path, const nlohmann::json& json, const Family*& family) try {
+  if (!json.is_object()) throw UserError("not a model's configuration");
+  if (!json.contains("model_type")) throw UserError("has no model_type");
+  const std::string type = json["model_type"].is_string() ? json["model_type"].get<std::string>() : shown(json["model_type"]);
+  Described d;
+  family = nullptr;
+  if (type == "partial_rope") {
+    Settings s;
+    const nlohmann::ordered_json needed = settings_json(s, {"Model"});
+    const std::set<std::string> later = {"rope_frequencies", "rope_scaling", "rotary_layers"};  // older exports lack them
+    for (const auto& [key, value] : needed.items())
+      if (!json.contains(key) && !later.count(key)) throw UserError("has no " + key);
+    d.c = settings_from_json(path, json).model;
+    resolve(d.c);
+    return d;
   }
-  if (c.block == BlockKind::parallel) return none("--block parallel with --norm rms (the paper's second model)");
-  if (c.mlp != MlpKind::swiglu) return none("--norm rms with --mlp gelu");
-  if (c.bias) return none("--norm rms with --bias");
-  if (c.qk_norm && c.rotary_dim == 0) return none("--qk-norm without rotation");
-  return c.qk_norm ? "glm4_moe" : c.rotary_dim == 0 ? "smollm3" : "phi3";
+  std::string known;
+  for (const Family& row : families()) {
+    if (row.type == type) family = &row;
+    known += row.type + ", ";
+  }
+  if (!family) {
+    const std::string reason = reason_against(type);
+    throw UserError("model_type " + type + " cannot be imported" +
+                    (reason.empty() ? "; " + known + "partial_rope can" : ": it has " + reason));
+  }
+  d.c = family->always;
+  d.biases = family->biases;
+  std::set<std::string> names = {"rope_parameters", "rope_scaling", "original_max_position_embeddings"};
+  names.insert(fraction_keys.begin(), fraction_keys.end());
+  names.insert(base_keys.begin(), base_keys.end());
+  for (const Key& key : family->keys) {
+    names.insert(key.name);
+    const nlohmann::json& value = !json.contains(key.name) ? key.missing : json[key.name].is_null() ? key.null : json[key.name];
+    if (value.is_null()) continue;
+    if (!json.contains(key.name) && value.is_discarded()) throw UserError("has no " + key.name);
+    const std::string problem = value.is_discarded() ? "it must be a value" : key.read(d, value);
+    if (!problem.empty())
+      throw UserError(key.name + " is " + (json.contains(key.name) ? shown(json[key.name]) : "missing") + "; " + problem);
+  }
+  for (const auto& [name, value] : json.items())
+    if (!names.count(name) && !harmless(name, value))
+      throw UserError(name + " is " + shown(value) + "; that is not known here, so the model may compute something else");
+  if (!d.c.head_size) {
+    if (d.c.width % d.c.heads)
+      throw UserError("num_attention_heads " + std::to_string(d.c.heads) + " does not divide hidden_size " +
+                      std::to_string(d.c.width));
+    d.c.head_size = d.c.width / d.c.heads;
+  }
+  d.c.bias = !d.biases.empty();
+  read_rotation(*family, json, d);
+  resolve(d.c);
+  return d;
+} catch (const UserError& e) {
+  const std::string what = e.what();
+  throw UserError(what.rfind(path, 0) == 0 ? what : path + ": " + what);
 }
 
-// end_of_text: an id, or -1.
-inline void add_special_tokens(nlohmann::ordered_json& json, int end_of_text) {
-  for (const char* token : {"bos_token_id", "eos_token_id", "pad_token_id"})
-    json[token] = end_of_text >= 0 ? nlohmann::ordered_json(end_of_text) : nlohmann::ordered_json();
+// config.json of a model in the family's class. What the class cannot hold is not what is read from it again.
+inline nlohmann::ordered_json exported_config(const Family& family, const Config& c) {
+  nlohmann::ordered_json json = {{"architectures", {family.architecture}},
+                                 {"model_type", family.type},
+                                 {"torch_dtype", "float32"},
+                                 {"transformers_version", family.since},
+                                 {"initializer_range", 0.02}};
+  Described d;
+  d.c = c;
+  if (c.bias) d.biases = {"qkv", "proj", "up", "down"};
+  for (const Key& key : family.keys) {
+    const nlohmann::json value = key.write(d);
+    if (!value.is_discarded()) json[key.name] = value;
+  }
+  write_rotation(family, c, json);
+  return json;
 }
 
-// R / HS as a number f for which int(f * HS), which is what their library computes, is R.
-inline double exported_fraction(int R, int HS) {
-  double f = double(R) / HS;
-  while (int(f * HS) < R) f = std::nextafter(f, 2.0);
-  return f;
-}
+inline constexpr const char* kCodeSince = "4.46";  // the version that our own class was tried with
 
 // config.json of our own class: the model's flags, as in a run's config.json.
-inline nlohmann::ordered_json exported_config_with_code(const Config& c, int end_of_text) {
+inline nlohmann::ordered_json exported_config_with_code(const Config& c) {
   Settings s;
   s.model = c;
   nlohmann::ordered_json json = settings_json(s, {"Model"});
@@ -137,56 +158,67 @@ inline nlohmann::ordered_json exported_config_with_code(const Config& c, int end
                {"auto_map", {{"AutoConfig", "modeling_partial_rope.PartialRopeConfig"},
                              {"AutoModelForCausalLM", "modeling_partial_rope.PartialRopeForCausalLM"}}},
                {"torch_dtype", "float32"},
+               {"transformers_version", kCodeSince},
                {"tie_word_embeddings", false},  // the class does that itself
                {"use_cache", false}});
-  add_special_tokens(json, end_of_text);
   return json;
 }
 
-// config.json of a class of theirs that holds this configuration.
-inline nlohmann::ordered_json exported_config(const Config& c, const std::string& type, int end_of_text) {
-  const std::map<std::string, const char*> classes = {{"phi3", "Phi3ForCausalLM"},
-                                                      {"glm4_moe", "Glm4MoeForCausalLM"},
-                                                      {"smollm3", "SmolLM3ForCausalLM"},
-                                                      {"gpt_neox", "GPTNeoXForCausalLM"}};
-  const double fraction = exported_fraction(c.rotary_dim, c.head_size);
-  nlohmann::ordered_json json = {{"architectures", {classes.at(type)}},
-                                 {"model_type", type},
-                                 {"torch_dtype", "float32"},
-                                 {"vocab_size", c.vocab},
-                                 {"hidden_size", c.width},
-                                 {"intermediate_size", c.mlp_hidden},
-                                 {"num_hidden_layers", c.layers},
-                                 {"num_attention_heads", c.heads},
-                                 {"max_position_embeddings", c.context},
-                                 {"tie_word_embeddings", c.tied},
-                                 {"initializer_range", 0.02},
-                                 {"rope_theta", c.rope_base},
-                                 {"rope_parameters", {{"rope_type", "default"}, {"rope_theta", c.rope_base}}}};
-  add_special_tokens(json, end_of_text);
-  if (type != "smollm3") json["partial_rotary_factor"] = json["rope_parameters"]["partial_rotary_factor"] = fraction;
-  if (type == "gpt_neox") {
-    json.update({{"hidden_act", "gelu"},
-                 {"layer_norm_eps", Config::norm_eps},
-                 {"use_parallel_residual", c.block == BlockKind::parallel},
-                 {"attention_bias", true},
-                 {"rotary_pct", fraction},
-                 {"rotary_emb_base", c.rope_base}});
-    return json;
+// What keeps a model from being one of the family's class: flags that the class has otherwise, or biases that it lacks
+// and that are not zero in `weights`. Nothing, if it holds the model as it is.
+inline std::vector<std::string> misfits(const Family& family, const Config& c, const SafeTensors& weights) {
+  const bool any_head_size = std::any_of(family.keys.begin(), family.keys.end(),
+                                         [](const Key& key) { return key.name == "head_dim"; });
+  if (!any_head_size && c.head_size * c.heads != c.width) return {"--head-size " + std::to_string(c.head_size)};
+  const Family* same = nullptr;
+  Described d;
+  try {
+    d = imported_config("", nlohmann::json(exported_config(family, c)), same);
+  } catch (const UserError&) {  // the class turns another, odd number of channels
+    return {"--rotary-dim " + std::to_string(c.rotary_dim)};
   }
-  json.update({{"hidden_act", "silu"},
-               {"rms_norm_eps", Config::norm_eps},
-               {"num_key_value_heads", c.kv_heads},
-               {"head_dim", c.head_size},
-               {"attention_bias", false}});
-  if (type == "phi3") json.update({{"original_max_position_embeddings", c.context}, {"sliding_window", nullptr}});
-  if (type == "glm4_moe") json.update({{"use_qk_norm", true}, {"first_k_dense_replace", c.layers}});
-  if (type == "smollm3")
-    json.update({{"no_rope_layers", std::vector<int>(c.layers, 0)},
-                 {"use_sliding_window", false},
-                 {"mlp_bias", false}});
-  return json;
+  Settings ours, theirs;
+  ours.model = c, theirs.model = d.c;
+  const nlohmann::ordered_json is = settings_json(ours, {"Model"}), holds = settings_json(theirs, {"Model"});
+  std::vector<std::string> flags;
+  for (const auto& [key, value] : is.items()) {
+    if (holds[key] == value || key == "rotary_fraction") continue;
+    std::string flag = key;
+    std::replace(flag.begin(), flag.end(), '_', '-');
+    flags.push_back(value == false ? "--no-" + flag : "--" + flag);
+    if (!value.is_boolean()) flags.back() += " " + (value.is_string() ? value.get<std::string>() : value.dump());
+  }
+  if (!flags.empty()) return flags;
+  for (const ParameterRow& row : tensors_without_part(tensor_parts(&family, d), c)) {
+    const float* values = weights.get(row.name, row.shape);
+    if (std::any_of(values, values + row.count, [](float value) { return value != 0; })) return {row.name};
+  }
+  return {};
 }
+
+// The family whose class holds this model unchanged. UserError with the reason if there is none.
+inline const Family& family_for(const Config& c, const SafeTensors& weights) {
+  const Family* nearest = nullptr;
+  std::vector<std::string> least;
+  auto distance = [](const std::vector<std::string>& why) {  // how much is turned counts most, a bias least
+    size_t sum = 0;
+    for (const std::string& one : why) sum += one.rfind("--rotary-dim", 0) == 0 ? 100 : one.rfind("--", 0) == 0;
+    return sum;
+  };
+  for (const Family& family : families()) {
+    if (family.since.empty()) continue;
+    const std::vector<std::string> why = misfits(family, c, weights);
+    if (why.empty()) return family;
+    if (!nearest || distance(why) < distance(least)) nearest = &family, least = why;
+  }
+  std::string all;
+  for (const std::string& one : least) all += (all.empty() ? "" : ", ") + one;
+  throw UserError("export: no class of Hugging Face's library holds this model: " + nearest->architecture +
+                  " comes nearest, and has not " + all + "; --with-code writes it with a class of its own");
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Export
 
 // The tokenizer of bytes as a tokenizer.json: a BPE without merges.
 inline nlohmann::ordered_json byte_tokenizer_json() {
@@ -245,171 +277,98 @@ void make_directory(const std::string& path, Write write) {
   }
 }
 
+// The ids of special tokens as config.json and generation_config.json say them: an import keeps those of its source in
+// state.json under special_tokens, so that an export has them again.
+inline nlohmann::json special_tokens_of(const nlohmann::json& file) {
+  nlohmann::json ids = nlohmann::json::object();
+  for (const char* key : {"bos_token_id", "eos_token_id", "pad_token_id"})
+    if (file.contains(key) && (file[key].is_number_integer() || file[key].is_array())) ids[key] = file[key];
+  return ids;
+}
+
+// The text of an added token of a tokenizer.json; null if no such id is there.
+inline nlohmann::json token_text(const nlohmann::json& tokenizer, const nlohmann::json& id) {
+  if (tokenizer.contains("added_tokens"))
+    for (const nlohmann::json& token : tokenizer["added_tokens"])
+      if (token["id"] == (id.is_array() && !id.empty() ? id[0] : id)) return token["content"];
+  return nullptr;
+}
+
 // Writes a checkpoint's weights, with its tokenizer if there is one, to the new directory `out`. with_code: for our own
-// class, whose code goes with them. Returns the model_type.
-inline std::string export_model(const std::string& out, const Config& c, const std::string& checkpoint,
-                                const Tokenizer* tokenizer, bool with_code) {
-  const std::string type = with_code ? "partial_rope" : model_type_of(c);
-  const ParameterTable table = parameter_table(c);
+// class, whose code goes with them. Returns the family of the class that it is written for; null: our own.
+inline const Family* export_model(const std::string& out, const Source& source, bool with_code) {
+  const Config& c = source.settings.model;
+  const SafeTensors file(source.checkpoint + "/model.safetensors");
   std::map<std::string, const ParameterRow*> rows;
-  for (const ParameterRow& row : table.rows) rows[row.name] = &row;
-  const SafeTensors file(checkpoint + "/model.safetensors");
+  const ParameterTable table = parameter_table(c);
+  for (const ParameterRow& row : table.rows) {
+    rows[row.name] = &row;
+    if (!all_finite(file.get(row.name, row.shape), row.count))
+      throw UserError(source.checkpoint + ": " + row.name + " has numbers that are not finite; the model diverged");
+  }
+  const Family* family = with_code ? nullptr : &family_for(c, file);
+  nlohmann::ordered_json config = family ? exported_config(*family, c) : exported_config_with_code(c);
+  Described d;
+  d.c = c;
+  if (family) d = imported_config("", nlohmann::json(config), family);
   std::vector<NamedTensor> tensors;
   std::list<std::vector<float>> reordered;
-  for (const TensorPart& part : tensor_parts(type, c)) {
+  for (const TensorPart& part : tensor_parts(family, d)) {
     const ParameterRow& row = *rows.at(part.ours);
     std::vector<size_t> shape = row.shape;
     const size_t columns = row.count / shape[0];
-    const float* data = file.get(row.name, row.shape) + part.row * columns;
-    if (part.rows) shape[0] = part.rows;
-    if (part.per_head) {
-      std::vector<float> turned(row.count);
+    shape[0] = rows_of(part.rows, c, shape[0]);
+    const float *all = file.get(row.name, row.shape), *data = all + our_row(part.rows, c, 0) * columns;
+    if (part.rows == Rows::by_head || part.rows == Rows::by_shard) {  // the others are rows that follow each other
+      std::vector<float>& turned = reordered.emplace_back(row.count);
       for (size_t r = 0; r < shape[0]; ++r)
-        std::copy_n(data + per_head_row(c, r) * columns, columns, &turned[r * columns]);
-      reordered.push_back(std::move(turned));
-      data = reordered.back().data();
+        std::copy_n(all + our_row(part.rows, c, r) * columns, columns, &turned[r * columns]);
+      data = turned.data();
     }
     tensors.push_back({part.theirs, shape, data, shape[0] * columns});
   }
-  const int end_of_text = tokenizer ? tokenizer->end_of_text() : -1;
-  const nlohmann::ordered_json config =
-      with_code ? exported_config_with_code(c, end_of_text) : exported_config(c, type, end_of_text);
+
+  // No token pads unless the source says so: their classes give the token that pads no gradient. Every key is written,
+  // null or not, because the classes have defaults of their own.
+  nlohmann::json special = source.special_tokens;
+  if (!special.is_object()) {
+    special = {{"config", nlohmann::json::object()}, {"generation", nlohmann::json::object()}};
+    if (source.tokenizer)
+      special["config"] = {{"bos_token_id", source.tokenizer->end_of_text()},
+                           {"eos_token_id", source.tokenizer->end_of_text()}};
+  }
+  nlohmann::json in_config = {{"bos_token_id", nullptr}, {"eos_token_id", nullptr}, {"pad_token_id", nullptr}};
+  in_config.update(special["config"]);
+  config.update(nlohmann::ordered_json(in_config));
+  nlohmann::json generation = special_tokens_of(in_config);
+  generation.update(special["generation"]);
+  std::vector<int> padding(c.vocab - source.vocabulary);  // ids that are no token
+  std::iota(padding.begin(), padding.end(), source.vocabulary);
+  if (!padding.empty()) generation["suppress_tokens"] = padding;
+
   make_directory(out, [&](const std::string& part) {
     write_safetensors(part + "/model.safetensors", tensors, {{"format", "pt"}});
     write_text_file(part + "/config.json", config.dump(2) + "\n");
+    write_text_file(part + "/generation_config.json", generation.dump(2) + "\n");
     if (with_code) write_text_file(part + "/modeling_partial_rope.py", k_modeling_partial_rope_py);
     if (with_code) write_text_file(part + "/reference.py", k_reference_py);
-    if (!tokenizer) return;
-    write_text_file(part + "/tokenizer.json", tokenizer->file().empty() ? byte_tokenizer_json().dump() + "\n"
-                                                                        : read_text_file(tokenizer->file()));
-    const nlohmann::ordered_json special = {{"bos_token", "<|endoftext|>"},
-                                            {"eos_token", "<|endoftext|>"},
-                                            {"pad_token", "<|endoftext|>"},
-                                            {"unk_token", nullptr},
-                                            {"tokenizer_class", "PreTrainedTokenizerFast"},
-                                            {"clean_up_tokenization_spaces", false},
-                                            {"model_max_length", c.context}};
-    write_text_file(part + "/tokenizer_config.json", special.dump(2) + "\n");
-    const nlohmann::ordered_json generation = {
-        {"bos_token_id", end_of_text}, {"eos_token_id", end_of_text}, {"pad_token_id", end_of_text}};
-    write_text_file(part + "/generation_config.json", generation.dump(2) + "\n");
+    if (!source.tokenizer) return;
+    const std::string path = source.tokenizer->file(),
+                      text = path.empty() ? byte_tokenizer_json().dump() + "\n" : read_text_file(path);
+    write_text_file(part + "/tokenizer.json", text);
+    const nlohmann::json tokenizer = nlohmann::json::parse(text);
+    nlohmann::ordered_json names = {{"tokenizer_class", "PreTrainedTokenizerFast"},
+                                    {"clean_up_tokenization_spaces", false},
+                                    {"model_max_length", c.context}};
+    for (const char* name : {"bos_token", "eos_token", "pad_token"})
+      names[name] = token_text(tokenizer, generation.value(std::string(name) + "_id", nlohmann::json()));
+    write_text_file(part + "/tokenizer_config.json", names.dump(2) + "\n");
   });
-  return type;
+  return family;
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Import
-
-// Our configuration from their config.json. UserError, naming the key, for whatever our model would compute otherwise.
-inline Config imported_config(const std::string& path, const nlohmann::json& json, std::string& type) {
-  auto fail = [&](const std::string& what) { throw UserError(path + ": " + what); };
-  if (!json.is_object()) fail("not a model's configuration");
-  auto at = [&](const char* key) -> const nlohmann::json& {
-    if (!json.contains(key)) fail(std::string("has no ") + key);
-    return json[key];
-  };
-  auto whole = [&](const char* key) {
-    const nlohmann::json& value = at(key);
-    if (!value.is_number_integer() || value.get<int64_t>() < 1 || value.get<int64_t>() > INT32_MAX)
-      fail(std::string(key) + " is " + value.dump() + "; it must be a number from 1 up");
-    return value.get<int>();
-  };
-  auto truth = [&](const char* key, bool otherwise) {
-    if (!json.contains(key)) return otherwise;
-    if (!json[key].is_boolean()) fail(std::string(key) + " is " + json[key].dump() + "; it must be true or false");
-    return json[key].get<bool>();
-  };
-  // What must have one value, or be missing or null.
-  auto only = [&](const char* key, const nlohmann::json& value) {
-    if (json.contains(key) && !json[key].is_null() && json[key] != value)
-      fail(std::string(key) + " is " + json[key].dump() + "; only " + value.dump() + " can be imported");
-  };
-  type = at("model_type").is_string() ? json["model_type"].get<std::string>() : json["model_type"].dump();
-  const std::set<std::string> known = {"phi3", "glm4_moe", "smollm3", "gpt_neox", "llama", "partial_rope"};
-  if (!known.count(type))
-    fail("model_type " + type + " cannot be imported; phi3, glm4_moe, smollm3, gpt_neox, llama and partial_rope can");
-  Config c;
-  if (type == "partial_rope") {
-    Settings s;
-    const nlohmann::ordered_json needed = settings_json(s, {"Model"});
-    // Older exports lack these.
-    const std::set<std::string> later = {"rope_frequencies", "rope_scaling", "rotary_layers"};
-    for (const auto& [key, value] : needed.items())
-      if (!later.count(key)) at(key.c_str());
-    c = settings_from_json(path, json).model;
-    try {
-      resolve(c);
-    } catch (const UserError& e) {
-      fail(e.what());
-    }
-    return c;
-  }
-  const bool neox = type == "gpt_neox";
-  c.vocab = whole("vocab_size"), c.width = whole("hidden_size"), c.mlp_hidden = whole("intermediate_size");
-  c.layers = whole("num_hidden_layers"), c.heads = whole("num_attention_heads");
-  c.context = whole("max_position_embeddings");
-  c.kv_heads = !neox && json.contains("num_key_value_heads") ? whole("num_key_value_heads") : c.heads;
-  const bool has_head_dim = !neox && json.contains("head_dim") && !json["head_dim"].is_null();
-  c.head_size = has_head_dim ? whole("head_dim") : 0;
-  if (!c.head_size && c.width % c.heads) fail("num_attention_heads does not divide hidden_size");
-  if (!c.head_size) c.head_size = c.width / c.heads;
-  c.tied = truth("tie_word_embeddings", type == "smollm3");
-  only("rope_scaling", nullptr);
-  only(neox ? "layer_norm_eps" : "rms_norm_eps", Config::norm_eps);
-  if (!json.contains(neox ? "layer_norm_eps" : "rms_norm_eps")) fail("does not say the norm's eps");
-  only("hidden_act", neox ? "gelu" : "silu");
-  if (neox) {
-    c.norm = NormKind::layer, c.mlp = MlpKind::gelu, c.bias = true;
-    c.block = truth("use_parallel_residual", true) ? BlockKind::parallel : BlockKind::sequential;
-    only("attention_bias", true);
-  } else {
-    only("attention_bias", false);
-    only("mlp_bias", false);
-    only("use_sliding_window", false);
-    if (type == "phi3" && json.contains("sliding_window") && !json["sliding_window"].is_null() &&
-        whole("sliding_window") < c.context)
-      fail("sliding_window is shorter than max_position_embeddings; attention here sees everything");
-    c.qk_norm = type == "glm4_moe" && truth("use_qk_norm", false);
-    if (type == "glm4_moe" && (json.contains("first_k_dense_replace") ? whole("first_k_dense_replace") : 1) < c.layers)
-      fail("first_k_dense_replace is below num_hidden_layers: mixtures of experts cannot be imported");
-  }
-
-  // The rotation: rope_parameters (Transformers 5) and older flat keys may stand side by side, and must then agree.
-  const nlohmann::json parameters = json.value("rope_parameters", nlohmann::json());
-  if (parameters.is_object() && parameters.contains("rope_type") && parameters["rope_type"] != "default")
-    fail("rope_type " + parameters["rope_type"].dump() + " cannot be imported; only \"default\" can");
-  auto number = [&](const char* name, std::vector<const char*> flat, double otherwise) {
-    double found = NAN;
-    auto take = [&](const nlohmann::json& from, const char* key) {
-      if (!from.is_object() || !from.contains(key) || from[key].is_null()) return;
-      if (!from[key].is_number()) fail(std::string(key) + " is " + from[key].dump() + ", not a number");
-      const double value = from[key].get<double>();
-      if (!std::isnan(found) && found != value) fail(std::string(key) + " stands there twice and disagrees");
-      found = value;
-    };
-    take(parameters, name);
-    for (const char* key : flat) take(json, key);
-    return std::isnan(found) ? otherwise : found;
-  };
-  c.rope_base = number("rope_theta", {"rope_theta", "rotary_emb_base"}, 10000);
-  const double fraction = number("partial_rotary_factor", {"partial_rotary_factor", "rotary_pct"},
-                                 neox ? 0.25 : type == "glm4_moe" ? 0.5 : 1.0);
-  if (!(fraction >= 0 && fraction <= 1)) fail("partial_rotary_factor is not between 0 and 1");
-  if (type == "llama" && fraction != 1) fail("LlamaForCausalLM ignores partial_rotary_factor");
-  c.rotary_dim = int(fraction * c.head_size);
-  if (type == "smollm3") {
-    const nlohmann::json layers = json.value("no_rope_layers", nlohmann::json::array());
-    auto every = [&](int value) {
-      return layers.is_array() && layers.size() == size_t(c.layers) &&
-             std::all_of(layers.begin(), layers.end(), [&](const nlohmann::json& layer) { return layer == value; });
-    };
-    const bool none = every(0), all = every(1);
-    if (!none && !all) fail("no_rope_layers rotates some layers and not others, which cannot be imported");
-    c.rotary_dim = none ? 0 : c.head_size;
-  }
-  resolve(c);
-  return c;
-}
 
 // n numbers of F32, F16 or BF16 as fp32.
 inline float from_half(uint16_t bits) {
@@ -433,9 +392,11 @@ inline void to_fp32(float* to, const char* from, const std::string& dtype, size_
 // Reads the model in directory `from` and writes it as the new run `run_directory`, whose checkpoint is of step 0.
 // Returns its settings.
 inline Settings import_model(const std::string& from, const std::string& run_directory) {
-  std::string type;
+  const nlohmann::json config = read_json_file(from + "/config.json");
+  const Family* family = nullptr;
+  const Described d = imported_config(from + "/config.json", config, family);
   Settings s;
-  s.model = imported_config(from + "/config.json", read_json_file(from + "/config.json"), type);
+  s.model = d.c;
 
   // One file of tensors, or several with an index.
   std::vector<std::string> names = {"model.safetensors"};
@@ -452,6 +413,11 @@ inline Settings import_model(const std::string& from, const std::string& run_dir
     }
     names.assign(files.begin(), files.end());
   }
+  else if (!std::filesystem::exists(from + "/" + names[0]))
+    for (const char* pickle : {"/pytorch_model.bin", "/pytorch_model.bin.index.json"})
+      if (std::filesystem::exists(from + pickle))
+        throw UserError(from + pickle + ": only safetensors are read; in Python, AutoModelForCausalLM.from_pretrained(\"" +
+                        from + "\").save_pretrained(\"NEW\") writes them");
   std::list<SafeTensors> files;
   std::map<std::string, std::pair<const SafeTensors::Tensor*, std::string>> theirs;  // tensor, file
   for (const std::string& name : names) {
@@ -465,14 +431,14 @@ inline Settings import_model(const std::string& from, const std::string& run_dir
   const ParameterTable table = parameter_table(s.model);
   std::map<std::string, const ParameterRow*> rows;
   for (const ParameterRow& row : table.rows) rows[row.name] = &row;
-  const std::vector<TensorPart> parts = tensor_parts(type, s.model);
+  const std::vector<TensorPart> parts = tensor_parts(family, d);
   std::set<std::string> used;
   for (const TensorPart& part : parts) {
     const auto found = theirs.find(part.theirs);
     if (found == theirs.end()) throw UserError(from + ": has no tensor " + part.theirs);
     const auto& [tensor, file] = found->second;
     std::vector<size_t> shape = rows.at(part.ours)->shape;
-    if (part.rows) shape[0] = part.rows;
+    shape[0] = rows_of(part.rows, s.model, shape[0]);
     if (tensor->shape != shape)
       throw UserError(file + ": tensor " + part.theirs + " has not the shape that config.json says");
     if (tensor->dtype != "F32" && tensor->dtype != "F16" && tensor->dtype != "BF16")
@@ -484,27 +450,27 @@ inline Settings import_model(const std::string& from, const std::string& run_dir
     auto ends = [&](const std::string& end) {
       return tensor.size() >= end.size() && tensor.compare(tensor.size() - end.size(), end.size(), end) == 0;
     };
-    const bool buffer = ends("rotary_emb.inv_freq") || ends("attention.bias") || ends("attention.masked_bias");
+    bool buffer = false;  // masks and frequencies, which older versions kept with the weights
+    for (const char* end : {"rotary_emb.inv_freq", "attention.bias", "attention.masked_bias", "attn.bias",
+                            "attn.masked_bias", "attn.causal_mask"})
+      buffer = buffer || ends(end);
     const bool tied = s.model.tied && (tensor == "lm_head.weight" || tensor == "embed_out.weight");
     if (!used.count(tensor) && !buffer && !tied)
       throw UserError(file + ": tensor " + tensor + " has no place in this model");
   }
 
-  std::vector<float> flat(table.total);
+  std::vector<float> flat(table.total);  // biases that theirs has not are zero
   std::vector<float> values;
   for (const TensorPart& part : parts) {
     const ParameterRow& row = *rows.at(part.ours);
     const size_t columns = row.count / row.shape[0];
-    const SafeTensors::Tensor& tensor = *theirs.at(part.theirs).first;
-    float* to = &flat[row.offset + part.row * columns];
-    if (!part.per_head) {
-      to_fp32(to, tensor.data, tensor.dtype, tensor.count);
-      continue;
-    }
-    values.resize(tensor.count);
-    to_fp32(values.data(), tensor.data, tensor.dtype, tensor.count);
-    for (size_t r = 0; r < row.shape[0]; ++r)
-      std::copy_n(&values[r * columns], columns, to + per_head_row(s.model, r) * columns);
+    const auto& [tensor, file] = theirs.at(part.theirs);
+    values.resize(tensor->count);
+    to_fp32(values.data(), tensor->data, tensor->dtype, tensor->count);
+    if (!all_finite(values.data(), values.size()))
+      throw UserError(file + ": tensor " + part.theirs + " has numbers that are not finite");
+    for (size_t r = 0; r < tensor->shape[0]; ++r)
+      std::copy_n(&values[r * columns], columns, &flat[row.offset + our_row(part.rows, s.model, r) * columns]);
   }
 
   // Its tokenizer, if it is one that is known here.
@@ -518,12 +484,16 @@ inline Settings import_model(const std::string& from, const std::string& run_dir
       tokenizer.reset();
     }
   }
+  nlohmann::json special = {{"config", special_tokens_of(config)}, {"generation", nlohmann::json::object()}};
+  if (std::filesystem::exists(from + "/generation_config.json"))
+    special["generation"] = special_tokens_of(read_json_file(from + "/generation_config.json"));
   s.run = std::filesystem::path(run_directory).filename().string();
   const nlohmann::ordered_json state = {{"step", 0},
                                         {"tokens", 0},
                                         {"seed", s.seed},
                                         {"tokenizer", tokenizer ? tokenizer->name() : ""},
                                         {"vocabulary", tokenizer ? tokenizer->vocabulary() : s.model.vocab},
+                                        {"special_tokens", special},
                                         {"settings", settings_json(s)}};
   make_directory(run_directory, [&](const std::string& part) {
     std::filesystem::create_directory(part + "/checkpoint");
@@ -548,10 +518,11 @@ inline void command_export(const std::vector<std::string>& args) {
   f.parse(args);
   if (out.empty()) throw UserError("--out: name the directory to write to");
   const Source source = open_source(run);
-  const std::string type =
-      export_model(out, source.settings.model, source.checkpoint, source.tokenizer.get(), with_code);
-  std::printf("%s: %s from %s%s\n", out.c_str(), type.c_str(), describe(source).c_str(),
-              source.tokenizer ? "" : "; its tokenizer is not known, so there is none in it");
+  const Family* family = export_model(out, source, with_code);
+  std::printf("%s: %s from %s%s\n", out.c_str(), family ? family->architecture.c_str() : "PartialRopeForCausalLM",
+              describe(source).c_str(), source.tokenizer ? "" : "; its tokenizer is not known, so there is none in it");
+  std::printf("Needs Transformers %s or later%s.\n", family ? family->since.c_str() : kCodeSince,
+              family ? "" : ", and trust_remote_code=True");
 }
 
 inline void command_import(const std::vector<std::string>& args) {

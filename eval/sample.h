@@ -39,7 +39,7 @@ inline void command_sample(const std::vector<std::string>& args) {
       std::vector<int> text = prompt_tokens(tokenizer, prompt);
       write_text(prompt, terminal);
       char last = '\n';
-      generate(model, text, tokens, temperature, top_k, seed + i, tokenizer.end_of_text(), source.vocabulary,
+      generate(model, text, tokens, temperature, top_k, seed + i, source.stop_tokens(), source.vocabulary,
                [&](int token) {
                  std::string bytes;
                  tokenizer.decode(token, bytes);

@@ -23,6 +23,19 @@ struct Source {
   int step = 0;
   std::unique_ptr<Tokenizer> tokenizer;  // null where the data did not say which
   int vocabulary = 0;                    // ids that mean something; the model's V may be padded beyond
+  nlohmann::json special_tokens;         // {"config": ids, "generation": ids} of a model that was imported; or null
+
+  // Ids that end a text: the tokenizer's end of text, and what the imported model says.
+  std::vector<int> stop_tokens() const {
+    std::vector<int> stop;
+    if (tokenizer) stop.push_back(tokenizer->end_of_text());
+    for (const nlohmann::json& file : special_tokens) {
+      const nlohmann::json ids = file.is_object() ? file.value("eos_token_id", nlohmann::json()) : nlohmann::json();
+      for (const nlohmann::json& id : ids)  // one, or a list
+        if (id.is_number_integer()) stop.push_back(id.get<int>());
+    }
+    return stop;
+  }
 };
 
 // `run` is the name of a run (runs/NAME), or the path of a run's or a checkpoint's directory.
@@ -50,6 +63,7 @@ inline Source open_source(const std::string& run) {
   source.step = state["step"].get<int>();
   try {
     source.vocabulary = state.value("vocabulary", source.settings.model.vocab);
+    source.special_tokens = state.value("special_tokens", nlohmann::json());
     const std::string tokenizer = state.value("tokenizer", "");
     const std::string beside = std::filesystem::exists(source.checkpoint + "/tokenizer.json") ? "" : "/..";
     if (!tokenizer.empty()) source.tokenizer = make_tokenizer(tokenizer, source.checkpoint + beside);

@@ -138,7 +138,7 @@ class SafeTensors {
                                          fail(value.get<std::string>() + " stands in the header twice");
                                        return true;
                                      });
-      std::map<size_t, size_t> ranges;  // begin -> end
+      std::set<std::pair<size_t, size_t>> ranges;
       for (const auto& [name, entry] : header.items()) {
         if (name == "__metadata__") continue;
         Tensor t;
@@ -162,15 +162,17 @@ class SafeTensors {
           t.shape.push_back(n);
         }
         if (end - begin != t.count * size->second) fail("tensor " + name + ": its byte range does not fit its shape");
-        if (begin != end && !ranges.insert({begin, end}).second) fail("tensor " + name + " overlaps another");
+        if (!ranges.insert({begin, end}).second && begin != end) fail("tensor " + name + " overlaps another");
         t.data = data + begin;
         tensors[name] = t;
       }
       size_t last = 0;
       for (const auto& [begin, end] : ranges) {
         if (begin < last) fail("two tensors overlap");
+        if (begin > last) fail("bytes " + std::to_string(last) + " to " + std::to_string(begin) + " are of no tensor");
         last = end;
       }
+      if (last < data_bytes) fail(std::to_string(data_bytes - last) + " bytes follow the last tensor");
     } catch (const nlohmann::json::exception& e) {
       fail(std::string("the header is not valid: ") + e.what());
     }

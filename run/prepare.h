@@ -22,6 +22,7 @@ struct Run {
   std::string checkpoint, init;  // the checkpoint to resume from, or to take the weights from, or empty
   nlohmann::json state;
   std::string changes;  // of settings, to what it starts from
+  nlohmann::json special_tokens;  // of the model that the weights were imported from, see eval/source.h
   int kept_step = 0;  // of the run's checkpoint, when a step is replayed
   Meta meta;
   std::unique_ptr<Dataset> train, val;
@@ -70,6 +71,7 @@ inline Run prepare(const std::vector<std::string>& args, int ranks) {
     run.state = read_json_file(run.checkpoint + "/state.json");
     s = settings_from_state(run.checkpoint + "/state.json", run.state);
     check_weights(s.model, run.checkpoint);
+    run.special_tokens = run.state.value("special_tokens", nlohmann::json());
   } else if (replay) {
     prepare_replay(run, asked);
   } else {

@@ -123,13 +123,14 @@ struct Trainer {
 
   // The run's checkpoint, of the steps done: the same files for any number of ranks.
   void save() {
-    const nlohmann::ordered_json state = {
+    nlohmann::ordered_json state = {
         {"step", done},
         {"tokens", uint64_t(done) * tokens_per_step},
         {"seed", s.seed},
         {"tokenizer", run.meta.tokenizer},
         {"vocabulary", run.meta.vocabulary ? run.meta.vocabulary : s.model.vocab},
         {"settings", settings_json(s)}};
+    if (!run.special_tokens.is_null()) state["special_tokens"] = run.special_tokens;
     save_checkpoint(ranks, model, run.directory, state);
     ranks.barrier();  // it is there
     ranks.checkpoint = done;

@@ -32,7 +32,9 @@ TEST_CASE("checkpoint: safetensors that lie are refused, each with its reason") 
   };
   auto header = [&](const std::string& entries) { return error(safetensors("{" + entries + "}", data)); };
   CHECK(header(entry("a", "[2,2]", "[0,16]") + "," + entry("b", "[4]", "[16,32]")) == "");
-  CHECK(header(entry("a", "[0]", "[0,0]") + "," + entry("b", "[4]", "[0,16]")) == "");
+  CHECK(header(entry("a", "[0]", "[0,0]") + "," + entry("b", "[8]", "[0,32]")) == "");
+  CHECK(contains(header(entry("a", "[2,2]", "[0,16]")), "16 bytes follow the last tensor"));
+  CHECK(contains(header(entry("a", "[4]", "[16,32]")), "bytes 0 to 16 are of no tensor"));
   // Header lengths: behind the end, 4 GB, all bits set.
   CHECK(contains(error(safetensors("{}", "", 3)), "the header claims 3 bytes"));
   CHECK(contains(error(safetensors("{}", "", uint64_t(1) << 32)), "the header claims 4294967296 bytes"));

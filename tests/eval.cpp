@@ -97,7 +97,7 @@ TEST_CASE("generate: the key/value cache gives what computing from scratch gives
     }
 
     std::vector<int> text = {256, 65}, expected = text;
-    generate(cached, text, 40, 0, 0, 1, -1, 257, [](int) {});
+    generate(cached, text, 40, 0, 0, 1, {}, 257, [](int) {});
     for (size_t start = 0; expected.size() < 42;) {
       if (expected.size() - start > size_t(c.context)) start = expected.size() - c.context / 2;
       const std::vector<float> logits = logits_of(scratch, {expected.begin() + start, expected.end()}, 0);
@@ -113,10 +113,10 @@ TEST_CASE("generate: what is drawn depends on seed and position alone; the stop 
   Model<Cpu, float> model(cpu, c, 1, c.context, false);
   scatter(model, 3);
   std::vector<int> once = {256}, twice = {256}, other = {256}, emitted;
-  generate(model, once, 16, 1.0, 0, 7, -1, 257, [&](int token) { emitted.push_back(token); });
-  generate(model, twice, 6, 1.0, 0, 7, -1, 257, [](int) {});
-  generate(model, twice, 10, 1.0, 0, 7, -1, 257, [](int) {});
-  generate(model, other, 16, 1.0, 0, 8, -1, 257, [](int) {});
+  generate(model, once, 16, 1.0, 0, 7, {}, 257, [&](int token) { emitted.push_back(token); });
+  generate(model, twice, 6, 1.0, 0, 7, {}, 257, [](int) {});
+  generate(model, twice, 10, 1.0, 0, 7, {}, 257, [](int) {});
+  generate(model, other, 16, 1.0, 0, 8, {}, 257, [](int) {});
   CHECK(once == twice);
   CHECK(once != other);
   CHECK(emitted == std::vector<int>(once.begin() + 1, once.end()));
@@ -125,7 +125,7 @@ TEST_CASE("generate: what is drawn depends on seed and position alone; the stop 
   const size_t first = std::find(once.begin() + 1, once.end(), stop) - once.begin();
   std::vector<int> stopped = {256};
   emitted.clear();
-  generate(model, stopped, 16, 1.0, 0, 7, stop, 257, [&](int token) { emitted.push_back(token); });
+  generate(model, stopped, 16, 1.0, 0, 7, {-1, stop}, 257, [&](int token) { emitted.push_back(token); });
   CHECK(stopped == std::vector<int>(once.begin(), once.begin() + first + 1));
   CHECK(emitted.size() == first - 1);
 }

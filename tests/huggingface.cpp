@@ -31,13 +31,30 @@ std::vector<float> write_checkpoint(const std::string& directory, const Config& 
   return weights;
 }
 
+const Family& family_named(const std::string& type) {
+  for (const Family& family : families())
+    if (family.type == type) return family;
+  throw std::logic_error(type);
+}
+
+// What open_source() makes of a run's checkpoint.
+Source source_of(const std::string& checkpoint, const Config& c, bool tokenizer = false,
+                 const nlohmann::json& special_tokens = nullptr) {
+  Source source;
+  source.checkpoint = checkpoint, source.settings.model = c, source.vocabulary = 257;
+  source.special_tokens = special_tokens;
+  if (tokenizer) source.tokenizer = std::make_unique<ByteTokenizer>();
+  return source;
+}
+
 std::string weights_of(const std::string& checkpoint) { return read_text_file(checkpoint + "/model.safetensors"); }
 
 void round_trip(const Config& c, const std::string& type, bool with_code = false) {
   TemporaryDirectory directory;
   write_checkpoint(directory / "run", c);
   const ByteTokenizer bytes;
-  CHECK(export_model(directory / "out", c, directory / "run", &bytes, with_code) == type);
+  const Family* family = export_model(directory / "out", source_of(directory / "run", c, true), with_code);
+  CHECK((family ? family->type : "partial_rope") == type);
   CHECK(read_json_file(directory / "out/config.json")["model_type"] == type);
   const Settings back = import_model(directory / "out", directory / "back");
   const Config& d = back.model;
@@ -59,21 +76,21 @@ void round_trip(const Config& c, const std::string& type, bool with_code = false
 
 TEST_CASE("huggingface: every class there and back, to the bit") {
 #ifndef ROTARY_DIM
-  for (int R : {2, 4, 6, 10}) {
+  for (int R : {0, 2, 4, 6, 10}) {
     Config c = small();
     c.rotary_dim = R;
-    round_trip(c, "phi3");
+    round_trip(c, R == 0 ? "smollm3" : R == 10 ? "llama" : "phi3");
     c.qk_norm = true;
     round_trip(c, "glm4_moe");
   }
-  Config c = small();
-  c.rotary_dim = 0;
-  round_trip(c, "smollm3");
-  for (int R : {2, 4, 6}) {
-    c = neox();
+  for (int R : {0, 2, 4, 6}) {
+    Config c = neox();
     c.rotary_dim = R;
     round_trip(c, "gpt_neox");
   }
+  Config full = small();
+  full.rotary_dim = 10, full.bias = true;
+  round_trip(full, "llama");
 #endif
   Config tied = small();
   tied.tied = true, tied.rope_base = 500;
@@ -110,7 +127,7 @@ TEST_CASE("huggingface: a model in several files, and in other types") {
   TemporaryDirectory directory;
   const Config c = small();
   write_checkpoint(directory / "run", c);
-  export_model(directory / "out", c, directory / "run", nullptr, false);
+  export_model(directory / "out", source_of(directory / "run", c), false);
   // Split in two by hand, with an index.
   nlohmann::json index;
   {
@@ -143,37 +160,103 @@ TEST_CASE("huggingface: a model in several files, and in other types") {
   CHECK(!std::filesystem::exists(directory / "no.part"));
 }
 
-TEST_CASE("huggingface: what no class holds is refused") {
-  auto error = [](void (*change)(Config&), Config c = small()) {
+TEST_CASE("huggingface: what no class holds is refused, naming what is in the way") {
+  TemporaryDirectory directory;
+  auto error = [&](void (*change)(Config&), Config c = small()) {
     change(c);
-    return error_of([&] { model_type_of(c); });
+    write_checkpoint(directory / "run", c);
+    const SafeTensors weights(directory / "run/model.safetensors");
+    return error_of([&] { family_for(c, weights); });
   };
-  CHECK(contains(error([](Config& c) { c.block = BlockKind::parallel; }), "--block parallel"));
-  CHECK(contains(error([](Config& c) { c.mlp = MlpKind::gelu; }), "gelu"));
-  CHECK(contains(error([](Config& c) { c.bias = true; }), "--bias"));
-  CHECK(contains(error([](Config& c) { c.rope_pairs = RopePairs::interleaved, c.rotary_dim = 2; }), "interleaved"));
-  CHECK(contains(error([](Config& c) { c.rotary_dim = 0, c.qk_norm = true; }), "--qk-norm"));
-  CHECK(contains(error([](Config& c) { c.bias = false; }, neox()), "--bias"));
-  CHECK(contains(error([](Config& c) { c.kv_heads = 2; }, neox()), "key"));
-  CHECK(contains(error([](Config& c) { c.rotary_dim = 0; }, neox()), "rotation"));
-  CHECK(contains(error([](Config& c) { c.head_size = 8; }, neox()), "head size"));
-  CHECK(contains(error([](Config& c) { c.qk_norm = true; }, neox()), "qk-norm"));
+  CHECK(contains(error([](Config& c) { c.block = BlockKind::parallel; }), "Phi3ForCausalLM comes nearest, and has not --block parallel;"));
+  CHECK(contains(error([](Config& c) { c.mlp = MlpKind::gelu; }), "--mlp gelu"));
+  CHECK(contains(error([](Config& c) { c.bias = true; }), "has not layers.0.proj.bias;"));
+  CHECK(contains(error([](Config& c) { c.rope_pairs = RopePairs::interleaved, c.rotary_dim = kRotaryDim.value_or(2); }), "--rope-pairs interleaved"));
+  CHECK(contains(error([](Config& c) { c.bias = false; }, neox()), "--no-bias"));
+  CHECK(contains(error([](Config& c) { c.kv_heads = 2; }, neox()), "--kv-heads 2"));
+  CHECK(contains(error([](Config& c) { c.head_size = 8; }, neox()), "--head-size 8"));
+  CHECK(contains(error([](Config& c) { c.qk_norm = true; }, neox()), "--qk-norm"));
+  // Biases that StableLM's class lacks: held where they are zero.
+  Config stablelm = neox();
+  stablelm.mlp = MlpKind::swiglu, stablelm.block = BlockKind::sequential;
+  CHECK(contains(error([](Config&) {}, stablelm), "StableLmForCausalLM comes nearest, and has not layers.0.proj.bias;"));
+  const ParameterTable table = parameter_table(stablelm);
+  std::vector<float> weights = random_values<float>(table.total, 77);
+  for (const ParameterRow& row : table.rows)
+    for (const char* name : {"proj.bias", "up.bias", "down.bias"})
+      if (contains(row.name, name)) std::fill_n(&weights[row.offset], row.count, 0.0f);
+  write_safetensors(directory / "run/model.safetensors", named(table, weights.data(), ""));
+  export_model(directory / "out", source_of(directory / "run", stablelm), false);
+  CHECK(import_model(directory / "out", directory / "back").model.bias);
+  CHECK(weights_of(directory / "run") == weights_of(directory / "back/checkpoint"));
+}
+
+TEST_CASE("huggingface: weights that are not finite go neither out nor in") {
+  TemporaryDirectory directory;
+  const Config c = small();
+  write_checkpoint(directory / "run", c);
+  export_model(directory / "good", source_of(directory / "run", c), false);
+  const ParameterTable table = parameter_table(c);
+  std::vector<float> weights = random_values<float>(table.total, 77);
+  weights[table.rows[3].offset + 1] = -INFINITY;
+  write_safetensors(directory / "run/model.safetensors", named(table, weights.data(), ""));
+  CHECK(contains(error_of([&] { export_model(directory / "out", source_of(directory / "run", c), true); }),
+                 table.rows[3].name));
+  std::string bytes = read_text_file(directory / "good/model.safetensors");
+  const float nan = NAN;
+  std::memcpy(&bytes[bytes.size() - 4], &nan, 4);
+  write_text_file(directory / "good/model.safetensors", bytes);
+  CHECK(contains(error_of([&] { import_model(directory / "good", directory / "no"); }), "mlp.gate_up_proj.weight has numbers"));
+  CHECK(!std::filesystem::exists(directory / "out"));
+  CHECK(!std::filesystem::exists(directory / "no"));
+}
+
+TEST_CASE("huggingface: special tokens are those of the source; padding ids are not said") {
+  TemporaryDirectory directory;
+  const Config c = small();  // 264 rows, 257 tokens
+  write_checkpoint(directory / "run", c);
+  export_model(directory / "out", source_of(directory / "run", c, true), false);
+  const auto config = read_json_file(directory / "out/config.json"),
+             generation = read_json_file(directory / "out/generation_config.json"),
+             names = read_json_file(directory / "out/tokenizer_config.json");
+  CHECK(config["eos_token_id"] == 256);
+  CHECK(config.at("pad_token_id").is_null());  // their classes give the token that pads no gradient
+  CHECK(generation["suppress_tokens"] == nlohmann::json({257, 258, 259, 260, 261, 262, 263}));
+  CHECK(names["eos_token"] == "<|endoftext|>");
+  CHECK(names["pad_token"].is_null());
+  CHECK(config["transformers_version"] == "4.50");
+
+  nlohmann::json theirs = config, of_generation = {{"eos_token_id", {5, 256}}, {"pad_token_id", 256}};
+  theirs.update({{"bos_token_id", 7}, {"eos_token_id", 5}});
+  write_text_file(directory / "out/config.json", theirs.dump());
+  write_text_file(directory / "out/generation_config.json", of_generation.dump());
+  import_model(directory / "out", directory / "back");
+  const auto state = read_json_file(directory / "back/checkpoint/state.json");
+  export_model(directory / "again", source_of(directory / "back/checkpoint", c, false, state["special_tokens"]), false);
+  const auto again = read_json_file(directory / "again/config.json"),
+             generation_again = read_json_file(directory / "again/generation_config.json");
+  CHECK((again["bos_token_id"] == 7 && again["eos_token_id"] == 5 && again.at("pad_token_id").is_null()));
+  CHECK(source_of("", c, true, state["special_tokens"]).stop_tokens() == std::vector<int>{256, 5, 5, 256});
+  CHECK(generation_again["eos_token_id"] == nlohmann::json({5, 256}));
+  CHECK((generation_again["pad_token_id"] == 256 && generation_again["bos_token_id"] == 7));
 }
 
 TEST_CASE("huggingface: a config.json that would mean another model is refused, naming the key") {
-  const nlohmann::json good = exported_config(small(), "phi3", 256);
-  const nlohmann::json good_neox = exported_config(neox(), "gpt_neox", 256);
-  std::string type;
-  imported_config("config.json", good, type);
-  CHECK(type == "phi3");
+  const nlohmann::json good = exported_config(family_named("phi3"), small());
+  const nlohmann::json good_neox = exported_config(family_named("gpt_neox"), neox());
+  const Family* family = nullptr;
+  imported_config("config.json", good, family);
+  CHECK(family->type == "phi3");
   auto error = [&](const char* key, const nlohmann::json& value, nlohmann::json json) {
     json[key] = value;
-    return error_of([&] { imported_config("config.json", json, type); });
+    return error_of([&] { imported_config("config.json", json, family); });
   };
   using Json = nlohmann::json;
   const std::vector<std::pair<const char*, Json>> wrong = {
       {"model_type", "mamba"},        {"model_type", 5},              {"hidden_act", "relu"},
-      {"rms_norm_eps", 1e-6},         {"rope_scaling", {{"a", 1}}},   {"attention_bias", true},
+      {"rms_norm_eps", 1e-6},         {"rope_scaling", 4},            {"attention_bias", true},
+      {"quantization_config", {{"quant_method", "fp8"}}},
+      {"no_such_key", 1},             {"partial_rotary_factor", nullptr}, {"logit_scale", 0.5},
       {"hidden_size", 0},             {"hidden_size", "24"},          {"num_hidden_layers", -1},
       {"vocab_size", 1e30},           {"partial_rotary_factor", 1.5}, {"partial_rotary_factor", 0.4},
       {"rope_theta", "x"},            {"rope_theta", 500},            {"num_attention_heads", 5},
@@ -190,17 +273,43 @@ TEST_CASE("huggingface: a config.json that would mean another model is refused, 
   for (const auto& [key, value] : good.items()) {  // without a key: refused, or a default that changes nothing else
     Json json = good;
     json.erase(key);
-    const std::string message = error_of([&] { imported_config("config.json", json, type); });
+    const std::string message = error_of([&] { imported_config("config.json", json, family); });
     if (key == "hidden_size" || key == "vocab_size" || key == "model_type" || key == "rms_norm_eps")
       CHECK(contains(message, key == "rms_norm_eps" ? "eps" : key));
   }
+  const std::vector<std::pair<const char*, Json>> harmless_keys = {
+      {"rope_scaling", nullptr}, {"rope_scaling", {{"type", "default"}}}, {"num_key_value_heads", nullptr},
+      {"rms_norm_eps", 9.999999747378752e-06}, {"_name_or_path", "x"}, {"no_such_key", nullptr}};
+  for (const auto& [key, value] : harmless_keys) CHECK(error(key, value, good) == "");
+  auto rope_error = [&](const char* key, const Json& value) {
+    Json parameters = good["rope_parameters"];
+    parameters.erase("rope_type");
+    parameters[key] = value;
+    return error("rope_parameters", parameters, good);
+  };
+  CHECK(contains(error("rope_scaling", {{"a", 1}}, good), "a is 1"));
+  CHECK(contains(error("rope_scaling", {{"type", "dynamic"}, {"factor", 2}}, good), "rope_type stands there twice"));
+  CHECK(rope_error("type", "default") == "");
+  CHECK(contains(rope_error("type", "mrope"), "mrope"));
+  CHECK(contains(rope_error("factor", 4.0), "factor"));
+  CHECK(contains(rope_error("full_attention", {{"rope_type", "default"}}), "full_attention is an object"));
+  const std::string list = rope_error("short_factor", std::vector<double>(48, 1.5));
+  CHECK((contains(list, "a list of 48") && !contains(list, "1.5")));
+  CHECK(contains(error("model_type", "gemma3_text", good), "norms behind the sublayers"));
+  Json odd = good;
+  odd["rope_parameters"].erase("partial_rotary_factor");
+  CHECK(contains(error("partial_rotary_factor", 0.55, odd), "config.json: partial_rotary_factor 0.55 turns 5 of 10"));
   Json moe = good;
   moe["model_type"] = "glm4_moe", moe["first_k_dense_replace"] = 1;
   CHECK(contains(error("use_qk_norm", true, moe), "first_k_dense_replace"));
   Json smol = good;
   smol["model_type"] = "smollm3", smol["no_rope_layers"] = {1, 0};
   CHECK(contains(error("mlp_bias", false, smol), "no_rope_layers"));
-  const Json own = exported_config_with_code(small(), 256);
+  smol["no_rope_layers"] = {1, 1};
+  smol["partial_rotary_factor"] = smol["rope_parameters"]["partial_rotary_factor"] = 1;
+  CHECK(error("use_sliding_window", false, smol) == "");
+  CHECK(contains(error("layer_types", {"sliding_attention", "full_attention"}, smol), "layer_types"));
+  const Json own = exported_config_with_code(small());
   CHECK(error("vocab", 264, own) == "");
   CHECK(contains(error("block", "sideways", own), "block sideways"));
   CHECK(contains(error("rotary_dim", 11, own), "11"));
