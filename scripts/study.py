@@ -165,7 +165,7 @@ def heads_at_end(run, column):
 
 # What an arm may have beside its rotation: the flag of `train`, and how tables call it.
 OTHERS = {"qk-norm": ("--qk-norm", " + QK-Norm"), "head": ("--rope-frequencies=head", ", the head's frequencies"),
-          "nope4": ("--rotary-layers=nope4", ", every 4th layer NoPE")}
+          "nope4": ("--rotary-layers=nope:4", ", every 4th layer NoPE")}
 
 
 def rotation_label(rotate, other=""):

@@ -95,9 +95,10 @@ def jobs_of(args, passed, rates_of, seeds):
         rotate, _, other = arm.partition(":")
         if other and other not in study.OTHERS:
             raise UserError(f"--fractions {arm}: behind the colon stands one of {', '.join(study.OTHERS)}")
-        own = [runner.rotation_flag("--fractions", rotate)] + [study.OTHERS[other][0]] * bool(other)
+        own = [runner.rotation_flag("--fractions", rotate)] + ([study.OTHERS[other][0]] if other else [])
         for lr in rates_of(setting, arm):
-            name = f"{setting}rotate={rotate}" + f"_with={other}" * bool(other) + f"_lr={lr}" * bool(lr) + f"_seed={seed}"
+            name = (f"{setting}rotate={rotate}" + f"_with={other}" * bool(other) + f"_lr={lr}" * bool(lr) +
+                    f"_seed={seed}")
             rate = [f"--lr={lr}"] * bool(lr)
             jobs.append(runner.Job(args.name, name, flags + passed + own + rate + [f"--seed={seed}"], args.steps,
                                    args.positions))
