@@ -163,8 +163,10 @@ data/stories-20M/meta.json: | $(BUILD)/data
 
 sweep: $(STUDY) data/stories-20M/meta.json
 	@$(PYTHON) scripts/test_study.py
-	@BUILD=$(BUILD) $(PYTHON) scripts/sweep.py --preset small --data "data/stories-20M/train_*.bin" --context 512 \
-	  --step-tokens 32768 --steps 1200 --seeds 5 $(ARGS)
+	@BUILD=$(BUILD) $(PYTHON) scripts/sweep.py --data "$(or $(DATA),data/stories-20M/train_*.bin)" --context 512 \
+	  --step-tokens 65536 --steps 2000 --lrs 0.002,0.004,0.008 --seeds 2 --confirm 12 \
+	  --fractions 0,0:qk-norm,2,0.1,0.1:head,0.25,0.5,0.75,1:nope4,1 $(ARGS) $(SWEEP_MODEL)
+SWEEP_MODEL ?= -- --layers 6 --width 256 --heads 4 --mlp-hidden 704 --warmup 200 --min-lr 0 --init-std 0.02 --val-tokens 400000
 sweep-cpu: $(STUDY) data/stories/meta.json
 	@$(PYTHON) scripts/test_study.py
 	@BUILD=$(BUILD) $(PYTHON) scripts/sweep.py --name sweep-cpu --steps 900 --positions 131072 $(ARGS) -- --device cpu

@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "device/backend.h"
+#include "device/gemm.cuh"
 #include "device/matmul.cuh"
 
 enum class NormKind { rms, layer };
@@ -144,6 +145,15 @@ void swiglu_forward(Cpu&, Real* out, const Real* gate_up, int N, int F) {
     Real* o = out + size_t(n) * F;
     for (int f = 0; f < F; ++f) o[f] = gate[f] / (Real(1) + exp_(-gate[f])) * up[f];
   }
+}
+
+// A linear layer and SwiGLU at once: gate_up (N, 2F) = inp (N, C) weight (2F, C)^T [+ bias], and
+// out (N, F) = swiglu(gate_up).
+template <class Real>
+void linear_swiglu_forward(Cpu& be, Real* out, Real* gate_up, const Real* inp, const Real* weight, const Real* bias,
+                           int N, int C, int F) {
+  linear_forward(be, gate_up, inp, weight, bias, N, C, 2 * F);
+  swiglu_forward(be, out, gate_up, N, F);
 }
 
 // dgate_up (N, 2F) from dout (N, F).
@@ -511,7 +521,8 @@ void linear_backward(Cuda& be, Real* dinp, Acc<Real>* dweight, Acc<Real>* dbias,
   add_rows(be, dbias, partial, rows, OC, OC);
 }
 
-__device__ __forceinline__ float sigmoid(float x) { return 1 / (1 + __expf(-x)); }
+// The fast division is within 2 ulp, far below what is rounded away in bf16; 0 where e^-x passes 2^126.
+__device__ __forceinline__ float sigmoid(float x) { return __fdividef(1, 1 + __expf(-x)); }
 
 // A thread works out W of the F channels of one row.
 template <class Real, int W>
@@ -555,6 +566,32 @@ void swiglu_forward(Cuda& be, Real* out, const Real* gate_up, int N, int F) {
     launch(be, "swiglu_forward", swiglu_forward_kernel<Real, W()>, divide_up(size_t(N) * F / W(), 256), 256, 0, out,
            gate_up, N, F);
   });
+}
+
+// On Hopper the product's own kernel can do both; whichever is faster for the shape, by the clock, if it gives the same
+// bits, which it does unless cuBLASLt splits the sums.
+template <class Real>
+void linear_swiglu_forward(Cuda& be, Real* out, Real* gate_up, const Real* inp, const Real* weight, const Real* bias,
+                           int N, int C, int F) {
+  auto apart = [&] {
+    linear_forward(be, gate_up, inp, weight, bias, N, C, 2 * F);
+    swiglu_forward(be, out, gate_up, N, F);
+  };
+  if constexpr (std::is_same_v<Real, bf16>)
+    if (!bias && F % 64 == 0 && 4.0 * N * C * F > 1e9 && gemm::supports(be, 2 * F, C, gate_up, inp, weight)) {
+      auto together = [&] { gemm::multiply(be, gate_up, inp, weight, N, 2 * F, C, gemm::SwiGlu{out}); };
+      static std::map<std::tuple<cublasLtHandle_t, int, int, int>, bool> pays;
+      const auto key = std::make_tuple(be.blas, N, C, F);
+      if (!pays.count(key) && !be.recording()) {
+        apart();  // so that its product's algorithm is chosen before it is timed
+        pays[key] = fastest_of_same_bits(be, out, size_t(N) * F, 2, [&](int way) {
+          way ? together() : apart();
+          return true;
+        });
+      }
+      if (pays.count(key) && pays[key]) return together();
+    }
+  apart();
 }
 
 template <class Real>

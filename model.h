@@ -495,7 +495,7 @@ struct Model {
 
   void forward_uploaded(int batch, int length, int first) {
     const Config& c = config;
-    const int C = c.width, A = c.heads * c.head_size, F = c.mlp_hidden, QKV = c.qkv_width(), UP = c.up_width();
+    const int C = c.width, A = c.heads * c.head_size, F = c.mlp_hidden, QKV = c.qkv_width();
     const int N = batch * (length - first);
     const RopeShape shape = c.heads_shape(batch, length, first);
     const bool parallel = c.block == BlockKind::parallel;
@@ -516,11 +516,12 @@ struct Model {
       linear_residual_forward(be, a.x2, a.x, a.att, w.proj, w.proj_bias, N, A, C);
 
       norm_forward(be, c.norm, a.h2, a.mean2, a.rstd2, parallel ? a.x : a.x2, w.norm2, w.norm2_bias, N, C, c.norm_eps);
-      linear_forward(be, a.up, a.h2, w.up, w.up_bias, N, C, UP);
-      if (c.mlp == MlpKind::swiglu)
-        swiglu_forward(be, a.act, a.up, N, F);
-      else
+      if (c.mlp == MlpKind::swiglu) {
+        linear_swiglu_forward(be, a.act, a.up, a.h2, w.up, w.up_bias, N, C, F);
+      } else {
+        linear_forward(be, a.up, a.h2, w.up, w.up_bias, N, C, F);
         gelu_forward(be, a.act, a.up, N, F);
+      }
       linear_residual_forward(be, next, a.x2, a.act, w.down, w.down_bias, N, F, C);
     }
     norm_forward(be, c.norm, rows.final, rows.final_mean, rows.final_rstd, rows.x, weights.final_norm,

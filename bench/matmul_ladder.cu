@@ -4,7 +4,7 @@
 //                     docs/kernels.md. Exit code 1 if a rung is wrong
 //
 // A (N, K), B (M, K) and C (N, M) are bf16 and row-major, sums fp32: A are the activations of N tokens, B the weights,
-// as in linear_forward(). Both are read along k. K is a multiple of 64 and M of 2. Rungs are read one after the other,
+// as in linear_forward(). Both are read along k. K is a multiple of 64 and M of 8. Rungs are read one after the other,
 // with the one before beside them (`diff`).
 
 #include <array>
@@ -170,7 +170,7 @@ __global__ void __launch_bounds__(256, 2) async_kernel(bf16* C, const bf16* A, c
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// The last rung is linear_forward() in layers.cuh: cuBLASLt.
+// The rung for Hopper is device/gemm.cuh; the last is linear_forward() in layers.cuh: cuBLASLt.
 
 // A small shape, its input, and what the definition makes of it: c = sum_k a b, and the bound of its error.
 struct Case {
@@ -181,7 +181,7 @@ struct Case {
 
 std::vector<Case> small_cases() {
   std::vector<Case> cases;
-  for (const auto& [N, M, K] : {std::array{1, 2, 64}, {17, 130, 128}, {131, 34, 192}, {200, 258, 768}}) {
+  for (const auto& [N, M, K] : {std::array{1, 8, 64}, {17, 136, 128}, {131, 40, 192}, {200, 264, 768}}) {
     Case x{N, M, K, {}, {}, {}, {}};
     std::mt19937 random(N);
     std::normal_distribution<float> normal;
@@ -258,7 +258,12 @@ bool ladder() {
        by_tiles(tensor_kernel, kSide, 256, 2 * Piece::kBytes));
   rung("asynchronous copies (cp.async) into a second pair of tiles", "the copy hides behind the products",
        by_tiles(async_kernel, kSide, 256, 4 * Piece::kBytes));
-  rung("cuBLASLt, as linear_forward() calls it", "what trains; on Hopper it multiplies by wgmma, tiles fetched by TMA",
+  if (gemm::supports(*be, 8, 8, nullptr, nullptr, nullptr))
+    rung("gemm.cuh: wgmma, tiles fetched by TMA for two blocks at once", "what trains where SwiGLU can follow in it",
+         [](bf16* C, const bf16* A, const bf16* B, int N, int M, int K) {
+           gemm::multiply(*be, C, A, B, N, M, K, gemm::Store{});
+         });
+  rung("cuBLASLt, as linear_forward() calls it", "what trains elsewhere; the same instructions, tuned for longer",
        [](bf16* C, const bf16* A, const bf16* B, int N, int M, int K) {
          linear_forward(*be, C, A, B, (const bf16*)nullptr, N, K, M);
        });

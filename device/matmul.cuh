@@ -263,31 +263,30 @@ __global__ void __launch_bounds__(256) hash_kernel(unsigned long long* sum, cons
   atomicAdd(sum, here);
 }
 
-// cuBLASLt orders its proposals by an estimate; on an H100 the fastest at 65,536 x 768 x 2048 was the sixth, by 12 %.
-// The fastest by the clock may be another one in the next run, so it is chosen among those that give the same bits as
-// the first, which most do: then it does not matter which. start(algorithm) must give the same result each time.
+// Which of `count` ways to compute out (n) is the fastest, by the clock, among those that give the same bits as the first
+// that works: then it does not matter that another one may win in the next run. start(i) starts the i-th way, gives the
+// same result each time, and returns whether it could.
 template <class Out, class Start>
-cublasLtMatmulAlgo_t fastest_of_same_bits(Cuda& be, const Out* out, size_t n,
-                                          const cublasLtMatmulHeuristicResult_t* proposals, int count, Start start) {
+int fastest_of_same_bits(Cuda& be, const Out* out, size_t n, int count, Start start) {
   Buffer<Cuda> hash(be, sizeof(unsigned long long));
   cudaEvent_t begin, end;
   check(cudaEventCreate(&begin), "cudaEventCreate");
   check(cudaEventCreate(&end), "cudaEventCreate");
   unsigned long long first = 0;
   float least = INFINITY;
-  int best = 0;
+  int best = -1;
   for (int i = 0; i < count; ++i) {
-    if (start(proposals[i].algo) != CUBLAS_STATUS_SUCCESS) continue;
+    if (!start(i)) continue;
     unsigned long long bits;
     be.zero(hash.data, sizeof bits);
     launch(be, "hash", hash_kernel<Out>, 8 * be.multiprocessors, 256, 0, hash.as<unsigned long long>(), out, n);
     be.download(&bits, hash.data, sizeof bits);
-    if (i == 0) first = bits;
+    if (best < 0) first = bits, best = i;
     if (bits != first) continue;
-    for (int run = 0; run < 4; ++run) {
+    for (int turn = 0; turn < 4; ++turn) {
       float ms = 0;
       check(cudaEventRecord(begin, be.stream), "cudaEventRecord");
-      check(start(proposals[i].algo), "cublasLtMatmul");
+      start(i);
       check(cudaEventRecord(end, be.stream), "cudaEventRecord");
       check(cudaEventSynchronize(end), "cudaEventSynchronize");
       check(cudaEventElapsedTime(&ms, begin, end), "cudaEventElapsedTime");
@@ -296,7 +295,81 @@ cublasLtMatmulAlgo_t fastest_of_same_bits(Cuda& be, const Out* out, size_t n,
   }
   cudaEventDestroy(begin);
   cudaEventDestroy(end);
-  return proposals[best].algo;
+  return std::max(best, 0);
+}
+
+// What cuBLASLt proposes for a product, best guess first, less what must not be taken: cuBLAS 12.6 to 13.4 gets wrong
+// sums from algorithm 66 where it splits k into runs that do not divide it and whose length is a multiple of its tile's
+// depth (known issue 6580689 in its release notes); 64 is the depth of all its tiles for bf16.
+inline std::vector<cublasLtMatmulAlgo_t> product_proposals(Cuda& be, const ProductPlan& plan,
+                                                           cublasLtMatmulPreference_t preference, int k) {
+  constexpr int kProposals = 8;
+  cublasLtMatmulHeuristicResult_t found[kProposals];
+  int count = 0;
+  check(cublasLtMatmulAlgoGetHeuristic(be.blas, plan.description, plan.a, plan.b, plan.out, plan.out, preference,
+                                       kProposals, found, &count),
+        "cublasLtMatmulAlgoGetHeuristic");
+  std::vector<cublasLtMatmulAlgo_t> proposals;
+  for (int i = 0; i < count; ++i) {
+    int id = 0, splits = 1;
+    check(cublasLtMatmulAlgoConfigGetAttribute(&found[i].algo, CUBLASLT_ALGO_CONFIG_ID, &id, sizeof id, nullptr),
+          "cublasLtMatmulAlgoConfigGetAttribute");
+    check(cublasLtMatmulAlgoConfigGetAttribute(&found[i].algo, CUBLASLT_ALGO_CONFIG_SPLITK_NUM, &splits, sizeof splits,
+                                               nullptr),
+          "cublasLtMatmulAlgoConfigGetAttribute");
+    const bool known_to_be_wrong = id == 66 && splits > 1 && k % splits != 0 && k / splits % 64 == 0;
+    if (found[i].state == CUBLAS_STATUS_SUCCESS && !known_to_be_wrong) proposals.push_back(found[i].algo);
+  }
+  if (proposals.empty()) throw std::runtime_error("cuBLASLt has no algorithm for a matrix product of this shape");
+  return proposals;
+}
+
+// Asks cuBLASLt how a product can be done: fills in the plan, with the first proposal as its algorithm; returns all.
+template <class Real, class Out>
+std::vector<cublasLtMatmulAlgo_t> make_plan(Cuda& be, ProductPlan& plan, const Product<Out>& p, const Real* a,
+                                            const Real* b) {
+  cublasLtMatmulDesc_t description;
+  check(cublasLtMatmulDescCreate(&description, CUBLAS_COMPUTE_32F, CUDA_R_32F), "cublasLtMatmulDescCreate");
+  auto set = [&](cublasLtMatmulDescAttributes_t name, auto value) {
+    check(cublasLtMatmulDescSetAttribute(description, name, &value, sizeof value), "cublasLtMatmulDescSetAttribute");
+  };
+  set(CUBLASLT_MATMUL_DESC_TRANSA, p.transpose_a ? CUBLAS_OP_T : CUBLAS_OP_N);
+  set(CUBLASLT_MATMUL_DESC_TRANSB, p.transpose_b ? CUBLAS_OP_T : CUBLAS_OP_N);
+  if (p.bias) set(CUBLASLT_MATMUL_DESC_EPILOGUE, CUBLASLT_EPILOGUE_BIAS);
+  if (p.bias) set(CUBLASLT_MATMUL_DESC_BIAS_POINTER, (const void*)p.bias);
+  auto layout = [&](cublasLtMatrixLayout_t& to, cudaDataType_t type, int rows, int columns) {
+    check(cublasLtMatrixLayoutCreate(&to, type, rows, columns, rows), "cublasLtMatrixLayoutCreate");
+  };
+  layout(plan.a, cuda_type<Real>(), p.transpose_a ? p.k : p.m, p.transpose_a ? p.m : p.k);
+  layout(plan.b, cuda_type<Real>(), p.transpose_b ? p.n : p.k, p.transpose_b ? p.k : p.n);
+  layout(plan.out, cuda_type<Out>(), p.m, p.n);
+  cublasLtMatmulPreference_t preference;
+  check(cublasLtMatmulPreferenceCreate(&preference), "cublasLtMatmulPreferenceCreate");
+  auto prefer = [&](cublasLtMatmulPreferenceAttributes_t name, auto value) {
+    check(cublasLtMatmulPreferenceSetAttribute(preference, name, &value, sizeof value),
+          "cublasLtMatmulPreferenceSetAttribute");
+  };
+  prefer(CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, Cuda::kWorkspaceBytes);
+  prefer(CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, uint32_t(CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE));
+  prefer(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, uint32_t(alignment(a)));
+  prefer(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES, uint32_t(alignment(b)));
+  prefer(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, uint32_t(p.add ? alignment(p.add) : alignment(p.out)));
+  prefer(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES, uint32_t(alignment(p.out)));
+  plan.description = description;
+  const std::vector<cublasLtMatmulAlgo_t> proposals = product_proposals(be, plan, preference, p.k);
+  cublasLtMatmulPreferenceDestroy(preference);
+  plan.algorithm = proposals[0];
+  return proposals;
+}
+
+// Starts the product by one of the proposals; what it gives goes to `out`.
+template <class Real, class Out>
+cublasStatus_t start_product(Cuda& be, const ProductPlan& plan, const cublasLtMatmulAlgo_t& algorithm,
+                             const Product<Out>& p, Out* out, const Real* a, const Real* b) {
+  const float one = 1, zero = 0;
+  return cublasLtMatmul(be.blas, plan.description, &one, a, plan.a, b, plan.b, p.add ? &one : &zero,
+                        p.add ? p.add : out, plan.out, out, plan.out, &algorithm, be.workspace, Cuda::kWorkspaceBytes,
+                        be.stream);
 }
 
 // Inputs in Real, sums in fp32 (never TF32), out in Out. cuBLASLt may split k among blocks, but only to add up partial
@@ -317,57 +390,23 @@ void multiply(Cuda& be, const Product<Out>& p, const Real* a, const Real* b) {
                    alignment(p.out),
                    p.add ? alignment(p.add) : 256};
   ProductPlan& plan = plans[{be.blas, key}];
-  constexpr int kProposals = 8;
-  cublasLtMatmulHeuristicResult_t proposals[kProposals];
-  int count = 0;
-  if (!plan.description) {
-    cublasLtMatmulDesc_t description;
-    check(cublasLtMatmulDescCreate(&description, CUBLAS_COMPUTE_32F, CUDA_R_32F), "cublasLtMatmulDescCreate");
-    auto set = [&](cublasLtMatmulDescAttributes_t name, auto value) {
-      check(cublasLtMatmulDescSetAttribute(description, name, &value, sizeof value), "cublasLtMatmulDescSetAttribute");
-    };
-    set(CUBLASLT_MATMUL_DESC_TRANSA, p.transpose_a ? CUBLAS_OP_T : CUBLAS_OP_N);
-    set(CUBLASLT_MATMUL_DESC_TRANSB, p.transpose_b ? CUBLAS_OP_T : CUBLAS_OP_N);
-    if (p.bias) set(CUBLASLT_MATMUL_DESC_EPILOGUE, CUBLASLT_EPILOGUE_BIAS);
-    if (p.bias) set(CUBLASLT_MATMUL_DESC_BIAS_POINTER, (const void*)p.bias);
-    auto layout = [&](cublasLtMatrixLayout_t& to, cudaDataType_t type, int rows, int columns) {
-      check(cublasLtMatrixLayoutCreate(&to, type, rows, columns, rows), "cublasLtMatrixLayoutCreate");
-    };
-    layout(plan.a, cuda_type<Real>(), p.transpose_a ? p.k : p.m, p.transpose_a ? p.m : p.k);
-    layout(plan.b, cuda_type<Real>(), p.transpose_b ? p.n : p.k, p.transpose_b ? p.k : p.n);
-    layout(plan.out, cuda_type<Out>(), p.m, p.n);
-    cublasLtMatmulPreference_t preference;
-    check(cublasLtMatmulPreferenceCreate(&preference), "cublasLtMatmulPreferenceCreate");
-    auto prefer = [&](cublasLtMatmulPreferenceAttributes_t name, auto value) {
-      check(cublasLtMatmulPreferenceSetAttribute(preference, name, &value, sizeof value),
-            "cublasLtMatmulPreferenceSetAttribute");
-    };
-    prefer(CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, Cuda::kWorkspaceBytes);
-    prefer(CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, uint32_t(CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE));
-    prefer(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, uint32_t(alignment(a)));
-    prefer(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES, uint32_t(alignment(b)));
-    prefer(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, uint32_t(p.add ? alignment(p.add) : alignment(p.out)));
-    prefer(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES, uint32_t(alignment(p.out)));
-    check(cublasLtMatmulAlgoGetHeuristic(be.blas, description, plan.a, plan.b, plan.out, plan.out, preference,
-                                         kProposals, proposals, &count),
-          "cublasLtMatmulAlgoGetHeuristic");
-    cublasLtMatmulPreferenceDestroy(preference);
-    if (count == 0) throw std::runtime_error("cuBLASLt has no algorithm for a matrix product of this shape");
-    plan.algorithm = proposals[0].algo;
-    plan.description = description;
-  }
+  std::vector<cublasLtMatmulAlgo_t> proposals;  // of a product met for the first time
+  if (!plan.description) proposals = make_plan(be, plan, p, a, b);
   if (p.bias)
     check(cublasLtMatmulDescSetAttribute(plan.description, CUBLASLT_MATMUL_DESC_BIAS_POINTER, &p.bias, sizeof p.bias),
           "cublasLtMatmulDescSetAttribute");
-  const float one = 1, zero = 0;
-  auto start = [&](const cublasLtMatmulAlgo_t& algorithm) {
-    return cublasLtMatmul(be.blas, plan.description, &one, a, plan.a, b, plan.b, p.add ? &one : &zero,
-                          p.add ? p.add : p.out, plan.out, p.out, plan.out, &algorithm, be.workspace,
-                          Cuda::kWorkspaceBytes, be.stream);
-  };
-  if (count > 1 && p.add != p.out && 2.0 * p.m * p.n * p.k > 1e9 && !be.recording())
-    plan.algorithm = fastest_of_same_bits(be, p.out, size_t(p.m) * p.n, proposals, count, start);
-  check(start(plan.algorithm), "cublasLtMatmul");
+  // cuBLASLt orders its proposals by an estimate; on an H100 the fastest at 65,536 x 768 x 2048 was the sixth, by 12 %.
+  const size_t bytes = size_t(p.m) * p.n * sizeof(Out);
+  const bool in_place = p.add == p.out;  // a gradient that accumulates: tried on a copy, lest it be added many times
+  if (proposals.size() > 1 && 2.0 * p.m * p.n * p.k > 1e9 && !be.recording() &&
+      (!in_place || be.available_memory() > bytes + (64u << 20))) {
+    Buffer<Cuda> copy(be, in_place ? bytes : 0);
+    Out* out = in_place ? copy.template as<Out>() : p.out;
+    plan.algorithm = proposals[fastest_of_same_bits(be, out, bytes / sizeof(Out), int(proposals.size()), [&](int i) {
+      return start_product(be, plan, proposals[i], p, out, a, b) == CUBLAS_STATUS_SUCCESS;
+    })];
+  }
+  check(start_product(be, plan, plan.algorithm, p, p.out, a, b), "cublasLtMatmul");
 }
 
 #endif  // __CUDACC__

@@ -163,25 +163,35 @@ def heads_at_end(run, column):
     return values
 
 
-def rotation_label(rotate, qk_norm=False):
-    """`rotate` as eval's --fractions has it: a share of the head up to 1, above it a number of channels."""
+# What an arm may have beside its rotation: the flag of `train`, and how tables call it.
+OTHERS = {"qk-norm": ("--qk-norm", " + QK-Norm"), "head": ("--rope-frequencies=head", ", the head's frequencies"),
+          "nope4": ("--rotary-layers=nope:4", ", every 4th layer NoPE")}
+
+
+def rotation_label(rotate, other=""):
+    """`rotate` as sweep's --fractions has it: a share of the head up to 1, above it a number of channels."""
     value = float(rotate)
     text = "0 % (NoPE)" if value == 0 else f"{value:g} channels" if value > 1 else f"{100 * value:g} %"
-    return text + " + QK-Norm" * qk_norm
+    return text + (OTHERS[other][1] if other else "")
 
 
 FULL = rotation_label(1)
+# Losses that differ by less, in nats per token, count as equal: fixed before the runs that are compared were made.
+MARGIN = 0.01
 
 
 def by_rotation(runs):
     """{label: runs in the order of their seeds}, from little to much rotation."""
+    def other(run):
+        return run.arm.get("with") or ("qk-norm" if run.arm.get("qknorm") == "1" else "")
+
     def key(run):  # channels come before shares
         rotate = float(run.arm["rotate"])
-        return rotate if rotate <= 1 else 1e-9 * rotate, run.arm.get("qknorm", "0"), run.seed
+        return rotate if rotate <= 1 else 1e-9 * rotate, other(run), run.seed
 
     groups = {}
     for run in sorted(runs, key=key):
-        groups.setdefault(rotation_label(run.arm["rotate"], run.arm.get("qknorm") == "1"), []).append(run)
+        groups.setdefault(rotation_label(run.arm["rotate"], other(run)), []).append(run)
     return groups
 
 
@@ -189,13 +199,26 @@ def by_rotation(runs):
 # Statistics
 
 
-def t_quantile(degrees, level=0.95):
-    """Half-width of a two-sided interval of Student's t, in standard errors."""
-    # With t = sqrt(n) tan(angle), the density of the angle is cos(angle)^(n-1): no infinite tails to integrate.
+def t_shares(degrees):
+    """Angles from 0 to pi/2, and which share of Student's t lies within -t .. t for t = sqrt(degrees) tan(angle)."""
+    # The density of the angle is cos(angle)^(degrees - 1): no infinite tails to integrate.
     angle = np.linspace(0, np.pi / 2, 100001)
     density = np.cos(angle) ** (degrees - 1)
     share = np.concatenate([[0], np.cumsum(density[1:] + density[:-1])])
-    return math.sqrt(degrees) * math.tan(np.interp(level, share / share[-1], angle))
+    return angle, share / share[-1]
+
+
+def t_quantile(degrees, level=0.95):
+    """Half-width of a two-sided interval of Student's t, in standard errors."""
+    angle, share = t_shares(degrees)
+    return math.sqrt(degrees) * math.tan(np.interp(level, share, angle))
+
+
+def t_tail(t, degrees):
+    """The probability that Student's t is larger than t."""
+    angle, share = t_shares(degrees)
+    within = np.interp(math.atan(abs(t) / math.sqrt(degrees)), angle, share)
+    return (1 - within) / 2 if t > 0 else (1 + within) / 2
 
 
 def mean_interval(values):
@@ -210,6 +233,46 @@ def mean_interval(values):
 def paired_difference(values, reference):
     """mean_interval of values - reference, both {seed: value}, over the seeds that both have."""
     return mean_interval([values[seed] - reference[seed] for seed in sorted(values) if seed in reference])
+
+
+def unpaired_difference(values, reference):
+    """Mean of the values less that of the reference, half-width of its 95 % interval by Welch's formula, the standard
+    error, and the degrees of freedom; nan where either has fewer than two."""
+    a, b = np.asarray(values, dtype=float), np.asarray(reference, dtype=float)
+    if min(len(a), len(b)) < 2:
+        return (a.mean() - b.mean() if len(a) and len(b) else math.nan), math.nan, math.nan, math.nan
+    parts = a.var(ddof=1) / len(a), b.var(ddof=1) / len(b)
+    error = math.sqrt(sum(parts))
+    degrees = sum(parts) ** 2 / (parts[0] ** 2 / (len(a) - 1) + parts[1] ** 2 / (len(b) - 1))
+    return a.mean() - b.mean(), t_quantile(degrees) * error, error, degrees
+
+
+def equivalence(values, reference, margin):
+    """Of two one-sided tests (Schuirmann 1987): the larger probability of such data if the means really differ by the
+    margin, in either direction. Below 0.05 they are equivalent within the margin."""
+    mean, _, error, degrees = unpaired_difference(values, reference)
+    return max(t_tail((margin - mean) / error, degrees), t_tail((margin + mean) / error, degrees))
+
+
+def no_difference(values, reference):
+    """The probability of a difference of the means at least as large if there is none, by Welch's test."""
+    mean, _, error, degrees = unpaired_difference(values, reference)
+    return 2 * t_tail(abs(mean) / error, degrees)
+
+
+def holm(probabilities):
+    """Holm's correction of several probabilities (1979): the smallest times their number, the next times one less ..."""
+    order = np.argsort(probabilities)
+    corrected, largest = np.empty(len(order)), 0.0
+    for rank, i in enumerate(order):
+        largest = max(largest, min(1.0, (len(order) - rank) * probabilities[i]))
+        corrected[i] = largest
+    return list(corrected)
+
+
+def seeds_needed(deviation, half_width):
+    """Runs of each of two arms whose losses have this standard deviation, for a 95 % interval of their difference."""
+    return next((n for n in range(2, 10000) if t_quantile(2 * n - 2) * deviation * math.sqrt(2 / n) <= half_width), None)
 
 
 def largest_z(loss, window=128):

@@ -1,17 +1,25 @@
 """How much rotation does a model need? Trains it with several rotary fractions and seeds, and writes a report.
 
-    make sweep                                          on a GPU, the built-in corpus
-    make sweep-cpu                                      the same on 2 cores, smaller
+    make sweep                                          on GPUs: a ladder of learning rates, then new seeds at the best
+    make sweep-cpu                                      on 2 cores, smaller, at one learning rate
     make sweep ARGS="--name wiki --data 'data/wiki/train_*.bin' --context 512,2048"
     build-python/bin/python scripts/sweep.py --help     all of its own flags
 
-What stands behind -- goes to `train` as it is: -- --layers 12 --width 512 --lr 1e-3. The paper's other axes take lists,
-and each combination gets a section of the report: --preset (size), --context, --data, --block.
+With --lrs each arm is trained at every rate with seeds 1 to --seeds, the ladder; then --confirm seeds from 101 on at the
+rate that was best for that arm. Only these are compared: seeds that chose a rate say nothing about it. Two arms count as
+equivalent if two one-sided tests say that their means differ by less than study.MARGIN, which was fixed before any of
+these runs was made.
+
+An arm is a share of the head, or above 1 a number of channels, and what else is different behind a colon:
+0:qk-norm, 0.1:head (the frequencies of the whole head), 1:nope4 (every 4th layer without rotation). What stands behind
+-- goes to `train` as it is: -- --layers 12 --width 512. The paper's other axes take lists, and each combination gets a
+section of the report: --preset (size), --context, --data, --block.
 """
 import argparse
 import itertools
 import math
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +30,8 @@ from runner import UserError
 from study import number
 
 # Flags of `train` that a sweep sets itself.
-OWN = "run resume steps ranks lanes seed rotary-dim rotary-fraction preset context block data".split()
+OWN = "run resume steps ranks lanes seed rotary-dim rotary-fraction preset context block data lr".split()
+FIRST_CONFIRMING_SEED = 101
 
 
 def parse(argv):
@@ -40,7 +49,9 @@ def parse(argv):
     add("name", "sweep", "the runs and the report go to runs/NAME (default sweep)", str)
     add("fractions", items("0,2,0.1,0.25,0.5,0.75,1"),
         "shares of the head, up to 1; above 1 numbers of channels (default 0,2,0.1,0.25,0.5,0.75,1)", items)
+    add("lrs", None, "peak learning rates: first a ladder of them", items)
     add("seeds", 3, "seeds 1 to N (default 3)")
+    add("confirm", 8, "with --lrs: new seeds at each arm's best rate (default 8)")
     add("steps", 1000, "steps of a run (default 1000)")
     add("preset", None, "presets of train", items)
     add("context", None, "positions in a window", items)
@@ -76,70 +87,125 @@ def settings_of(args):
         yield name, flags
 
 
-def jobs_of(args, passed):
+def jobs_of(args, passed, rates_of, seeds):
+    """A job for each setting, arm, rate and seed; rates_of(setting, arm) gives the arm's rates, "" for train's own."""
     settings = list(settings_of(args))
     if len({name for name, _ in settings}) < len(settings):
         raise UserError("--data: the data sets must lie in directories of different names")
     jobs = []
-    for seed, (setting, flags), rotate in itertools.product(range(1, args.seeds + 1), settings, args.fractions):
-        flags = flags + passed + [runner.rotation_flag("--fractions", rotate), f"--seed={seed}"]
-        name = f"{setting}rotate={rotate}_seed={seed}"
-        jobs.append(runner.Job(args.name, name, flags, args.steps, args.positions))
+    for seed, (setting, flags), arm in itertools.product(seeds, settings, args.fractions):
+        rotate, _, other = arm.partition(":")
+        if other and other not in study.OTHERS:
+            raise UserError(f"--fractions {arm}: behind the colon stands one of {', '.join(study.OTHERS)}")
+        own = [runner.rotation_flag("--fractions", rotate)] + ([study.OTHERS[other][0]] if other else [])
+        for lr in rates_of(setting, arm):
+            name = (f"{setting}rotate={rotate}" + f"_with={other}" * bool(other) + f"_lr={lr}" * bool(lr) +
+                    f"_seed={seed}")
+            rate = [f"--lr={lr}"] * bool(lr)
+            jobs.append(runner.Job(args.name, name, flags + passed + own + rate + [f"--seed={seed}"], args.steps,
+                                   args.positions))
     return jobs
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The report. A setting is a combination of the axes; in it {label of a rotation: runs by seed}.
-
-HEADER = ["rotated", "channels", "seeds", "validation loss ± sd", "less that of 100 % ± 95 % CI",
-          "largest logit, end", "ever", "spike score 128 / 1,000, %", "RoPE table, bytes", "RoPE, ms/step", "tokens/s"]
+def confirms(run):
+    return run.seed >= FIRST_CONFIRMING_SEED
 
 
-def row(label, runs, groups, speeds):
-    finished = [run for run in runs if run.state == "finished"]
-    diverged = sum(run.state == "diverged" for run in runs)
-
-    def of(summarise, key):
-        values = [run.summary[key] for run in finished if key in run.summary]
-        return float(summarise(values)) if values else math.nan
-
-    losses = [run.summary["val_loss"] for run in finished]
-    spread = f" ± {np.std(losses, ddof=1):.4f}" if len(losses) > 1 else ""
-    tokens, rope = next((speeds[run.directory] for run in runs if run.directory in speeds), (math.nan, math.nan))
-    config = runs[0].config
-    return [label, f"{config['rotary_dim']} of {config['head_size']}",
-            f"{len(finished)}" + (f" ({diverged} diverged)" if diverged else ""),
-            number(of(np.mean, "val_loss")) + spread,
-            "-" if label == study.FULL else study.interval_text(study.difference(groups, label)),
-            number(of(max, "max_logit"), 1), number(of(max, "max_logit_ever"), 1),
-            number(100 * of(np.mean, "spike_score_128"), 2) + " / " + number(100 * of(np.mean, "spike_score_1000"), 2),
-            number(of(max, "rope_table_bytes"), 0), number(1e3 * rope, 3), number(tokens, 0)]
+def setting_of(run):
+    return run.name.partition("rotate=")[0]
 
 
-FIGURES = [
-    ("loss", study.plot_loss_curves, study.plot_loss_curve_difference,
-     "Left: training loss, mean of the seeds and the band from the lowest to the highest. Right: the means less that "
-     "of 100 %."),
-    ("fraction", study.plot_loss_by_fraction, study.plot_difference,
-     "Left: validation loss at the end, a mark per seed, the line through the means. Right: difference to 100 %, "
-     "paired by seed, with its 95 % interval."),
-    ("logits", study.plot_logits, study.plot_gradient_norms,
-     "Left: largest attention logit of all layers and heads. Right: norm of the gradient. A line per seed."),
-    ("positions", study.plot_loss_by_position,
-     lambda ax, groups: study.plot_loss_by_position(ax, groups, study.FULL),
-     "Left: loss by position in the window. Right: the same less that of 100 %."),
-]
+def ladder_of(runs):
+    """{rate as text: mean validation loss of the ladder's seeds}, inf where one of them diverged."""
+    losses = {}
+    for run in runs:
+        if "lr" in run.arm and not confirms(run) and run.state != "unfinished":
+            losses.setdefault(run.arm["lr"], []).append(
+                run.summary["val_loss"] if run.state == "finished" else math.inf)
+    return {lr: float(np.mean(losses[lr])) for lr in sorted(losses, key=float)}
+
+
+def train(args, passed):
+    """As runner.train_all: the jobs that failed, and whether other processes are still at some."""
+    def train_all(jobs):
+        return runner.train_all(jobs, args.jobs, args.gpus_per_run) if jobs else ([], False)
+
+    if not args.lrs:
+        return train_all(jobs_of(args, passed, lambda *_: [""], range(1, args.seeds + 1)))
+    ladder = jobs_of(args, passed, lambda *_: args.lrs, range(1, args.seeds + 1))
+    failed, others = train_all(ladder)
+    while others:  # rates are chosen once all of the ladder is there
+        time.sleep(10)
+        failed, others = train_all(ladder)
+    runs = study.read_runs(Path("runs", args.name))
+
+    def best(setting, arm):
+        rotate, _, other = arm.partition(":")
+        losses = ladder_of([run for run in runs if setting_of(run) == setting and run.arm["rotate"] == rotate and
+                            run.arm.get("with", "") == other])
+        return [min(losses, key=losses.get)] if losses else []
+
+    seeds = range(FIRST_CONFIRMING_SEED, FIRST_CONFIRMING_SEED + args.confirm)
+    more_failed, others = train_all(jobs_of(args, passed, best, seeds))
+    return failed + more_failed, others
+
+
+def rates_table(page, name, groups):
+    """The ladder: which rate each arm was confirmed at, and whether a smaller and a larger one were worse."""
+    ladders = {label: ladder_of(runs) for label, runs in groups.items()}
+    rates = sorted({lr for losses in ladders.values() for lr in losses}, key=float)
+    rows = []
+    for label, losses in ladders.items():
+        best = min(losses, key=losses.get) if losses else None
+        inside = best and list(losses).index(best) not in (0, len(losses) - 1)
+        rows.append([label, *(number(losses.get(lr)) + " *" * (lr == best) for lr in rates), "yes" if inside else "no"])
+    page.text("The ladder: validation loss at each peak learning rate, mean of its seeds; * marks the best, at which the "
+              "arm is compared with new seeds. A best rate inside the ladder has a worse one on either side.")
+    page.table(name, ["rotated", *(f"{float(lr):g}" for lr in rates), "inside"], rows)
+
+
+def equivalence_table(page, name, groups):
+    """Each arm against 100 %: difference unpaired and paired, the two one-sided tests, Holm over the arms."""
+    losses = {label: study.losses_of(runs) for label, runs in groups.items()}
+    full = losses.get(study.FULL, {})
+    arms = [label for label in losses if label != study.FULL and len(losses[label]) > 1 and len(full) > 1]
+    if not arms:
+        return
+    margin = study.MARGIN
+    values = {label: (list(losses[label].values()), list(full.values())) for label in arms}
+    same = study.holm([study.equivalence(*values[label], margin) for label in arms])
+    other = study.holm([study.no_difference(*values[label]) for label in arms])
+    rows = []
+    for label, p_same, p_other in zip(arms, same, other):
+        mean, half, _, _ = study.unpaired_difference(*values[label])
+        deviation = np.sqrt(np.mean([np.var(sample, ddof=1) for sample in values[label]]))
+        verdict = ("equivalent" if p_same < 0.05 else "") + (" but " if max(p_same, p_other) < 0.05 else "") + \
+            (("worse" if mean > 0 else "better") if p_other < 0.05 else "")
+        rows.append([label, f"{number(mean, sign=True)} ± {number(half)}",
+                     study.interval_text(study.difference(groups, label)), number(p_same, 3), number(p_other, 3),
+                     verdict or "undecided", number(study.seeds_needed(deviation, margin), 0)])
+    page.text(
+        f"Less the loss of 100 %, with 95 % intervals, the arms taken as two samples (Welch) and as pairs with the same "
+        f"seed. Equivalent: two one-sided tests reject a difference of {margin:g} nats or more. Different: Welch's "
+        f"test rejects none. Both at 5 %, corrected over the arms by Holm's method. Undecided is not equal. The last column: "
+        f"seeds that it takes for an interval of ± {margin:g} with such a spread.")
+    page.table(name, ["rotated", "difference ± 95 % CI", "paired", "p of a difference ≥ margin", "p of none", "verdict",
+                      "seeds for ± margin"], rows)
 
 
 def report(name):
     settings = {}
     for run in study.read_runs(Path("runs", name)):
         if run.state != "unfinished":
-            setting = run.name.partition("rotate=")[0].strip("_").replace("=", " ").replace("_", ", ")
+            setting = setting_of(run).strip("_").replace("=", " ").replace("_", ", ")
             settings.setdefault(setting, []).append(run)
     if not settings:
         raise UserError(f"runs/{name}: no finished run there")
-    settings = {setting: study.by_rotation(runs) for setting, runs in settings.items()}
+    ladders = {setting: study.by_rotation(runs) for setting, runs in settings.items()}
+    # Where there was a ladder, only what confirms is compared.
+    settings = {setting: study.by_rotation([run for run in runs if "lr" not in run.arm or confirms(run)])
+                for setting, runs in settings.items()}
+    settings = {setting: groups for setting, groups in settings.items() if groups} or ladders
     models = [next((run for run in runs if run.state == "finished"), runs[0])
               for groups in settings.values() for runs in groups.values()]
     speeds = runner.measure_speed([run.directory for run in models])
@@ -166,8 +232,11 @@ def report(name):
             f"{config['layers']} layers x {config['width']}, {config['heads']} heads of {config['head_size']}, "
             f"{config['block']} block, context {config['context']}, {config['steps']:,} steps of "
             f"{config['batch'] * config['context'] * config['accumulate']:,} tokens, peak learning rate "
-            f"{config['lr']:g}, on {config['data']}, which a run sees {number(first.epochs, 2)} times.")
+            f"{'of the ladder' if 'lr' in first.arm else format(config['lr'], 'g')}, on {config['data']}, which a run sees {number(first.epochs, 2)} times.")
         prefix = setting.replace(", ", "-").replace(" ", "-") + "-" * bool(setting)
+        if any(map(ladder_of, ladders[setting].values())):
+            rates_table(page, prefix + "rates", ladders[setting])
+        equivalence_table(page, prefix + "equivalence", groups)
         page.table(prefix + "table", HEADER, [row(label, runs, groups, speeds) for label, runs in groups.items()])
         for kind, left, right, caption in FIGURES:
             figure, axes = study.plt.subplots(1, 2, figsize=(11, 4.2))
@@ -181,7 +250,7 @@ def work():
     args, passed = parse(sys.argv[1:])
     failed = others = False
     if not args.report:
-        failed, others = runner.train_all(jobs_of(args, passed), args.jobs, args.gpus_per_run)
+        failed, others = train(args, passed)
     if not others:
         report(args.name)
     return 1 if failed else 0

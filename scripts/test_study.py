@@ -6,8 +6,9 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from study import (POINTS, first_spike, growth_per_1000, heads_at_end, largest_stable, largest_z, losses_of,
-                   lr_sensitivity, pack, paired_difference, read_runs, t_quantile)
+from study import (POINTS, equivalence, first_spike, growth_per_1000, heads_at_end, holm, largest_stable, largest_z,
+                   losses_of, lr_sensitivity, no_difference, pack, paired_difference, read_runs, seeds_needed,
+                   t_quantile, t_tail, unpaired_difference)
 
 
 def test_pack():
@@ -43,6 +44,15 @@ def test_statistics():
         near(t_quantile(degrees), t)
     mean, half, n = paired_difference({1: 1.0, 2: 2.0, 3: 4.0, 5: 9.0}, {3: 3.5, 2: 2.0, 1: 0.0, 4: 7.0})
     near(mean, 0.5), near(half, 4.303 * 0.5 / math.sqrt(3)), near(n, 3)
+    near(t_tail(2.262, 9), 0.025), near(t_tail(-2.262, 9), 0.975), near(t_tail(0, 3), 0.5)
+    # a: mean 3, variance 2.5; b: mean 5, variance 10 (n 5 each): error sqrt(2.5), degrees 6.25 / (0.25/4 + 4/4) = 5.882
+    a, b = [1.0, 2, 3, 4, 5], [1.0, 3, 5, 7, 9]
+    mean, half, error, degrees = unpaired_difference(a, b)
+    near(mean, -2), near(error, math.sqrt(2.5)), near(degrees, 5.8824), near(half, 2.4592 * math.sqrt(2.5))
+    near(no_difference(a, b), 0.2538)  # scipy.stats.ttest_ind(a, b, equal_var=False)
+    near(equivalence(a, b, 10), t_tail(8 / math.sqrt(2.5), degrees)), near(equivalence(a, b, 2), 0.5)
+    assert np.allclose(holm([0.01, 0.04, 0.03]), [0.03, 0.06, 0.06]) and np.allclose(holm([0.9, 0.6]), [1, 1])
+    assert seeds_needed(0.02, 0.01) == 32  # 2.0 * 0.02 * sqrt(2 / 32) = 0.01
     near(lr_sensitivity([3.0, 2.0, 2.5], 5.0), 0.5)
     near(lr_sensitivity([2.0, math.inf, math.nan, 7.0], 5.0), (2 + 3 * 5) / 4 - 2)
     assert math.isnan(lr_sensitivity([math.inf, math.nan], 5.0))

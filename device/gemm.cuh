@@ -1,0 +1,380 @@
+#pragma once
+// A matrix product of our own for Hopper (sm_90a), in bf16 with fp32 sums, which can go on with what comes next:
+//     out (M, N) = A (M, K) B (N, K)^T, then an epilogue: nothing, or SwiGLU.
+// That is a linear layer's forward product: A holds its inputs, B its weights, both with K running along memory. The
+// product alone is a little slower than cuBLASLt's; an epilogue pays because what it needs is still on the chip, while
+// an operation of its own would read it from device memory again.
+//
+// How it works (bench/matmul_ladder.cu leads up to it). A block makes tiles of 128 x 256 of `out`, one after the other:
+//   - One thread, the producer, asks the copy engine (TMA) for slices of A (128, 64) and B (256, 64), as slots for them
+//     become free.
+//   - Two warpgroups, the consumers, own 64 rows each: 128 fp32 sums a thread. wgmma reads both operands straight from
+//     shared memory. They leave a finished tile in shared memory, rounded to bf16, and go on with the next.
+//   - Three warps, the finishers, have that tile copied to device memory and do what the epilogue says, meanwhile.
+//   - Barriers pass all of it on: `full` and `empty` for each slot, `ready` and `free` for the finished tile.
+//   - Two blocks, a cluster, work on tiles one above the other, which need the same slice of B: each fetches half of it
+//     and the copy engine delivers it to both. Without that the L2 cache cannot keep up.
+// Barriers are waited for in the scope of the block: in that of the cluster each wait would also empty the L1 cache and
+// each arrival wait for all of memory, which took a third of the speed.
+// Every sum has one owner and one order: the result is the same in every run.
+
+#include <cuda.h>
+
+#include "device/backend.h"
+
+#ifdef __CUDACC__
+
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#define GEMM_HOPPER 1
+#define GEMM_CLUSTER __cluster_dims__(2, 1, 1)
+#else  // the kernel is empty for other targets, and supports() says so
+#define GEMM_HOPPER 0
+#define GEMM_CLUSTER
+#endif
+
+namespace gemm {
+
+constexpr int kM = 128, kN = 256, kK = 64;  // a block's tile, and the depth of a slice
+constexpr int kSlots = 3;                 // for slices that are on their way or in use
+constexpr int kCluster = 2;  // blocks
+constexpr int kThreads = 3 * 128;
+constexpr int kBytesA = kM * kK * 2, kBytesB = kN * kK * 2, kBytesSlice = kBytesA + kBytesB;
+constexpr int kBytesTile = kM * kN * 2;     // a finished tile: of each consumer four panels of (64, 64)
+constexpr int kBytesPanel = 64 * 64 * 2;
+constexpr int kBytesShared = kSlots * kBytesSlice + kBytesTile + 1024 + 128;  // all begin at multiples of 1024
+constexpr int kFinishers = 96;
+
+// Where a tile of `out` begins, and which rows of B make its two halves of 128 columns.
+struct Place {
+  int row, column, first_half, second_half;
+};
+
+#if GEMM_HOPPER
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Barriers in shared memory. A phase of `full` ends when its bytes have arrived, of the others when their threads have.
+
+__device__ __forceinline__ void init_barrier(uint32_t barrier, int arrivals) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
+}
+__device__ __forceinline__ void expect_bytes(uint32_t barrier, int bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+}
+// Waits until the phase of this parity has ended.
+__device__ __forceinline__ void wait_barrier(uint32_t barrier, int parity) {
+  asm volatile(
+      "{\n"
+      ".reg .pred done;\n"
+      "again:\n"
+      "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+      "@!done bra again;\n"
+      "}" ::"r"(barrier),
+      "r"(parity)
+      : "memory");
+}
+__device__ __forceinline__ void arrive(uint32_t barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+// Arrives at the same barrier of block `rank` of the cluster.
+__device__ __forceinline__ void arrive_at(uint32_t barrier, int rank) {
+  asm volatile(
+      "{\n"
+      ".reg .b32 there;\n"
+      "mapa.shared::cluster.u32 there, %0, %1;\n"
+      "mbarrier.arrive.shared::cluster.b64 _, [there];\n"
+      "}" ::"r"(barrier),
+      "r"(rank)
+      : "memory");
+}
+__device__ __forceinline__ void finishers_barrier() { asm volatile("bar.sync 1, 96;" ::: "memory"); }
+__device__ __forceinline__ void cluster_barrier() {
+  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// The copy engine. A box of a matrix comes to shared memory with its 16-byte chunks permuted within rows of 128 bytes
+// (the 128-byte swizzle), as wgmma expects it; what lies outside the matrix arrives as zeros and is not written back.
+
+__device__ __forceinline__ void load_box(uint32_t to, const CUtensorMap& matrix, int column, int row,
+                                         uint32_t barrier) {
+  asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];"
+               ::"r"(to), "l"(&matrix), "r"(barrier), "r"(column), "r"(row)
+               : "memory");
+}
+// The same, to this address in both blocks of the cluster; either block's barrier counts the bytes.
+__device__ __forceinline__ void load_box_for_both(uint32_t to, const CUtensorMap& matrix, int column, int row,
+                                                  uint32_t barrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], "
+      "[%1, {%3, %4}], [%2], %5;" ::"r"(to),
+      "l"(&matrix), "r"(barrier), "r"(column), "r"(row), "h"(uint16_t(3))
+      : "memory");
+}
+
+__device__ __forceinline__ void store_box(const CUtensorMap& matrix, int column, int row, uint32_t from) {
+  asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%2, %3}], [%1];" ::"l"(&matrix), "r"(from),
+               "r"(column), "r"(row)
+               : "memory");
+}
+__device__ __forceinline__ void commit_stores() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
+// Until they have read shared memory.
+__device__ __forceinline__ void wait_stores() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }
+// What threads wrote to shared memory can be read by the copy engine after this and a barrier.
+__device__ __forceinline__ void publish() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+// ---------------------------------------------------------------------------------------------------------------------
+// wgmma
+
+// Its description of 64 or 256 rows of 64 bf16 at a multiple of 1024 bytes, 128-byte swizzle (PTX ISA, "Matrix
+// descriptor"): address, distance of one group of 8 rows from the next. 16 columns further on is 32 bytes further.
+__device__ __forceinline__ uint64_t descriptor(uint32_t at) {
+  return uint64_t(1) << 62 | uint64_t(1024 >> 4) << 32 | uint64_t(1) << 16 | at >> 4;
+}
+
+// clang-format off
+#define GEMM_D4(n) "+f"(d[n][0]), "+f"(d[n][1]), "+f"(d[n][2]), "+f"(d[n][3])
+#define GEMM_D16(n) GEMM_D4(n), GEMM_D4(n + 1), GEMM_D4(n + 2), GEMM_D4(n + 3)
+#define GEMM_D64(n) GEMM_D16(n), GEMM_D16(n + 4), GEMM_D16(n + 8), GEMM_D16(n + 12)
+#define GEMM_R128                                                                                                      \
+  "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,"    \
+  "%30,%31,%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,"   \
+  "%58,%59,%60,%61,%62,%63,%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79,%80,%81,%82,%83,%84,%85,"   \
+  "%86,%87,%88,%89,%90,%91,%92,%93,%94,%95,%96,%97,%98,%99,%100,%101,%102,%103,%104,%105,%106,%107,%108,%109,%110,"    \
+  "%111,%112,%113,%114,%115,%116,%117,%118,%119,%120,%121,%122,%123,%124,%125,%126,%127}"
+// clang-format on
+
+// d (64, 256) = [d +] A (64, 16) B (256, 16)^T. Of each piece of 8 columns a thread holds, as everywhere in tensor
+// cores, rows g and g + 8 (g = lane / 4, from its warp's 16 rows on), columns 2t and 2t + 1 (t = lane % 4).
+__device__ __forceinline__ void wgmma(float (&d)[32][4], uint64_t a, uint64_t b, int accumulate) {
+  asm volatile("{.reg .pred p; setp.ne.b32 p, %130, 0;\n"
+               "wgmma.mma_async.sync.aligned.m64n256k16.f32.bf16.bf16 " GEMM_R128 ", %128, %129, p, 1, 1, 0, 0;}"
+               : GEMM_D64(0), GEMM_D64(16)
+               : "l"(a), "l"(b), "r"(accumulate));
+}
+template <int PENDING>
+__device__ __forceinline__ void wait_products(float (&d)[32][4]) {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
+  if (PENDING == 0)
+#pragma unroll
+    for (int n = 0; n < 32; ++n)  // keeps the compiler from reading the registers before the wait
+      asm volatile("" : "+f"(d[n][0]), "+f"(d[n][1]), "+f"(d[n][2]), "+f"(d[n][3])::"memory");
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// A finished tile (128, 256) in shared memory
+
+// The address of 8 columns of a row: panels have rows of 128 bytes, whose 16-byte chunks are permuted by the row's
+// number. So 8 rows never meet in the same banks, and the copy engine knows it as its 128-byte swizzle.
+__device__ __forceinline__ uint32_t chunk_address(uint32_t tile, int row, int chunk) {
+  const uint32_t panel = tile + row / 64 * (kBytesTile / 2) + (chunk >> 3) * kBytesPanel;
+  return panel + row % 64 * 128 + (((chunk & 7) ^ (row & 7)) << 4);
+}
+__device__ __forceinline__ uint32_t pack_pair(float low, float high) {
+  __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+  return reinterpret_cast<uint32_t&>(pair);
+}
+// A warp's 16 rows from `row` on; stmatrix takes pieces of 8 x 8 as the tensor cores leave them, four at a time.
+__device__ __forceinline__ void write_tile(uint32_t tile, int row, const float (&d)[32][4]) {
+  const int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int n = 0; n < 32; n += 2)
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(
+                     chunk_address(tile, row + lane % 16, n + lane / 16)),
+                 "r"(pack_pair(d[n][0], d[n][1])), "r"(pack_pair(d[n][2], d[n][3])),
+                 "r"(pack_pair(d[n + 1][0], d[n + 1][1])), "r"(pack_pair(d[n + 1][2], d[n + 1][3]))
+                 : "memory");
+}
+// 8 columns as fp32, and back to bf16.
+__device__ __forceinline__ void read_chunk(float (&x)[8], uint32_t address) {
+  uint32_t pair[4];
+  asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(pair[0]), "=r"(pair[1]), "=r"(pair[2]), "=r"(pair[3])
+               : "r"(address)
+               : "memory");
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    x[2 * i] = __uint_as_float(pair[i] << 16);
+    x[2 * i + 1] = __uint_as_float(pair[i] & 0xffff0000u);
+  }
+}
+__device__ __forceinline__ uint4 packed_chunk(const float (&x)[8]) {
+  return make_uint4(pack_pair(x[0], x[1]), pack_pair(x[2], x[3]), pack_pair(x[4], x[5]), pack_pair(x[6], x[7]));
+}
+#endif  // GEMM_HOPPER
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Epilogues. Each says which rows of B make a tile, and to which columns of out its four panels go (N: nowhere). While
+// the tile is copied to device memory, finisher number `thread` of 96 calls finish().
+
+// out as it is.
+struct Store {
+  __device__ Place place(int row, int j, int /*N*/) const { return {row, j * kN, j * kN, j * kN + 128}; }
+  __device__ int panel_column(Place at, int panel, int) const { return at.column + panel * 64; }
+  __device__ void finish(uint32_t, Place, int, int, int) const {}
+};
+
+// out (M, 2F) holds gates in its first F columns and ups behind them; act (M, F) = silu(gate) * up, to the bit as from
+// swiglu_forward(). A tile has 128 gates and the 128 ups that go with them. F is a multiple of 64.
+struct SwiGlu {
+  bf16* act;
+  __device__ Place place(int row, int j, int N) const { return {row, j * 128, j * 128, N / 2 + j * 128}; }
+  __device__ int panel_column(Place at, int panel, int N) const {
+    if (at.column + panel % 2 * 64 >= N / 2) return N;  // the right half of the last tile
+    return (panel < 2 ? at.first_half : at.second_half) + panel % 2 * 64;
+  }
+  __device__ void finish(uint32_t tile, Place at, int thread, int M, int N) const {
+#if GEMM_HOPPER
+    const int F = N / 2;
+    for (int i = thread; i < kM * 16; i += kFinishers) {
+      const int row = i / 16, chunk = i % 16, r = at.row + row, c = at.column + chunk * 8;
+      if (r >= M || c >= F) continue;
+      float gate[8], up[8];
+      read_chunk(gate, chunk_address(tile, row, chunk));
+      read_chunk(up, chunk_address(tile, row, chunk + 16));
+#pragma unroll
+      for (int k = 0; k < 8; ++k) up[k] *= gate[k] * __fdividef(1, 1 + __expf(-gate[k]));
+      *reinterpret_cast<uint4*>(act + size_t(r) * F + c) = packed_chunk(up);
+    }
+#endif
+  }
+};
+
+// ---------------------------------------------------------------------------------------------------------------------
+
+// The tile number t: down the rows first, 8 clusters' worth, then to the next column, so that what the blocks at work
+// read together stays in the L2 cache.
+template <class Epilogue>
+__device__ __forceinline__ Place tile_place(const Epilogue& epilogue, int t, int rows, int columns, int N, int rank) {
+  constexpr int kGroup = 8;
+  const int group = t / (kGroup * columns), first = group * kGroup, height = min(kGroup, rows - first);
+  const int inside = t - group * kGroup * columns;
+  return epilogue.place((first + inside % height) * kCluster * kM + rank * kM, inside / height, N);
+}
+
+template <class Epilogue>
+__global__ void GEMM_CLUSTER __launch_bounds__(kThreads, 1)
+    kernel(const __grid_constant__ CUtensorMap a, const __grid_constant__ CUtensorMap b,
+           const __grid_constant__ CUtensorMap out, int M, int N, int K, Epilogue epilogue) {
+#if GEMM_HOPPER
+  extern __shared__ uint8_t memory[];
+  const uint32_t slots = (uint32_t(__cvta_generic_to_shared(memory)) + 1023) / 1024 * 1024;
+  const uint32_t tile = slots + kSlots * kBytesSlice, full = tile + kBytesTile, empty = full + 8 * kSlots,
+                 ready = empty + 8 * kSlots, free = ready + 8;
+  const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0), rank = blockIdx.x % kCluster;
+  const int rows = (M + kCluster * kM - 1) / (kCluster * kM), columns = (N + kN - 1) / kN;
+  const int slices = (K + kK - 1) / kK, first_tile = blockIdx.x / kCluster, tiles_apart = gridDim.x / kCluster;
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < kSlots; ++i) {
+      init_barrier(full + 8 * i, 1);
+      init_barrier(empty + 8 * i, 2 * kCluster);
+    }
+    init_barrier(ready, 256);
+    init_barrier(free, 1);
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+  }
+  cluster_barrier();
+
+  if (warp < 4) {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
+    if (threadIdx.x == 0) {  // the producer
+      int slot = 0, parity = 1;  // the first time round all slots are empty
+      for (int t = first_tile; t < rows * columns; t += tiles_apart) {
+        const Place at = tile_place(epilogue, t, rows, columns, N, rank);
+        for (int k = 0; k < slices; ++k) {
+          const uint32_t slice = slots + slot * kBytesSlice;
+          wait_barrier(empty + 8 * slot, parity);
+          expect_bytes(full + 8 * slot, kBytesSlice);
+          load_box(slice, a, k * kK, at.row, full + 8 * slot);
+          load_box_for_both(slice + kBytesA + rank * (kBytesB / 2), b, k * kK, rank ? at.second_half : at.first_half,
+                            full + 8 * slot);
+          if (++slot == kSlots) slot = 0, parity ^= 1;
+        }
+      }
+    }
+    if (warp > 0) {  // the finishers
+      const int thread = threadIdx.x - 32;
+      int parity = 0;
+      for (int t = first_tile; t < rows * columns; t += tiles_apart, parity ^= 1) {
+        const Place at = tile_place(epilogue, t, rows, columns, N, rank);
+        wait_barrier(ready, parity);
+        if (thread == 0) {
+          for (int i = 0; i < 8; ++i)
+            store_box(out, epilogue.panel_column(at, i % 4, N), at.row + i / 4 * 64, tile + i * kBytesPanel);
+          commit_stores();
+        }
+        epilogue.finish(tile, at, thread, M, N);
+        finishers_barrier();
+        if (thread == 0) {
+          wait_stores();
+          arrive(free);
+        }
+      }
+    }
+  } else {  // the consumers
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
+    const int consumer = warp / 4 - 1, thread = threadIdx.x % 128;
+    float d[32][4];
+    int slot = 0, parity = 0, tile_parity = 1;
+    for (int t = first_tile; t < rows * columns; t += tiles_apart, tile_parity ^= 1) {
+      for (int k = 0; k < slices; ++k) {
+        const uint32_t slice = slots + slot * kBytesSlice;
+        const uint64_t rows_of_a = descriptor(slice + consumer * (kBytesA / 2)),
+                       rows_of_b = descriptor(slice + kBytesA);
+        wait_barrier(full + 8 * slot, parity);
+        asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+#pragma unroll
+        for (int i = 0; i < kK / 16; ++i) wgmma(d, rows_of_a + 2 * i, rows_of_b + 2 * i, k > 0 || i > 0);
+        asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+        wait_products<1>(d);  // the slice before this one has been used
+        if (k > 0 && thread < kCluster) arrive_at(empty + 8 * (slot > 0 ? slot - 1 : kSlots - 1), thread);
+        if (++slot == kSlots) slot = 0, parity ^= 1;
+      }
+      wait_products<0>(d);
+      if (thread < kCluster) arrive_at(empty + 8 * (slot > 0 ? slot - 1 : kSlots - 1), thread);
+      wait_barrier(free, tile_parity);  // the tile before has left
+            write_tile(tile, (warp - 4) * 16, d);
+      publish();
+      arrive(ready);
+    }
+  }
+  cluster_barrier();  // neither block may go while the other still sends it something
+#endif
+}
+
+// Describes a matrix (rows, columns) of bf16 to the copy engine, which takes boxes of `box_rows` rows of 64 columns.
+inline CUtensorMap describe(const bf16* matrix, int rows, int columns, int box_rows) {
+  static const auto encode = [] {
+    void* function = nullptr;
+    cudaDriverEntryPointQueryResult found;
+    check(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &found),
+          "cuTensorMapEncodeTiled");
+    return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(function);
+  }();
+  CUtensorMap map;
+  const cuuint64_t sizes[] = {cuuint64_t(columns), cuuint64_t(rows)}, strides[] = {cuuint64_t(columns) * sizeof(bf16)};
+  const cuuint32_t box[] = {64, cuuint32_t(box_rows)}, steps[] = {1, 1};
+  if (encode(&map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, const_cast<bf16*>(matrix), sizes, strides, box, steps,
+             CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+             CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) != CUDA_SUCCESS)
+    throw std::runtime_error("cuTensorMapEncodeTiled: a matrix that the copy engine does not take");
+  return map;
+}
+
+// Whether the kernel exists for this GPU and takes this shape: rows of all matrices start at multiples of 16 bytes.
+inline bool supports(const Cuda& be, int N, int K, const void* out, const void* a, const void* b) {
+  auto aligned = [](const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; };
+  return be.capability == 90 && N % 8 == 0 && K % 8 == 0 && aligned(out) && aligned(a) && aligned(b);
+}
+
+// out (M, N) = a (M, K) b (N, K)^T, finished by the epilogue.
+template <class Epilogue>
+void multiply(Cuda& be, bf16* out, const bf16* a, const bf16* b, int M, int N, int K, Epilogue epilogue) {
+  const size_t tiles = divide_up(M, kCluster * kM) * divide_up(N, kN);
+  const int blocks = kCluster * int(std::min<size_t>(tiles, be.multiprocessors / kCluster));
+  launch(be, "gemm", kernel<Epilogue>, blocks, kThreads, kBytesShared, describe(a, M, K, kM), describe(b, N, K, 128),
+         describe(out, M, N, 64), M, N, K, epilogue);
+}
+
+}  // namespace gemm
+
+#endif  // __CUDACC__
