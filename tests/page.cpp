@@ -103,7 +103,7 @@ TEST_CASE("page: heads of every layer before RoPE, the model's log-sum-exps, its
         CHECK(float(object["layers"][l]["lse"][h][t].get<double>()) == model.acts.blocks[l].lse[h * T + t]);
     CHECK(unpacked(object["layers"][l]["x2"]).size() == size_t(c.width));
   }
-  for (int i = 0; i < T * c.rotary_dim; ++i) CHECK(float(object["table"][i].get<double>()) == model.rope.cos_sin[i]);
+  for (int i = 0; i < T * c.rotary_dim; ++i) CHECK(float(object["table"][i].get<double>()) == model.rope[0].cos_sin[i]);
   CHECK(object["next"].size() == 5);
   CHECK(object["next"][0]["probability"] >= object["next"][1]["probability"]);
   // 1 GiB at 1 M positions for 256 channels, 104 MiB for 26 of them; a KV cache of 16 layers, 8 heads, 256 channels.
