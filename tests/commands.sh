@@ -127,7 +127,7 @@ check "training on from an import" $train --run more --init back --steps 2
 same "a fresh start has not moved yet" runs/straight/checkpoint/model.safetensors runs/back/checkpoint/model.safetensors
 refuse "width is .* but was" $train --init back --width 64
 check "another position code on trained weights" $train --init back --rotary-dim 4 --rope-base 500 --run recoded --steps 1
-check "what changed is said" grep -q "Changed: .*rotary_dim 4 (was 2), rope_base 500.0 (was 10000.0)" out
+grep -q "Changed: .*rotary_dim 4 (was 2), rope_base 500.0 (was 10000.0)" out && pass || fail "what changed is said"
 refuse "rotary-layers.*one for each layer" $train --rotary-layers 4,4,0
 refuse "rotary-layers 4,0: up to 4 .* mean 2" $train --rotary-layers 4,0 --rotary-dim 2
 refuse "rope-frequencies .*wavelengths" $train --rotary-dim 4 --rope-frequencies 6.3
