@@ -158,6 +158,14 @@ check "lambada: results" grep -q '"perplexity":.*"log_likelihoods":\[\[-[0-9.]*\
 check "positions" "$programs/eval" positions --run straight --tokens 1000 --out positions.csv
 check "positions: 1, 1, 2, 4, ... to 32" test "$(cut -d, -f3 positions.csv | tr '\n' ' ')" = "end 1 2 4 8 16 32 "
 check "length" "$programs/eval" length --run straight --tokens 1000 --out length.csv
+check "length: the same targets" grep -qE "^256,3,[0-9.]+,[0-9.]+,-?[0-9.]+," length.ends.csv
+check "length: nothing changed" "$programs/eval" length --run straight --tokens 300 --out unchanged.csv
+for change in "--rope-scale 4" "--rope-scale 0" "--yarn 0" "--rotary-dim 0" "--attention-temperature 0.9"; do
+  check "length $change" "$programs/eval" length --run straight --tokens 300 --out changed.csv $change
+  if cmp -s changed.ends.csv unchanged.ends.csv; then fail "length $change changes nothing"; else pass; fi
+done
+refuse "rope-scale, --yarn" "$programs/eval" length --run straight --rope-scale 2 --yarn 2
+refuse "rotary-dim 3" "$programs/eval" length --run straight --rotary-dim 3
 check "length: up to 8 times 32" test "$(tail -1 length.csv | cut -d, -f1-4)" = "256,128,256,3"
 refuse "one answer only; eval lambada" "$programs/eval" choices --run straight --data words.jsonl.gz
 refuse "several choices; eval choices" "$programs/eval" lambada --run straight --data questions.jsonl

@@ -23,6 +23,14 @@ void scatter(Tiny& model) {  // so large that attention has preferences and posi
   model.set_weights(weights.data());
 }
 
+Dataset shard_of(const std::vector<int>& tokens, const std::string& path) {
+  std::vector<int32_t> header(shard_header_ints, 0);
+  header[0] = shard_magic, header[1] = shard_version, header[2] = int32_t(tokens.size());
+  const std::vector<uint16_t> stored(tokens.begin(), tokens.end());
+  write_file(path, {{header.data(), shard_header_bytes}, {stored.data(), stored.size() * 2}});
+  return Dataset(path);
+}
+
 std::string text_of(const std::vector<int>& ids) { return {ids.begin(), ids.end()}; }
 
 // ln P of each token but the first behind those before it, from the logits of one window of just that length.
@@ -202,12 +210,8 @@ TEST_CASE("benchmarks: loss by position is the mean over windows, within the tra
   for (const Config& c : {tiny(4), tiny(0), tiny(0, true)})
     for (int T : {12, 96}) {
       TemporaryDirectory directory;
-      std::vector<int32_t> header(shard_header_ints, 0);
       const std::vector<int> tokens = random_tokens(3 * 96 + 1, 257, 9);
-      header[0] = shard_magic, header[1] = shard_version, header[2] = int32_t(tokens.size());
-      const std::vector<uint16_t> stored(tokens.begin(), tokens.end());
-      write_file(directory / "a.bin", {{header.data(), shard_header_bytes}, {stored.data(), stored.size() * 2}});
-      const Dataset data(directory / "a.bin");
+      const Dataset data = shard_of(tokens, directory / "a.bin");
       Cpu cpu;
       Tiny model(cpu, c, 2, T, false);
       scatter(model);
@@ -225,4 +229,63 @@ TEST_CASE("benchmarks: loss by position is the mean over windows, within the tra
         CHECK(std::fabs(bin.loss.error() - expected.error()) < kClose);
       }
     }
+}
+
+TEST_CASE("length: the same targets at every length, the ends of the longest windows") {
+  for (const Config& c : {tiny(4), tiny(0, true)})
+    for (int T : {12, 24, 96}) {
+      TemporaryDirectory directory;
+      const std::vector<int> tokens = random_tokens(3 * 96 + 1, 257, 9);
+      const Dataset data = shard_of(tokens, directory / "a.bin");
+      Cpu cpu;
+      Tiny model(cpu, c, 2, T, false);
+      scatter(model);
+      const std::vector<double> found = loss_of_ends(model, data, 3, 96, 6);
+      CHECK(found.size() == 3);
+      for (size_t w = 0; w < found.size(); ++w) {
+        const auto end = tokens.begin() + long((w + 1) * 96 + 1);
+        const std::vector<double> all = log_likelihoods(c, {end - T - 1, end});
+        CHECK(std::fabs(found[w] + std::accumulate(all.end() - 6, all.end(), 0.0) / 6) < kClose);
+      }
+    }
+}
+
+TEST_CASE("length: --attention-temperature divides the scores, with QK-Norm and without") {
+  for (const Config& c : {tiny(4), tiny(4, true)}) {
+    const int T = 12, HS = c.head_size;
+    const std::vector<int> tokens = random_tokens(T, 257, 10);
+    Cpu cpu;
+    Tiny model(cpu, c, 1, T, false), divided(cpu, c, 1, T, false);
+    scatter(model), scatter(divided);
+    divide_scores(divided, 3);
+    model.forward(tokens.data(), 1, T), divided.forward(tokens.data(), 1, T);
+    const float* qkv = model.acts.blocks[0].qkv;  // of the first block: later ones see other inputs
+    for (int h = 0; h < c.heads; ++h)
+      for (int t = 0; t < T; ++t) {
+        double sum = 0, size = 0;
+        for (int s = 0; s <= t; ++s) {
+          double score = 0;
+          for (int i = 0; i < HS; ++i)
+            score += double(qkv[t * c.qkv_width() + h * HS + i]) * qkv[s * c.qkv_width() + (c.heads + h) * HS + i];
+          score /= 3 * std::sqrt(HS);
+          sum += std::exp(score), size = std::max(size, std::fabs(score));
+        }
+        // A score is within some roundings of each of its HS terms.
+        CHECK(std::fabs(divided.acts.blocks[0].lse[h * T + t] - std::log(sum)) < (size + 10) * HS * 16 * 0x1p-24);
+      }
+  }
+}
+
+TEST_CASE("length: another position code for a window, in the model's R") {
+  const Config c = tiny(4);
+  PositionChange change;
+  change.base = 500, change.yarn = 0;
+  const Config yarn = change.apply(c, 96);
+  CHECK((yarn.rope_base == 500 && yarn.rope_scaling == "yarn:8,12" && yarn.rotary_dim == c.rotary_dim));
+  change.yarn = 1, change.interpolate = 2.5;
+  CHECK(change.apply(c, 96).rope_scaling == "linear:2.5");
+  CHECK(change.apply(c, 12).angles(c.rotary_dim).theta[1] == about(std::pow(500, -2.0 / c.rotary_dim) / 2.5));
+  if (kRotaryDim) return;
+  change.R = 0;
+  CHECK(change.apply(c, 96).rotary_dims() == std::vector<int>{0, 0});
 }
