@@ -252,13 +252,17 @@ class Ranks {
   template <class Work>
   int guard(Work work) {
     if (size == 1) return work();
+    int code = 1;
+    std::string why;
     try {
       return work();
     } catch (const UserError& e) {
-      end(2, e.what());
+      code = 2, why = e.what();
     } catch (const std::exception& e) {
-      end(1, e.what());
+      why = e.what();
     }
+    std::fflush(stdout);
+    end(code, why);
   }
 
  private:
@@ -455,7 +459,6 @@ class Ranks {
   // One line on stderr; the first is the only one.
   void say(const std::string& line) {
     if (said_.test_and_set()) std::this_thread::sleep_for(std::chrono::seconds(60));  // the other thread is at it
-    std::fflush(stdout);
     if (!line.empty()) std::fprintf(stderr, "%serror: %s\n", ::isatty(STDOUT_FILENO) ? "\n" : "", line.c_str());
   }
 
