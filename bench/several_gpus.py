@@ -52,6 +52,15 @@ def nccl():
     return None
 
 
+def nvidia_smi(what):
+    """A value of each GPU of the host; nothing without one."""
+    try:
+        command = ["nvidia-smi", f"--query-gpu={what}", "--format=csv,noheader,nounits"]
+        return subprocess.run(command, capture_output=True, text=True).stdout.splitlines()
+    except OSError:
+        return []
+
+
 def children(pid):
     """The processes that it started, in this order."""
     found = []
@@ -65,7 +74,7 @@ def children(pid):
 
 class Bench:
     def __init__(self, options):
-        self.build = pathlib.Path(options.build).resolve()
+        self.build, self.device = pathlib.Path(options.build).resolve(), options.device
         self.work = pathlib.Path(tempfile.mkdtemp(prefix="several-gpus-"))
         self.environment = dict(os.environ, OMP_WAIT_POLICY="passive")
         found = nccl()
@@ -110,7 +119,8 @@ class Bench:
         return list(csv.DictReader(text[:text.rfind("\n") + 1].splitlines()))
 
     def train(self, run, gpus, *flags):
-        return [self.build / "train", "--run", run, "--ranks", gpus, "--data", "data/train_*.bin", "--device=cuda", *flags]
+        return [self.build / "train", "--run", run, "--ranks", gpus, "--data", "data/train_*.bin", "--device", self.device,
+                *flags]
 
     def wait_for_rows(self, process, run, count, limit):
         until = time.time() + limit
@@ -126,12 +136,11 @@ class Bench:
         process = self.start(self.train(run, gpus, "--dtype=bf16", "--steps=1000000", "--checkpoint-every=1000000",
                                         "--val-every=1000000", *flags))
         self.wait_for_rows(process, run, 4 + steps, limit)
-        used = subprocess.run(["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"],
-                              capture_output=True, text=True).stdout.split()
+        used = nvidia_smi("memory.used")
         rates = [float(row["tokens_per_second"]) for row in self.log(run)[4:]]
         self.end(process, 0)  # killed: there is nothing to be saved
         shutil.rmtree(self.work / "runs" / run, ignore_errors=True)
-        return statistics.median(rates), max(map(int, used), default=0) << 20
+        return statistics.median(rates), max(int(mebibytes) << 20 for mebibytes in used)
 
     def check(self, name, good, note=""):
         self.tests.append((name, bool(good), note))
@@ -217,6 +226,8 @@ class Bench:
         process.send_signal(signal.SIGTERM)
         code, text = self.end(process, 30)
         self.check("SIGTERM saves once and ends", code == 0 and text.count("Interrupted: saved at step") == 1)
+        if self.device == "cpu":
+            return
         same_gpu = f"LOCAL_RANK=0 {self.build}/train --run=shared --accumulate=4 --device=cuda --data='data/train_*.bin'"
         both = self.start(["env", "WORLD_SIZE=2", "MASTER_PORT=29511", "sh", "-c",
                            f"RANK=0 {same_gpu} & RANK=1 {same_gpu}; wait"])
@@ -312,13 +323,13 @@ def main():
     parser.add_argument("--parts", default="small,bits,kills,ddp,large", help="small,bits,ddp,large,kills,8b")
     parser.add_argument("--gpus", help="numbers of GPUs, ascending; default: 1, 2, 4, ... as many as there are")
     parser.add_argument("--build", default=str(ROOT / "build"))
+    parser.add_argument("--device", default="cuda", help="cpu: to try out bits and kills without a GPU; needs --gpus")
     parser.add_argument("--seconds", type=float, default=400, help="no part begins after so many")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
         return worker()
-    names = subprocess.run(["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"], capture_output=True, text=True)
-    gpus = names.stdout.splitlines()
+    gpus = nvidia_smi("name")
     counts = [2**i for i in range(10) if 2**i <= len(gpus)]
     if options.gpus:
         counts = [int(n) for n in options.gpus.split(",")]

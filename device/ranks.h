@@ -252,13 +252,17 @@ class Ranks {
   template <class Work>
   int guard(Work work) {
     if (size == 1) return work();
+    int code = 1;
+    std::string why;
     try {
       return work();
     } catch (const UserError& e) {
-      end(2, e.what());
+      code = 2, why = e.what();
     } catch (const std::exception& e) {
-      end(1, e.what());
+      why = e.what();
     }
+    std::fflush(stdout);
+    end(code, why);
   }
 
  private:
@@ -433,9 +437,9 @@ class Ranks {
           std::this_thread::sleep_for(std::chrono::seconds(1));  // rank 0 may be about to say the same of itself
           end(alarm.code, name(int(r)) + ": " + alarm.text);
         }
-        const std::string line = name(int(r)) + " ended; stopped" + kept();
-        if (rank == 0) end(1, line);
-        say(rank == 1 ? line : "");  // rank 0 can no longer
+        // Rank 0 says it, or where it is rank 0 the next one.
+        say(rank < 2 ? name(int(r)) + " ended; stopped" + kept() : "");
+        tell_all(1);
         ::_exit(1);
       }
     }
@@ -448,19 +452,29 @@ class Ranks {
 
   // A rank that the main thread talks to is gone: the watchdog is about to see it, too.
   [[noreturn]] void lost(int other) {
-    std::this_thread::sleep_for(std::chrono::seconds(8));
+    std::this_thread::sleep_for(std::chrono::seconds(5));
     end(1, "the connection to " + name(other) + " broke; stopped" + kept());
   }
 
   // One line on stderr; the first is the only one.
   void say(const std::string& line) {
     if (said_.test_and_set()) std::this_thread::sleep_for(std::chrono::seconds(60));  // the other thread is at it
-    std::fflush(stdout);
     if (!line.empty()) std::fprintf(stderr, "%serror: %s\n", ::isatty(STDOUT_FILENO) ? "\n" : "", line.c_str());
   }
 
+  // Whether this rank has ended without a word.
+  bool gone(const Peer& peer) const {
+    char next;
+    return peer.alarm >= 0 && ::recv(peer.alarm, &next, 1, MSG_PEEK | MSG_DONTWAIT) == 0;
+  }
+
   // Ends this process and all others. Rank 0 says why; another rank tells rank 0, and says it where there is none.
-  [[noreturn]] void end(int code, const std::string& why) {
+  [[noreturn]] void end(int code, std::string why) {
+    if (rank == 0 && code == 1) {  // an error of CUDA or NCCL may come from a rank that is about to be found gone
+      std::this_thread::sleep_for(std::chrono::seconds(3));
+      for (int r = 1; r < size; ++r)
+        if (gone(peers_[r])) why = name(r) + " ended; stopped" + kept();
+    }
     Alarm alarm = {code, ""};
     std::strncpy(alarm.text, why.c_str(), sizeof alarm.text - 1);
     if (rank > 0 && watchdog_.joinable()) {
@@ -468,9 +482,13 @@ class Ranks {
       std::this_thread::sleep_for(std::chrono::seconds(8));  // meanwhile rank 0 ends us
     }
     say(why);
+    tell_all(code);
+    ::_exit(code);
+  }
+  void tell_all(int code) const {
+    const Alarm alarm = {code, ""};
     for (const Peer& peer : peers_)
       if (rank == 0 && peer.alarm >= 0) write_all(peer.alarm, &alarm, sizeof alarm);
-    ::_exit(code);
   }
 };
 
