@@ -349,8 +349,8 @@ __device__ __forceinline__ AttentionPlace attention_place(int heads, int rows) {
 // channels (sum of values), with one maximum and one sum of exponentials carried along (online softmax).
 //
 // Sums over long rows: 32 keys are added up by themselves before they join what came before, which may be much larger,
-// and exponentials join it in double. In fp32 out is off by (32 + T / 32) 2^-24 sum_s p_s |v_s| at most for that, dQ, dK
-// and dV below alike, and lse by a few 2^-24 whatever T; scores and __expf come on top.
+// and exponentials join it in double. In fp32 out is off by (32 + T / 32) 2^-24 sum_s p_s |v_s| at most for that; dQ,
+// dK and dV below alike, lse by a few 2^-24 whatever T. Scores and __expf come on top.
 template <class Real, int CHANNELS>
 __global__ void __launch_bounds__(kAttentionWarps * 32)
     attention_forward_kernel(Real* out, float* lse, const Real* qkv, AttentionShape s, float scale) {

@@ -97,8 +97,8 @@ void test_attention(AttentionShape s, bool flash) {
   else
     simple_attention_backward(*gpu(), got_dqkv(), got_D(), device_dout(), device_qkv(), got(), got_lse(), s);
   // Every element is a sum of terms each with its own relative error: at most p_error, a rounding, and that of D, which
-  // comes from the rounded out; taken over the tensor such errors are relative to its norm. At T = 1 dS is 0 but for rounding (p = 1, dP = D), so dq and dk are
-  // measured against dv as well: the norm is that of all of dqkv.
+  // comes from the rounded out; taken over the tensor such errors are relative to its norm. At T = 1 dS is 0 but for
+  // rounding (p = 1, dP = D), so dq and dk are measured against dv as well: the norm is that of all of dqkv.
   CHECK(relative_distance(got_dqkv.host(), Values(dqkv.begin(), dqkv.end())) <= p_error + 3 * kRound<Real>);
 }
 
