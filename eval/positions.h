@@ -53,31 +53,31 @@ inline void command_by_position(const std::vector<std::string>& args, const std:
   Place place;
   std::string pattern, out;
   int64_t tokens = 1 << 18;
-  int batch = 8;
   Flags f(description, program);
   add_place_flags(f, place, true);
   f.group("Data");
   f.add("data", pattern, "shards, a glob pattern; default: the run's validation data");
   f.add("tokens", tokens, "about how many to predict, at each length");
-  f.add("batch", batch, "windows of the training context worked on together; fewer longer ones");
+  add_context_flag(f, place);
+  add_batch_flag(f, place, "windows");
   f.add("out", out, "a .csv file of the table; scripts/plot_positions.py draws it");
   f.parse(args);
   expect_positive("tokens", double(tokens));
-  expect_positive("batch", batch);
   const Source source = open_source(place.run);
-  const int context = source.settings.model.context;
+  const int context = source.settings.model.context, base = context_of(place, source);
   const Dataset data = open_data(source, pattern);
-  data.windows(context * lengths.back());  // a shard that is too short is refused now
+  data.windows(base * lengths.back());  // a shard that is too short is refused now
   std::string csv = "context,begin,end,windows,loss,stderr\n";
   std::printf("%s, on %s, trained at %d positions\n", describe(source).c_str(), pattern.c_str(), context);
   for (int times : lengths) {
-    const int T = context * times;
+    const int T = base * times;
     std::vector<PositionBin> bins;
-    with_model(place, source, std::max(1, batch / times), T, [&](auto& model) {
+    with_model(place, source, int(std::clamp<int64_t>(tokens / T, 1, 1024)), T, [&](auto& model) {
       bins = loss_by_position(model, data, size_t(tokens), ProgressLine{"tokens", size_t(tokens)});
     });
     std::printf("\n  %s windows of %d\n", grouped(bins[0].loss.n).c_str(), T);
     std::printf("  %-15s %s\n", "positions", "nats per token");
+    expect_finite(bins[0].loss.mean(), source);
     double all = 0;
     for (const PositionBin& bin : bins) {
       const double mean = bin.loss.mean(), error = bin.loss.error();
