@@ -178,7 +178,8 @@ for signal in INT TERM; do
   start "stop$signal" 4 $long
   kill -$signal $launcher
   wait $launcher
-  check "SIG$signal: exit code 0" test $? -eq 0
+  code=$?
+  check "SIG$signal: exit code 128 + signal" test $code -eq $([ $signal = INT ] && echo 130 || echo 143)
   check "SIG$signal: saved once" test "$(grep -c 'Interrupted: saved at step' said)" -eq 1
   check "SIG$signal: at its last step" grep -q "\"step\": $(($(rows "stop$signal") - 1))," "runs/stop$signal/checkpoint/state.json"
   check "SIG$signal: nothing left" gone $pids
@@ -186,7 +187,7 @@ done
 start stopone 4 $long
 kill -TERM "$(echo $pids | cut -d' ' -f3)" # of one rank alone
 wait $launcher
-check "SIGTERM to one rank: exit code 0" test $? -eq 0
+check "SIGTERM to one rank: exit code 143" test $? -eq 143
 check "SIGTERM to one rank: all save" test -s runs/stopone/checkpoint/state.json
 start orphans 4 $long
 kill -KILL $launcher
@@ -202,7 +203,7 @@ check "disk full: one line" test "$(grep -c 'cannot write: File too large' said.
 check "disk full: old checkpoint unchanged" diff -r runs/straight/checkpoint runs/full/checkpoint
 
 # ---- Killed at random moments, again and again; what is left at the end is what a run without all that has ---------------------
-steps=$((200 + 60 * ${KILLS:-4}))
+steps=$((400 + 400 * ${KILLS:-4}))  # so many that none has ended when it is killed
 killed="$train $constant --steps $steps --checkpoint-every 7"
 check "$steps steps straight" $killed --run unharmed
 i=0
@@ -211,7 +212,7 @@ while [ $i -lt "${KILLS:-4}" ]; do
   i=$((i + 1))
   $again --run harmed --ranks 4 >out 2>err &
   launcher=$!
-  sleep "0.$(awk -v seed="$i$$" 'BEGIN { srand(seed); printf "%03d", 100 + rand() * 900 }')"
+  wait_for 60 has_rows harmed $((400 * (i - 1) + $(awk -v seed="$i$$" 'BEGIN { srand(seed); printf "%d", 2 + rand() * 300 }')))
   pids=$(children $launcher)
   victim=$((i % 4 + 1))
   before=$(date +%s)
