@@ -5,6 +5,8 @@
 // position before RoPE, the table, the log-sum-exps that the model kept, and one token's way through all layers.
 
 #include <cmath>
+#include <map>
+#include <set>
 #include <string>
 #include <tuple>
 #include <vector>
@@ -38,7 +40,7 @@ inline nlohmann::json trace_json(const Trace& trace, const Config& c, const std:
   auto head = [](const HeadTrace& h) { return json{{"raw", h.raw}, {"before", h.before}, {"after", h.after}}; };
   json object = {{"layer", trace.layer},         {"head", trace.head},           {"kv_head", trace.kv_head},
                  {"position", trace.position},   {"against", trace.against},     {"head_size", c.head_size},
-                 {"rotary_dim", 2 * trace.pairs.size()}, {"query", head(trace.query)},   {"key", head(trace.key)},
+                 {"rotary_dim", 2 * trace.pairs.size()}, {"query", head(trace.query)}, {"key", head(trace.key)},
                  {"other", head(trace.other)},   {"queries", trace.queries},     {"keys", trace.keys},
                  {"tokens", json::array()},      {"pairs", json::array()},       {"agrees", trace.agrees()}};
   for (int token : tokens) object["tokens"].push_back(token_text(tokenizer, token));
@@ -91,17 +93,22 @@ inline nlohmann::json decimals_of(const float* values, size_t count) {
 
 // The bytes of a model's cos/sin table at several lengths, at its own R and at R = HS, and what they stand beside.
 inline nlohmann::json bytes_json(const std::string& name, const Config& c) {
+  std::set<int> tables;  // layers with the same R have one
+  for (int R : c.rotary_dims())
+    if (R) tables.insert(R);
   nlohmann::json object = {{"name", name},
                            {"layers", c.layers},
                            {"heads", c.heads},
                            {"kv_heads", c.kv_heads},
                            {"head_size", c.head_size},
-                           {"rotary_dim", c.rotary_dim},
+                           {"tables", tables},
                            {"qkv", c.qkv_width() * sizeof(float)},  // of a position in a layer
                            {"kv_cache", size_t(c.layers) * 2 * c.kv_heads * c.head_size * 2}};  // of a position, bf16
-  for (size_t positions : {1 << 10, 1 << 13, 1 << 17, 1 << 20, 10 << 20})
-    object["table"].push_back({positions, rope_table_bytes(positions, c.rotary_dim),
-                               rope_table_bytes(positions, c.head_size / 2 * 2)});
+  for (size_t positions : {1 << 10, 1 << 13, 1 << 17, 1 << 20, 10 << 20}) {
+    size_t bytes = 0;
+    for (int R : tables) bytes += rope_table_bytes(positions, R);
+    object["table"].push_back({positions, bytes, rope_table_bytes(positions, c.head_size / 2 * 2)});
+  }
   return object;
 }
 
@@ -112,8 +119,6 @@ inline nlohmann::json page_json(Model<Cpu, float>& model, const Trace& trace, co
   using nlohmann::json;
   const Config& c = model.config;
   const int T = int(tokens.size()), HS = c.head_size, C = c.width, p = trace.position;
-  const RopeTable& rope = model.rope[trace.layer];
-  const int R = rope.R;
   json object = trace_json(trace, c, tokens, tokenizer);
   object["name"] = name;
   object["model"] = {{"layers", c.layers},
@@ -121,17 +126,17 @@ inline nlohmann::json page_json(Model<Cpu, float>& model, const Trace& trace, co
                      {"heads", c.heads},
                      {"kv_heads", c.kv_heads},
                      {"head_size", HS},
-                     {"rotary_dim", R},
                      {"mlp_hidden", c.mlp_hidden},
                      {"context", c.context},
                      {"parameters", model.table.parameters},
                      {"rope_base", c.rope_base},
+                     {"rope_frequencies", c.rope_frequencies},
+                     {"rope_scaling", c.rope_scaling},
                      {"rope_pairs", c.rope_pairs == RopePairs::half ? "half" : "interleaved"},
                      {"qk_norm", c.qk_norm},
                      {"norm", c.norm == NormKind::rms ? "rms" : "layer"},
                      {"mlp", c.mlp == MlpKind::swiglu ? "swiglu" : "gelu"},
-                     {"block", c.block == BlockKind::sequential ? "sequential" : "parallel"},
-                     {"table_positions", rope.positions}};
+                     {"block", c.block == BlockKind::sequential ? "sequential" : "parallel"}};
   for (const CheckTrace& check : trace.checks)
     object["checks"].push_back({{"what", check.what}, {"agrees", check.agrees}});
   // A token's bytes. Those that are no UTF-8 become U+FFFD when the object is dumped.
@@ -143,12 +148,21 @@ inline nlohmann::json page_json(Model<Cpu, float>& model, const Trace& trace, co
   };
   for (int token : tokens) object["texts"].push_back(text_of(token));
 
-  object["table"] = decimals_of(rope.cos_sin, size_t(T) * R);  // (T, R/2, 2)
+  // How each R turns that the layers have; a layer's `rope` is its place in this list.
+  std::map<int, size_t> ropes;
+  for (const RopeTable& rope : model.rope) {
+    if (!ropes.insert({rope.R, ropes.size()}).second) continue;
+    const RopeAngles angles = c.angles(rope.R);
+    object["ropes"].push_back({{"rotary_dim", rope.R},
+                               {"theta", angles.theta},
+                               {"attention", angles.attention},
+                               {"cos_sin", decimals_of(rope.cos_sin, size_t(T) * rope.R)}});  // (T, R/2, 2)
+  }
   const int slots = c.heads + 2 * c.kv_heads;
   for (int l = 0; l < c.layers; ++l) {
     const BlockActivations<float>& a = model.acts.blocks[l];
     const std::vector<float> before = layer_heads(model, l, T).before;
-    json layer = {{"heads", json::array()}, {"lse", json::array()}};
+    json layer = {{"rope", ropes[model.rope[l].R]}, {"heads", json::array()}, {"lse", json::array()}};
     for (int slot = 0; slot < c.heads + c.kv_heads; ++slot)  // (T, HS) each: queries, then keys, before RoPE
       layer["heads"].push_back(packed(&before[size_t(slot) * HS], T, HS, size_t(slots) * HS));
     for (int h = 0; h < c.heads; ++h) layer["lse"].push_back(decimals_of(a.lse + size_t(h) * T, T));

@@ -26,6 +26,7 @@ Config small_config() {
   Config c;
   c.layers = 2, c.width = 48, c.heads = 4, c.kv_heads = 2, c.head_size = 12, c.mlp_hidden = 64, c.context = 24,
   c.vocab = 264, c.rotary_dim = kRotaryDim.value_or(4), c.qk_norm = true;
+  if (!kRotaryDim) c.rotary_layers = "2,4", c.rope_scaling = "yarn:4,24";
   resolve(c);
   return c;
 }
@@ -103,7 +104,14 @@ TEST_CASE("page: heads of every layer before RoPE, the model's log-sum-exps, its
         CHECK(float(object["layers"][l]["lse"][h][t].get<double>()) == model.acts.blocks[l].lse[h * T + t]);
     CHECK(unpacked(object["layers"][l]["x2"]).size() == size_t(c.width));
   }
-  for (int i = 0; i < T * c.rotary_dim; ++i) CHECK(float(object["table"][i].get<double>()) == model.rope[0].cos_sin[i]);
+  for (int l = 0; l < 2; ++l) {
+    const nlohmann::json& rope = object["ropes"][object["layers"][l]["rope"].get<size_t>()];
+    CHECK(rope["rotary_dim"] == model.rope[l].R);
+    CHECK(rope["theta"] == c.angles(model.rope[l].R).theta);
+    REQUIRE(rope["cos_sin"].size() == size_t(T * model.rope[l].R));
+    for (int i = 0; i < T * model.rope[l].R; ++i)
+      CHECK(float(rope["cos_sin"][i].get<double>()) == model.rope[l].cos_sin[i]);
+  }
   CHECK(object["next"].size() == 5);
   CHECK(object["next"][0]["probability"] >= object["next"][1]["probability"]);
   // 1 GiB at 1 M positions for 256 channels, 104 MiB for 26 of them; a KV cache of 16 layers, 8 heads, 256 channels.
@@ -111,6 +119,7 @@ TEST_CASE("page: heads of every layer before RoPE, the model's log-sum-exps, its
   CHECK(pythia["name"] == "Pythia 1B");
   CHECK(pythia["table"][3] == nlohmann::json{1 << 20, 104 << 20, 1 << 30});
   CHECK(pythia["kv_cache"] == 128 << 10);
+  if (!kRotaryDim) CHECK(object["bytes"][0]["table"][3][1] == (2 + 4) * 4 << 20);  // a table for each R
 }
 
 TEST_CASE("page: hostile text stays text") {

@@ -134,9 +134,11 @@ def make_runs(programs, fixtures):
     with open("text", "w") as file:
         file.write("one two three four five six seven\n" * 200)
     program("data", "encode", "--input", "text", "--tokenizer", "tokenizer.json", "--out", "data")
+    built_for = os.environ.get("ROTARY_DIM")  # else each layer turns as it likes
+    rope = ["--rotary-dim", built_for] if built_for else ["--rotary-layers", "2,6", "--rope-scaling", "yarn:4,48"]
     program("train", "--data", "data/train_*.bin", "--run", "tiny", "--layers", "2", "--width", "48", "--heads", "4",
-            "--kv-heads", "2", "--head-size", "12", "--rotary-dim", os.environ.get("ROTARY_DIM") or "6", "--qk-norm",
-            "--context", "48", "--batch", "4", "--steps", "30", "--val-tokens", "256", "--diagnostics-every", "10")
+            "--kv-heads", "2", "--head-size", "12", *rope, "--qk-norm", "--context", "48", "--batch", "4", "--steps",
+            "30", "--val-tokens", "256", "--diagnostics-every", "10")
     prompt = ("one two" + HOSTILE + "three \u202eturned\u2028 \u200f").encode() + b" \xff\xfe four"
     place = ["trace", "--run", "tiny", "--prompt", prompt, "--layer", "1", "--head", "2"]
     program("eval", *place, "--html", "page.html")
