@@ -180,13 +180,27 @@ inline std::vector<std::string> misfits(const Family& family, const Config& c, c
   Settings ours, theirs;
   ours.model = c, theirs.model = d.c;
   const nlohmann::ordered_json is = settings_json(ours, {"Model"}), holds = settings_json(theirs, {"Model"});
+  const std::set<std::string> rotation = {"rotary_fraction", "rotary_dim", "rotary_layers", "rope_base", "rope_frequencies",
+                                          "rope_scaling"};
   std::vector<std::string> flags;
-  for (const auto& [key, value] : is.items()) {
-    if (holds[key] == value || key == "rotary_fraction") continue;
-    std::string flag = key;
-    std::replace(flag.begin(), flag.end(), '_', '-');
-    flags.push_back(value == false ? "--no-" + flag : "--" + flag);
+  auto add = [&](std::string key) {
+    const nlohmann::json value = is[key];
+    std::replace(key.begin(), key.end(), '_', '-');
+    flags.push_back((value == false ? "--no-" : "--") + key);
     if (!value.is_boolean()) flags.back() += " " + (value.is_string() ? value.get<std::string>() : value.dump());
+  };
+  for (const auto& [key, value] : is.items())
+    if (holds[key] != value && !rotation.count(key)) add(key);
+  // The rotation is its angles, whatever rules they follow.
+  const std::vector<int> dims = c.rotary_dims();
+  if (dims != d.c.rotary_dims()) {
+    add(c.rotary_dim != d.c.rotary_dim ? "rotary_dim" : "rotary_layers");
+  } else if (c.rotary_dim > 0) {
+    const RopeAngles angles = c.angles(c.rotary_dim), read = d.c.angles(c.rotary_dim);
+    bool same = std::fabs(angles.attention - read.attention) < 1e-12;
+    for (size_t i = 0; i < angles.theta.size(); ++i)
+      same = same && std::fabs(angles.theta[i] / read.theta[i] - 1) < 1e-12;
+    if (!same) add(c.rope_base != d.c.rope_base ? "rope_base" : c.rope_scaling != "none" ? "rope_scaling" : "rope_frequencies");
   }
   if (!flags.empty()) return flags;
   for (const ParameterRow& row : tensors_without_part(tensor_parts(&family, d), c)) {
@@ -295,8 +309,8 @@ inline nlohmann::json token_text(const nlohmann::json& tokenizer, const nlohmann
 }
 
 // Writes a checkpoint's weights, with its tokenizer if there is one, to the new directory `out`. with_code: for our own
-// class, whose code goes with them. Returns the family of the class that it is written for; null: our own.
-inline const Family* export_model(const std::string& out, const Source& source, bool with_code) {
+// class, whose code goes with them. Returns config.json.
+inline nlohmann::ordered_json export_model(const std::string& out, const Source& source, bool with_code) {
   const Config& c = source.settings.model;
   const SafeTensors file(source.checkpoint + "/model.safetensors");
   std::map<std::string, const ParameterRow*> rows;
@@ -364,7 +378,7 @@ inline const Family* export_model(const std::string& out, const Source& source, 
       names[name] = token_text(tokenizer, generation.value(std::string(name) + "_id", nlohmann::json()));
     write_text_file(part + "/tokenizer_config.json", names.dump(2) + "\n");
   });
-  return family;
+  return config;
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -518,11 +532,11 @@ inline void command_export(const std::vector<std::string>& args) {
   f.parse(args);
   if (out.empty()) throw UserError("--out: name the directory to write to");
   const Source source = open_source(run);
-  const Family* family = export_model(out, source, with_code);
-  std::printf("%s: %s from %s%s\n", out.c_str(), family ? family->architecture.c_str() : "PartialRopeForCausalLM",
+  const nlohmann::json config = export_model(out, source, with_code);
+  std::printf("%s: %s from %s%s\n", out.c_str(), config["architectures"][0].get<std::string>().c_str(),
               describe(source).c_str(), source.tokenizer ? "" : "; its tokenizer is not known, so there is none in it");
-  std::printf("Needs Transformers %s or later%s.\n", family ? family->since.c_str() : kCodeSince,
-              family ? "" : ", and trust_remote_code=True");
+  std::printf("Needs Transformers %s or later%s.\n", config["transformers_version"].get<std::string>().c_str(),
+              with_code ? ", and trust_remote_code=True" : "");
 }
 
 inline void command_import(const std::vector<std::string>& args) {

@@ -19,7 +19,7 @@
 struct Described {
   Config c;
   std::set<std::string> biases;  // of our linear layers, those that have one there: qkv, proj, up, down
-  bool nope = false;             // nothing is rotated
+  std::vector<bool> rotated;     // by layer; empty: all are
 };
 
 // One key of config.json and what it is here.
@@ -145,20 +145,32 @@ inline Key plain_layers(const char* name) {
 }
 
 // SmolLM3: 1 for every layer that is rotated, in full, and 0 for every other. Where the list is missing, every fourth
-// layer is not rotated.
+// layer, or another number of them, is not rotated.
 inline Key no_rope_layers() {
-  return {"no_rope_layers", 4, 4,
+  return {"no_rope_layers", nullptr, nullptr,
           [](Described& d, const nlohmann::json& value) {
-            auto every = [&](int rotated) {
-              bool all = value.is_array() && value.size() == size_t(d.c.layers);
-              for (const nlohmann::json& layer : value) all = all && layer == rotated;
-              return all;
-            };
-            if (every(0)) d.nope = true;
-            else if (!every(1)) return "it must be a list of as many 1, or 0, as there are layers";
+            bool good = value.is_array() && value.size() == size_t(d.c.layers);
+            d.rotated.clear();
+            for (const nlohmann::json& layer : value) {
+              good = good && (layer == 0 || layer == 1);
+              d.rotated.push_back(layer == 1);
+            }
+            return good ? "" : "it must be a list of 0 and 1, a number for each layer";
+          },
+          [](const Described& d) {
+            std::vector<int> rotated;
+            for (int R : d.c.rotary_dims()) rotated.push_back(R > 0);
+            return rotated;
+          }};
+}
+inline Key no_rope_layer_interval() {
+  return {"no_rope_layer_interval", 4, 4,
+          [](Described& d, const nlohmann::json& value) {
+            if (!value.is_number_integer() || value < 1 || value > INT32_MAX) return "it must be a number from 1 up";
+            for (int l = 0; l < d.c.layers; ++l) d.rotated.push_back((l + 1) % value.get<int>() != 0);
             return "";
           },
-          [](const Described& d) { return std::vector<int>(d.c.layers, d.c.rotary_dim > 0); }};
+          [](const Described&) { return refused; }};
 }
 
 // ---- Tensors
@@ -304,10 +316,10 @@ inline const std::vector<Family>& families() {
         {"mistral", "MistralForCausalLM", "", rms, {}, full,
          llama_keys() + Keys{kv_heads(), sliding_window(4096)}, llama_tensors(false, false)},
         {"smollm3", "SmolLM3ForCausalLM", "4.53", rms, {}, all_or_none,
-         llama_keys(true) + Keys{kv_heads(), no_rope_layers(), unused("no_rope_layer_interval"), biases("attention_bias", attention, false),
+         llama_keys(true) + Keys{kv_heads(), no_rope_layer_interval(), no_rope_layers(), biases("attention_bias", attention, false),
                                  biases("mlp_bias", mlp, false)} + no_window_keys(),
          llama_tensors(false, false)},
-        {"phi3", "Phi3ForCausalLM", "4.50", rms, {}, part,
+        {"phi3", "Phi3ForCausalLM", "4.49", rms, {}, part,
          llama_keys() + Keys{kv_heads(nullptr), sliding_window(nullptr)}, llama_tensors(true, true)},
         {"glm4_moe", "Glm4MoeForCausalLM", "4.54", rms_qk, {}, {0.5},
          llama_keys() + Keys{kv_heads(), truth("use_qk_norm", &Config::qk_norm, false),
@@ -434,35 +446,110 @@ inline double rope_number(const nlohmann::json& json, const nlohmann::json& sett
   return found;
 }
 
-// Fills in R and base. After the keys of the family.
-inline void read_rotation(const Family& family, const nlohmann::json& json, Described& d) {
-  Config& c = d.c;
-  const Rotation& rotation = family.rotation;
-  const nlohmann::json settings = rope_settings(json);
-  const nlohmann::json kind = settings.value("rope_type", nlohmann::json("default"));
-  const std::string type = kind.is_string() ? kind.get<std::string>() : shown(kind);
-  static const std::map<std::string, std::set<std::string>> keys_of_type = {{"default", {}}};
+inline std::string digits(double number) { return nlohmann::json(number).dump(); }
+
+// The rope_scaling of ours for rope_type `type` of theirs (ROPE_INIT_FUNCTIONS of their library), R being known. May
+// shorten the context: where LongRoPE changes its factors with the length of a text, only the short ones are held.
+inline std::string read_scaling(const Family& family, const nlohmann::json& json, const nlohmann::json& settings,
+                                const std::string& type, Config& c) {
+  static const std::map<std::string, std::set<std::string>> keys_of_type = {
+      {"default", {}},
+      {"linear", {"factor"}},
+      {"llama3", {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}},
+      {"yarn", {"factor", "original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow", "mscale",
+                "mscale_all_dim", "truncate"}},
+      {"longrope", {"factor", "original_max_position_embeddings", "attention_factor", "short_factor", "long_factor"}}};
   const auto known = keys_of_type.find(type);
   if (known == keys_of_type.end()) throw UserError("rope_type " + type + " cannot be imported");
   for (const auto& [key, value] : settings.items())
     if (key != "rope_type" && key != "rope_theta" && key != "partial_rotary_factor" && !known->second.count(key))
       throw UserError("rope_parameters: " + key + " is " + shown(value) + ", which means nothing for rope_type " + type);
+  auto number = [&](const char* key, double otherwise = NAN) {  // above 0; without a second value: needed
+    if (!settings.contains(key) && !std::isnan(otherwise)) return otherwise;
+    const nlohmann::json value = settings.value(key, nlohmann::json());
+    if (!value.is_number() || !(value.get<double>() > 0) || !std::isfinite(value.get<double>()))
+      throw UserError(std::string("rope_parameters: ") + key + " is " + shown(value) + "; it must be a number above 0");
+    return value.get<double>();
+  };
+  if (type == "default") return "none";
+  if (type == "linear") return "linear:" + digits(number("factor"));
+
+  // The positions of the first training. What stands outside of rope_parameters counts first there.
+  const char* const positions_key = "original_max_position_embeddings";
+  if (family.type == "phi3" && !json.contains(positions_key)) throw UserError(std::string("has no ") + positions_key);
+  double positions = number(positions_key, c.context);
+  if (json.contains(positions_key)) {
+    if (!json[positions_key].is_number_integer() || json[positions_key] < 1)
+      throw UserError(std::string(positions_key) + " is " + shown(json[positions_key]) + ", not a number from 1 up");
+    if (settings.contains(positions_key) && json[positions_key] != settings[positions_key])
+      throw UserError(std::string(positions_key) + " stands there twice and disagrees");
+    positions = json[positions_key].get<double>();
+  }
+  if (type == "llama3")
+    return "llama3:" + digits(number("factor")) + "," + digits(number("low_freq_factor")) + "," +
+           digits(number("high_freq_factor")) + "," + digits(positions);
+  const double factor = number("factor", c.context / positions);
+  if (type == "yarn") {
+    if (settings.contains("truncate") && settings["truncate"] != true)
+      throw UserError("rope_parameters: truncate is " + shown(settings["truncate"]) + "; only true can be imported");
+    auto scale = [&](double m) { return factor <= 1 ? 1 : 0.1 * m * std::log(factor) + 1; };
+    const bool both = settings.contains("mscale") && settings.contains("mscale_all_dim");
+    const double inferred = both ? scale(number("mscale")) / scale(number("mscale_all_dim")) : scale(1);
+    return "yarn:" + digits(factor) + "," + digits(positions) + "," + digits(number("attention_factor", inferred)) + "," +
+           digits(number("beta_fast", 32)) + "," + digits(number("beta_slow", 1));
+  }
+  c.context = int(std::min<double>(c.context, positions));
+  const double inferred = factor <= 1 ? 1 : std::sqrt(1 + std::log(factor) / std::log(positions)),
+               attention = number("attention_factor", inferred);
+  std::string scaling = "longrope:" + digits(attention);
+  bool changes = attention != 1;
+  const nlohmann::json factors = settings.value("short_factor", nlohmann::json());
+  if (!factors.is_array() || factors.size() != size_t(c.rotary_dim / 2))
+    throw UserError("rope_parameters: short_factor is " + shown(factors) + "; it must be a list of " +
+                    std::to_string(c.rotary_dim / 2) + ", one for each pair of channels");
+  for (const nlohmann::json& one : factors) {
+    if (!one.is_number() || !(one.get<double>() > 0) || !std::isfinite(one.get<double>()))
+      throw UserError("rope_parameters: short_factor has " + shown(one) + "; its factors must be numbers above 0");
+    scaling += "," + digits(one.get<double>());
+    changes = changes || one != 1;
+  }
+  return changes ? scaling : "none";
+}
+
+// Fills in R, base and what changes the frequencies. After the keys of the family.
+inline void read_rotation(const Family& family, const nlohmann::json& json, Described& d) {
+  Config& c = d.c;
+  const Rotation& rotation = family.rotation;
+  const nlohmann::json settings = rope_settings(json), kind = settings.value("rope_type", nlohmann::json("default"));
+  const std::string type = kind.is_string() ? kind.get<std::string>() : shown(kind);
   c.rope_base = rope_number(json, settings, "rope_theta", rotation.base_key, base_keys, rotation.base);
   const double fraction = rope_number(json, settings, "partial_rotary_factor", rotation.fraction_key, fraction_keys,
                                       rotation.fraction);
-  if (!(fraction >= 0 && fraction <= 1))
-    throw UserError("partial_rotary_factor is " + nlohmann::json(fraction).dump() + ", not between 0 and 1");
-  if (!rotation.partial && fraction != 1)
-    throw UserError("partial_rotary_factor is " + nlohmann::json(fraction).dump() + ", which " + family.architecture +
-                    " ignores");
-  const int R = int(fraction * c.head_size);
-  if (R == 0 && !rotation.none)
-    throw UserError("partial_rotary_factor is " + nlohmann::json(fraction).dump() + ", with which " +
-                    family.architecture + " does not work");
-  if (R % 2)
-    throw UserError("partial_rotary_factor " + nlohmann::json(fraction).dump() + " turns " + std::to_string(R) + " of " +
-                    std::to_string(c.head_size) + " channels; only an even number can be imported");
-  c.rotary_dim = d.nope ? 0 : R;
+  const std::string said = "partial_rotary_factor " + digits(fraction);
+  if (!(fraction >= 0 && fraction <= 1)) throw UserError(said + " is not between 0 and 1");
+  if (!rotation.partial && fraction != 1) throw UserError(said + " is ignored by " + family.architecture);
+  c.rotary_dim = int(fraction * c.head_size);
+  if (c.rotary_dim == 0 && !rotation.none) throw UserError(said + ": " + family.architecture + " does not work with it");
+  if (c.rotary_dim % 2)
+    throw UserError(said + " turns " + std::to_string(c.rotary_dim) + " of " + std::to_string(c.head_size) +
+                    " channels; only an even number can be imported");
+  c.rope_scaling = read_scaling(family, json, settings, type == "su" ? "longrope" : type, c);
+
+  const int none = int(std::count(d.rotated.begin(), d.rotated.end(), false));
+  if (none == 0) return;
+  if (none == c.layers) {
+    c.rotary_dim = 0, c.rope_scaling = "none";
+    return;
+  }
+  const int every = int(std::find(d.rotated.begin(), d.rotated.end(), false) - d.rotated.begin()) + 1;
+  c.rotary_layers = every > 1 ? "nope:" + std::to_string(every) : "all";
+  std::string list;
+  bool regular = every > 1;
+  for (int l = 0; l < c.layers; ++l) {
+    list += (l ? "," : "") + std::to_string(d.rotated[l] ? c.rotary_dim : 0);
+    regular = regular && d.rotated[l] == ((l + 1) % every != 0);
+  }
+  if (!regular) c.rotary_layers = list;
 }
 
 // R / HS as a number f for which int(f * HS), which is what their library computes, is R.
@@ -473,12 +560,51 @@ inline double exported_fraction(int R, int HS) {
 }
 
 // The keys of the rotation, in all places where a loader may look: one that does not find a key takes its default.
+// Their own names for what is done to the frequencies are used where there are some; all else is LongRoPE, which has a
+// factor for each, the same for short texts and long.
 inline void write_rotation(const Family& family, const Config& c, nlohmann::ordered_json& json) {
   const Rotation& rotation = family.rotation;
+  const int R = c.rotary_dim;
+  const bool phi3 = family.type == "phi3", plain = c.rope_frequencies == "rotary";
+  const size_t colon = std::min(c.rope_scaling.find(':'), c.rope_scaling.size());
+  const std::string type = c.rope_scaling.substr(0, colon);
+  std::vector<double> x;
+  if (colon < c.rope_scaling.size()) x = parse_list("--rope-scaling", c.rope_scaling.substr(colon + 1));
+  nlohmann::ordered_json rope = {{"rope_type", "default"}};
+  // Versions that do not know of a fraction in Phi3 refuse lists that are not of HS/2 factors.
+  const bool guard = phi3 && R > 0 && R < c.head_size;
+  if (R == 0 || (type == "none" && plain && !guard)) {
+  } else if (plain && !phi3 && type == "linear") {
+    rope = {{"rope_type", type}, {"factor", x[0]}};
+  } else if (plain && !phi3 && type == "llama3") {
+    rope = {{"rope_type", type}, {"factor", x[0]}, {"low_freq_factor", x[1]}, {"high_freq_factor", x[2]},
+            {"original_max_position_embeddings", int(x[3])}};
+  } else if (plain && !phi3 && type == "yarn" && x[1] == int(x[1])) {
+    rope = {{"rope_type", type}, {"factor", x[0]}, {"original_max_position_embeddings", int(x[1])},
+            {"attention_factor", c.angles(R).attention}, {"beta_fast", x.size() == 5 ? x[3] : 32.0},
+            {"beta_slow", x.size() == 5 ? x[4] : 1.0}};
+  } else {
+    const RopeAngles angles = c.angles(R);
+    std::vector<double> factors;
+    for (int i = 0; i < R / 2; ++i)
+      factors.push_back(plain && type == "longrope" ? x[1 + i]
+                        : plain && type == "none"   ? 1
+                                                    : rope_frequency(i, R, c.rope_base) / angles.theta[i]);
+    rope = {{"rope_type", "longrope"}, {"short_factor", factors}, {"long_factor", factors},
+            {"original_max_position_embeddings", c.context}, {"attention_factor", angles.attention}};
+    json["original_max_position_embeddings"] = c.context;
+  }
   json["rope_theta"] = json[rotation.base_key] = c.rope_base;
-  json["rope_parameters"] = {{"rope_type", "default"}, {"rope_theta", c.rope_base}};
-  if (!rotation.partial) return;
-  const double fraction = exported_fraction(c.rotary_dim, c.head_size);
-  json["partial_rotary_factor"] = json[rotation.fraction_key] = fraction;
-  json["rope_parameters"]["partial_rotary_factor"] = fraction;
+  if (rotation.partial)
+    json["partial_rotary_factor"] = json[rotation.fraction_key] = exported_fraction(R, c.head_size);
+  if (rope["rope_type"] != "default") {
+    json["rope_scaling"] = rope;  // Transformers 4; in Phi3 it has three keys there, or is refused
+    if (phi3 && rope["attention_factor"] == 1)
+      json["rope_scaling"] = {{"type", "longrope"}, {"short_factor", rope["short_factor"]},
+                              {"long_factor", rope["long_factor"]}};
+    if (!phi3 || rope["attention_factor"] != 1) json["transformers_version"] = "5.0";
+  }
+  rope["rope_theta"] = c.rope_base;
+  if (rotation.partial) rope["partial_rotary_factor"] = exported_fraction(R, c.head_size);
+  json["rope_parameters"] = rope;
 }

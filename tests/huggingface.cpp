@@ -53,8 +53,7 @@ void round_trip(const Config& c, const std::string& type, bool with_code = false
   TemporaryDirectory directory;
   write_checkpoint(directory / "run", c);
   const ByteTokenizer bytes;
-  const Family* family = export_model(directory / "out", source_of(directory / "run", c, true), with_code);
-  CHECK((family ? family->type : "partial_rope") == type);
+  CHECK(export_model(directory / "out", source_of(directory / "run", c, true), with_code)["model_type"] == type);
   CHECK(read_json_file(directory / "out/config.json")["model_type"] == type);
   const Settings back = import_model(directory / "out", directory / "back");
   const Config& d = back.model;
@@ -104,6 +103,96 @@ TEST_CASE("huggingface: every class there and back, to the bit") {
   parallel.norm = NormKind::layer, parallel.mlp = MlpKind::gelu, parallel.bias = parallel.tied = true;
   round_trip(parallel, "partial_rope", true);
 }
+
+#ifndef ROTARY_DIM
+TEST_CASE("huggingface: what is done to the frequencies, and which layers turn, goes out and comes back") {
+  TemporaryDirectory directory;
+  auto there_and_back = [&](const Config& c, const std::string& type, const std::string& rope_type) {
+    CAPTURE(c.rope_scaling);
+    std::filesystem::remove_all(directory / "out");
+    std::filesystem::remove_all(directory / "back");
+    write_checkpoint(directory / "run", c);
+    const auto config = export_model(directory / "out", source_of(directory / "run", c), false);
+    CHECK(config["model_type"] == type);
+    CHECK(config["rope_parameters"]["rope_type"] == rope_type);
+    const Config d = import_model(directory / "out", directory / "back").model;
+    CHECK(d.rotary_dims() == c.rotary_dims());
+    CHECK(d.context == c.context);
+    const RopeAngles ours = c.angles(c.rotary_dim), back = d.angles(c.rotary_dim);
+    CHECK(back.attention == ours.attention);
+    for (size_t i = 0; i < ours.theta.size(); ++i) CHECK(back.theta[i] == doctest::Approx(ours.theta[i]).epsilon(1e-14));
+    return d;
+  };
+  Config part = small(), full = small();
+  full.rotary_dim = 10;
+  for (const char* scaling : {"linear:4", "llama3:8,1,4,16", "yarn:4,8,1.25,16,2", "yarn:4,8"}) {
+    full.rope_scaling = part.rope_scaling = scaling;
+    there_and_back(full, "llama", std::string(scaling).substr(0, std::string(scaling).find(':')));
+    there_and_back(part, "phi3", "longrope");  // Phi3 has no other
+  }
+  part.rope_scaling = "longrope:1.25,1,2.5,4";
+  there_and_back(part, "phi3", "longrope");
+  part.rope_scaling = "none", part.rope_frequencies = "head";
+  there_and_back(part, "phi3", "longrope");
+  part.rope_frequencies = "10,20,300.5";
+  there_and_back(part, "phi3", "longrope");
+  full.rope_scaling = "none";
+  for (const char* layers : {"nope:2", "10,0", "0,10", "0,0", "10,10"}) {
+    full.rotary_layers = layers;
+    const bool none = !std::strcmp(layers, "0,0"), all = !std::strcmp(layers, "10,10");
+    if (none) full.rotary_dim = 0;
+    const Config d = there_and_back(full, all ? "llama" : "smollm3", "default");
+    CHECK(d.rotary_layers == (none || all ? "all" : !std::strcmp(layers, "0,10") ? "0,10" : "nope:2"));
+    full.rotary_dim = 10;
+  }
+  full.rotary_layers = "10,4";
+  write_checkpoint(directory / "run", full);
+  const SafeTensors weights(directory / "run/model.safetensors");
+  CHECK(contains(error_of([&] { family_for(full, weights); }), "--rotary-layers 10,4"));
+}
+
+TEST_CASE("huggingface: versions of Transformers without a fraction in Phi3 refuse it") {
+  // They ask for three keys with lists of HS/2 factors; those that know the fraction, for R/2.
+  const nlohmann::json partial = exported_config(family_named("phi3"), small());
+  CHECK(partial["rope_scaling"].size() == 3);
+  CHECK(partial["rope_scaling"]["short_factor"] == nlohmann::json({1.0, 1.0, 1.0}));
+  CHECK(partial["rope_scaling"]["long_factor"] == partial["rope_scaling"]["short_factor"]);
+  CHECK(partial["original_max_position_embeddings"] == partial["max_position_embeddings"]);
+}
+
+TEST_CASE("huggingface: scalings of published models") {
+  Config c = small();
+  c.rotary_dim = 10, c.context = 4096;
+  nlohmann::json config = exported_config(family_named("llama"), c);
+  config.erase("rope_parameters");
+  const Family* family = nullptr;
+  auto scaling = [&](const nlohmann::json& value) {
+    config["rope_scaling"] = value;
+    return imported_config("config.json", config, family).c.rope_scaling;
+  };
+  auto error = [&](const nlohmann::json& value) { return error_of([&] { scaling(value); }); };
+  nlohmann::json llama3 = {{"factor", 8.0}, {"low_freq_factor", 1.0}, {"high_freq_factor", 4.0},
+                           {"original_max_position_embeddings", 8192}, {"rope_type", "llama3"}};
+  CHECK(scaling(llama3) == "llama3:8.0,1.0,4.0,8192.0");
+  CHECK(scaling({{"type", "linear"}, {"factor", 4}}) == "linear:4.0");
+  CHECK(scaling({{"type", "yarn"}, {"factor", 4.0}, {"original_max_position_embeddings", 1024}}) ==
+        "yarn:4.0,1024.0," + nlohmann::json(0.1 * std::log(4.0) + 1).dump() + ",32.0,1.0");
+  nlohmann::json longrope = {{"type", "longrope"}, {"short_factor", {1, 1.5, 2, 2.5, 3}}, {"long_factor", {1, 2, 3, 4, 5}},
+                             {"original_max_position_embeddings", 1024}};
+  CHECK(scaling(longrope) == "longrope:" + nlohmann::json(std::sqrt(1 + std::log(4.0) / std::log(1024.0))).dump() +
+                                 ",1.0,1.5,2.0,2.5,3.0");
+  CHECK(imported_config("config.json", config, family).c.context == 1024);  // behind it, other factors count there
+  longrope["short_factor"] = std::vector<double>(48, 1.25);
+  CHECK(contains(error(longrope), "short_factor is a list of 48; it must be a list of 5"));
+  longrope["short_factor"] = {1, 1, 1, 1, -1};
+  CHECK(contains(error(longrope), "short_factor has -1"));
+  llama3.erase("low_freq_factor");
+  CHECK(contains(error(llama3), "low_freq_factor is null; it must be a number above 0"));
+  CHECK(contains(error({{"type", "linear"}, {"factor", 0}}), "factor is 0"));
+  CHECK(contains(error({{"type", "yarn"}, {"factor", 4.0}, {"truncate", false}}), "truncate is false"));
+  CHECK(contains(error({{"type", "dynamic"}, {"factor", 2}}), "rope_type dynamic cannot be imported"));
+}
+#endif
 
 TEST_CASE("huggingface: the exported fraction gives back R by truncation, for every head size") {
   for (int HS = 2; HS <= 512; HS += 2)
@@ -224,7 +313,7 @@ TEST_CASE("huggingface: special tokens are those of the source; padding ids are 
   CHECK(generation["suppress_tokens"] == nlohmann::json({257, 258, 259, 260, 261, 262, 263}));
   CHECK(names["eos_token"] == "<|endoftext|>");
   CHECK(names["pad_token"].is_null());
-  CHECK(config["transformers_version"] == "4.50");
+  CHECK(config["transformers_version"] == "4.49");
 
   nlohmann::json theirs = config, of_generation = {{"eos_token_id", {5, 256}}, {"pad_token_id", 256}};
   theirs.update({{"bos_token_id", 7}, {"eos_token_id", 5}});
@@ -278,18 +367,20 @@ TEST_CASE("huggingface: a config.json that would mean another model is refused, 
       CHECK(contains(message, key == "rms_norm_eps" ? "eps" : key));
   }
   const std::vector<std::pair<const char*, Json>> harmless_keys = {
-      {"rope_scaling", nullptr}, {"rope_scaling", {{"type", "default"}}}, {"num_key_value_heads", nullptr},
+      {"rope_scaling", nullptr}, {"num_key_value_heads", nullptr},
       {"rms_norm_eps", 9.999999747378752e-06}, {"_name_or_path", "x"}, {"no_such_key", nullptr}};
   for (const auto& [key, value] : harmless_keys) CHECK(error(key, value, good) == "");
+  Json full = good;  // without what marks a fraction
+  full.erase("rope_scaling"), full.erase("partial_rotary_factor");
   auto rope_error = [&](const char* key, const Json& value) {
-    Json parameters = good["rope_parameters"];
-    parameters.erase("rope_type");
-    parameters[key] = value;
-    return error("rope_parameters", parameters, good);
+    Json parameters = {{key, value}};
+    return error("rope_parameters", parameters, full);
   };
-  CHECK(contains(error("rope_scaling", {{"a", 1}}, good), "a is 1"));
-  CHECK(contains(error("rope_scaling", {{"type", "dynamic"}, {"factor", 2}}, good), "rope_type stands there twice"));
   CHECK(rope_error("type", "default") == "");
+  CHECK(rope_error("rope_theta", good["rope_theta"]) == "");
+    CHECK(contains(error("rope_scaling", {{"type", "dynamic"}, {"factor", 2}}, good), "rope_type stands there twice"));
+  CHECK(contains(error("logit_scale", 0.5, good), "logit_scale is 0.5; that is not known here"));
+
   CHECK(contains(rope_error("type", "mrope"), "mrope"));
   CHECK(contains(rope_error("factor", 4.0), "factor"));
   CHECK(contains(rope_error("full_attention", {{"rope_type", "default"}}), "full_attention is an object"));
@@ -297,16 +388,17 @@ TEST_CASE("huggingface: a config.json that would mean another model is refused, 
   CHECK((contains(list, "a list of 48") && !contains(list, "1.5")));
   CHECK(contains(error("model_type", "gemma3_text", good), "norms behind the sublayers"));
   Json odd = good;
-  odd["rope_parameters"].erase("partial_rotary_factor");
+  odd.erase("rope_parameters"), odd.erase("rope_scaling");
   CHECK(contains(error("partial_rotary_factor", 0.55, odd), "config.json: partial_rotary_factor 0.55 turns 5 of 10"));
   Json moe = good;
   moe["model_type"] = "glm4_moe", moe["first_k_dense_replace"] = 1;
   CHECK(contains(error("use_qk_norm", true, moe), "first_k_dense_replace"));
   Json smol = good;
-  smol["model_type"] = "smollm3", smol["no_rope_layers"] = {1, 0};
+  smol["model_type"] = "smollm3", smol["no_rope_layers"] = {1, 2};
   CHECK(contains(error("mlp_bias", false, smol), "no_rope_layers"));
+  smol.erase("rope_parameters"), smol.erase("rope_scaling");
   smol["no_rope_layers"] = {1, 1};
-  smol["partial_rotary_factor"] = smol["rope_parameters"]["partial_rotary_factor"] = 1;
+  smol["partial_rotary_factor"] = 1;
   CHECK(error("use_sliding_window", false, smol) == "");
   CHECK(contains(error("layer_types", {"sliding_attention", "full_attention"}, smol), "layer_types"));
   const Json own = exported_config_with_code(small());
