@@ -16,6 +16,7 @@
 
 #include "run/command_line.h"
 #include "run/print.h"
+#include "run/program.h"
 #include "text/shards.h"
 #include "text/encode.h"
 #include "text/fetch.h"
@@ -264,13 +265,11 @@ int command(int argc, char** argv) {
            tokens.empty() ? UINT64_MAX : parse_count("--tokens", tokens), format.separator);
   if (*informer) info(path, documents);
   if (*fetcher) fetch(name, url, out, sha256, shards, fetch_tokenizer);
-  if (std::fflush(stdout) != 0)
-    throw UserError(std::string("cannot write to standard output: ") + std::strerror(errno));
   return 0;
 }
 
 }  // namespace
 
 int main(int argc, char** argv) {
-  return exit_code_of([&] { return command(argc, argv); });
+  return run_program(argv, [&](const auto&) { return command(argc, argv); });
 }

@@ -10,6 +10,7 @@
 #include "eval/questions.h"    // defines: command_choices, command_lambada
 #include "eval/sample.h"       // defines: command_sample
 #include "eval/trace_print.h"  // defines: command_trace
+#include "run/program.h"        // defines: run_program
 
 namespace {
 
@@ -55,6 +56,7 @@ int run_command(const Args& args) {
     std::printf("\neval COMMAND --help lists the flags of a command.\n");
     return 0;
   }
+  if (name == "--version") return std::printf("%s\n", version_text().c_str()), 0;
   for (const Command& command : commands)
     if (name == command.name) return command.work({args.begin() + 1, args.end()});
   const std::string guess = closest(name, names);
@@ -63,6 +65,6 @@ int run_command(const Args& args) {
 
 }  // namespace
 
-int main(int argc, char** argv) {
-  return exit_code_of([&] { return run_command({argv + 1, argv + argc}); });
+int main(int, char** argv) {
+  return run_program(argv, run_command);
 }

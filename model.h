@@ -637,14 +637,15 @@ struct Model {
   // One AdamW step on the accumulated gradients; decay on matrices only. The norm before clipping is left in
   // result->norm. Several ranks exchange what they have between and after its two halves: Trainer::step().
   void update(const AdamW& a) {
-    square_gradient();
+    square(gradient);
     update_shard(a);
   }
 
-  void square_gradient() {
+  // Leaves in `squares` the partial sums of this rank's shard of the gradient, or of the weights.
+  void square(const Acc<Real>* values /* (shard) */) {
     const size_t part = table.total / division.lanes, first = division.rank * division.rounds();
     for (int i = 0; i < division.rounds(); ++i)
-      sum_squares(be, squares + (first + i) * squares_of_part, gradient + i * part, part);
+      sum_squares(be, squares + (first + i) * squares_of_part, values + i * part, part);
   }
 
   void update_shard(AdamW a) {

@@ -27,6 +27,7 @@
 
 #include "run/diagnostics.cuh"
 #include "run/flags.h"
+#include "run/program.h"
 #include "model.h"
 
 namespace {
@@ -396,7 +397,7 @@ int run(int argc, char** argv) {
   expect_positive("batch", batch);
   expect_positive("context", context);
   expect_positive("seconds", seconds, true);
-  if (threads > 0) omp_set_num_threads(threads);
+  use_threads(threads);
   if (shape.empty()) {
     if (app.remaining_size()) throw UserError(app.remaining().front() + ": works with --shape only; see --help");
     print_tables(seconds, quick);
@@ -410,5 +411,5 @@ int run(int argc, char** argv) {
 }  // namespace
 
 int main(int argc, char** argv) {
-  return exit_code_of([&] { return run(argc, argv); });
+  return run_program(argv, [&](const auto&) { return run(argc, argv); });
 }

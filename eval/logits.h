@@ -85,7 +85,7 @@ inline void command_gradients(const std::vector<std::string>& args) {
   const std::vector<int> ids = parse_ids("--tokens", tokens, source.settings.model.vocab);
   const int T = int(ids.size()) - 1;
   if (T < 1) throw UserError("--tokens: one token alone predicts nothing; two or more are needed");
-  set_threads(place.threads);
+  use_threads(place.threads);
   with_backend(place.device, place.dtype, [&](auto& backend, auto real) {
     Model<std::decay_t<decltype(backend)>, decltype(real)> model(backend, source.settings.model, 1, T, true);
     load_weights(model, source.checkpoint);

@@ -66,18 +66,17 @@ inline void command_loss(const std::vector<std::string>& args) {
   Place place;
   std::string pattern;
   int64_t tokens = 0;
-  int batch = 16;
   Flags f("Loss of a model on shards: every token but the first of each is predicted.", "eval loss");
   add_place_flags(f, place, true);
   f.group("Data");
   f.add("data", pattern, "shards, a glob pattern; default: the run's validation data");
   f.add("tokens", tokens, "how many to predict; 0: all");
-  f.add("batch", batch, "windows worked on together");
+  add_context_flag(f, place);
+  add_batch_flag(f, place, "windows");
   f.parse(args);
   expect_positive("tokens", double(tokens), true);
-  expect_positive("batch", batch);
   const Source source = open_source(place.run);
-  const Config& c = source.settings.model;
+  const int context = context_of(place, source);
   const Dataset data = open_data(source, pattern);
   const Meta meta = read_meta(pattern);
   size_t most = 0;
@@ -85,16 +84,17 @@ inline void command_loss(const std::vector<std::string>& args) {
   if (most == 0) throw UserError("--data " + pattern + ": one token alone predicts nothing; two or more are needed");
   if (tokens) most = std::min(most, size_t(tokens));
   LossReport report;
-  const int B = int(std::min<size_t>(batch, (most + c.context - 1) / c.context));
-  with_model(place, source, B, c.context, [&](auto& model) {
+  const int T = int(std::min<size_t>(context, most));  // of less than a window, no more is worked on
+  with_model(place, source, int(std::min<size_t>((most + T - 1) / T, INT_MAX)), T, [&](auto& model) {
     report = evaluate_loss(model, data, source.tokenizer.get(), size_t(tokens), ProgressLine{"tokens", most});
   });
+  expect_finite(report.loss(), source);
   // The floor of the split that the shards are of, by their name.
   const std::string name = std::filesystem::path(pattern).filename().string();
   const double floor = name.find("train") != std::string::npos ? meta.train.entropy
                        : name.find("val") != std::string::npos ? meta.val.entropy
                                                                : NAN;
-  std::printf("%s, on %s in windows of %d\n", describe(source).c_str(), pattern.c_str(), c.context);
+  std::printf("%s, on %s in windows of %d\n", describe(source).c_str(), pattern.c_str(), context);
   std::printf("  tokens predicted   %s\n", grouped(report.tokens).c_str());
   std::printf("  loss               %.4f nats per token", report.loss());
   if (!std::isnan(floor))

@@ -125,18 +125,17 @@ inline void command_by_position(const std::vector<std::string>& args, const std:
   PositionChange change;
   std::string pattern, out;
   int64_t tokens = 1 << 18;
-  int batch = 8;
   Flags f(description, program);
   add_place_flags(f, place, true);
   f.group("Data");
   f.add("data", pattern, "shards, a glob pattern; default: the run's validation data");
   f.add("tokens", tokens, "about how many to predict, at each length");
-  f.add("batch", batch, "windows of the training context worked on together; fewer longer ones");
+  add_context_flag(f, place);
+  add_batch_flag(f, place, "windows");
   f.add("out", out, "a .csv file of the table; scripts/plot_positions.py draws it");
   change.add_flags(f);
   f.parse(args);
   expect_positive("tokens", double(tokens));
-  expect_positive("batch", batch);
   expect_positive("rope-base", change.base, true);
   expect_positive("rope-scale", change.interpolate, true);
   expect_positive("yarn", change.yarn, true);
@@ -144,11 +143,11 @@ inline void command_by_position(const std::vector<std::string>& args, const std:
   if (change.interpolate != 1 && change.yarn != 1) throw UserError("--rope-scale, --yarn: give one of them");
   Source source = open_source(place.run);
   const Config trained = source.settings.model;
-  const int context = trained.context, longest = context * lengths.back();
+  const int context = trained.context, base = context_of(place, source), longest = base * lengths.back();
   const Dataset data = open_data(source, pattern);
-  // The ends of the longest windows, as targets: half a training context each, so that a window that is cut to it has
+  // The ends of the longest windows, as targets: half the first length each, so that a window that is cut to it has
   // the other half and more to look back on.
-  const int ends = std::max(1, context / 2);
+  const int ends = std::max(1, base / 2);
   const size_t windows = std::min(data.windows(longest),  // a shard that is too short is refused now
                                   std::max<size_t>(1, size_t(tokens) / longest));
   std::string csv = "context,begin,end,windows,loss,stderr\n";
@@ -156,17 +155,18 @@ inline void command_by_position(const std::vector<std::string>& args, const std:
   std::vector<double> cut;  // the ends' losses in windows of the training context
   std::printf("%s, on %s, trained at %d positions\n", describe(source).c_str(), pattern.c_str(), context);
   for (int times : lengths) {
-    const int T = context * times;
+    const int T = base * times;
     std::vector<PositionBin> bins;
     std::vector<double> end_losses;
     source.settings.model = change.apply(trained, T);
-    with_model(place, source, std::max(1, batch / times), T, [&](auto& model) {
+    with_model(place, source, int(std::clamp<int64_t>(tokens / T, 1, 1024)), T, [&](auto& model) {
       if (change.temperature != 1) divide_scores(model, change.temperature);
       bins = loss_by_position(model, data, size_t(tokens), ProgressLine{"tokens", size_t(tokens)});
       if (lengths.size() > 1) end_losses = loss_of_ends(model, data, windows, longest, ends);
     });
     std::printf("\n  %s windows of %d\n", grouped(bins[0].loss.n).c_str(), T);
     std::printf("  %-15s %s\n", "positions", "nats per token");
+    expect_finite(bins[0].loss.mean(), source);
     double all = 0;
     for (const PositionBin& bin : bins) {
       const double mean = bin.loss.mean(), error = bin.loss.error();

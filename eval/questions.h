@@ -92,12 +92,26 @@ inline std::vector<Question> read_questions(const std::string& path, const Token
     if (gold < 0 || gold >= int64_t(question.choices.size()))
       fail("gold is " + std::to_string(gold) + "; the choices are 0 to " + std::to_string(question.choices.size() - 1));
     question.gold = size_t(gold);
-    for (const Request& request : question.choices)
-      if (request.continuation.empty() || request.bytes == 0) fail("an answer is empty");
+    for (const Request& request : question.choices) {
+      if (request.bytes == 0) fail("an answer is empty");
+      if (request.continuation.empty()) fail("a token holds the end of a context and the whole answer behind it");
+    }
     questions.push_back(std::move(question));
   }
   if (questions.empty()) throw UserError(path + ": no questions there");
   return questions;
+}
+
+// Takes away the questions with an answer of more than `context` tokens, which a model cannot score; says how many.
+inline size_t take_too_long(std::vector<Question>& questions, size_t context) {
+  const size_t before = questions.size();
+  questions.erase(std::remove_if(questions.begin(), questions.end(),
+                                 [&](const Question& question) {
+                                   return std::any_of(question.choices.begin(), question.choices.end(),
+                                                      [&](const Request& r) { return r.continuation.size() > context; });
+                                 }),
+                  questions.end());
+  return before - questions.size();
 }
 
 struct Score {
@@ -192,7 +206,6 @@ inline Report report(const std::vector<Question>& questions, const std::vector<S
 inline void command_questions(const std::vector<std::string>& args, bool lambada) {
   Place place;
   std::string path, out, delimiter = " ";
-  int batch = 16;
   int64_t limit = 0;
   Flags f(lambada ? "LAMBADA: will the model say the last word? Accuracy and perplexity."
                   : "Multiple choice by log-likelihood: accuracy, the same per byte, bits per byte of the answer.",
@@ -203,38 +216,40 @@ inline void command_questions(const std::vector<std::string>& args, bool lambada
                               : "JSON lines (or .gz, .xz, .zst): query, choices, gold; or WinoGrande's form");
   if (!lambada) f.add("delimiter", delimiter, "stands before every choice; for PIQA and ARC \"\\nAnswer: \"");
   f.add("limit", limit, "only the first so many questions; 0: all");
-  f.add("batch", batch, "choices worked on together");
+  add_context_flag(f, place);
+  add_batch_flag(f, place, "choices");
   f.add("out", out, "a .json file for the results, with the log-likelihood of every choice");
   f.parse(args);
   if (!std::filesystem::is_regular_file(path))
     throw UserError("--data \"" + path + "\": no such file; name one of JSON lines");
   expect_positive("limit", double(limit), true);
-  expect_positive("batch", batch);
   for (size_t at; (at = delimiter.find("\\n")) != std::string::npos;) delimiter.replace(at, 2, "\n");
   const Source source = open_source(place.run);
-  const std::vector<Question> questions = read_questions(path, tokenizer_of(source), delimiter, size_t(limit));
+  const size_t context = size_t(context_of(place, source));
+  std::vector<Question> questions = read_questions(path, tokenizer_of(source), delimiter, size_t(limit));
+  const size_t asked = questions.size(), too_long = take_too_long(questions, context);
+  if (questions.empty())
+    throw UserError("--data " + path + ": every question has an answer that is longer than the context of " +
+                    std::to_string(context) + " tokens");
   std::vector<const Request*> requests;
-  size_t longest = 0, context = size_t(source.settings.model.context), cut = 0;
+  size_t longest = 0, cut = 0;
   for (const Question& question : questions) {
     if ((question.choices.size() == 1) != lambada)
       throw UserError("--data " + path + (lambada ? ": has several choices; eval choices is for them"
                                                   : ": has a question with one answer only; eval lambada is for it"));
     for (const Request& request : question.choices) {
       const size_t n = request.context.size() + request.continuation.size() - 1;
-      if (request.continuation.size() > context)
-        throw UserError("--data " + path + ": an answer of " + std::to_string(request.continuation.size()) +
-                        " tokens is longer than the model's context of " + std::to_string(context) +
-                        "; leave it out, or take another model");
       requests.push_back(&request);
       longest = std::max(longest, std::min(n, context));
       cut += n > context;
     }
   }
   std::vector<Score> scores;
-  with_model(place, source, int(std::min<size_t>(batch, requests.size())), int(longest), [&](auto& model) {
+  with_model(place, source, int(std::min<size_t>(requests.size(), INT_MAX)), int(longest), [&](auto& model) {
     scores = score(model, requests, ProgressLine{"choices", requests.size()});
   });
   const Report r = report(questions, scores);
+  expect_finite(r.log_likelihood.mean(), source);
   nlohmann::ordered_json results = {{"data", path}, {"model", describe(source)}, {"questions", questions.size()}};
   std::printf("%s, on %s: %s questions\n", describe(source).c_str(), path.c_str(), grouped(questions.size()).c_str());
   auto row = [&](const char* name, const std::string& key, double value, double error) {
@@ -251,7 +266,11 @@ inline void command_questions(const std::vector<std::string>& args, bool lambada
   }
   row("bits per byte, right answer", "bits_per_byte", r.bits_per_byte.mean(), r.bits_per_byte.error());
   if (cut) std::printf("  %s were longer than %zu tokens and lost their beginning\n", grouped(cut).c_str(), context);
+  if (too_long)
+    std::printf("  %s of %s questions were left out: an answer is longer than %zu tokens\n", grouped(too_long).c_str(),
+                grouped(asked).c_str(), context);
   results["contexts_cut"] = cut;
+  results["left_out"] = too_long;
   const Score* next = scores.data();
   for (const Question& question : questions) {
     nlohmann::ordered_json likelihoods;

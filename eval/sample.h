@@ -25,6 +25,7 @@ inline void command_sample(const std::vector<std::string>& args) {
   f.add("top-k", top_k, "choose among the k likeliest; 0: all");
   f.add("seed", seed, "of the random choices; sample i uses seed + i");
   f.add("count", count, "samples");
+  add_context_flag(f, place);
   f.parse(args);
   expect_positive("tokens", tokens);
   expect_positive("temperature", temperature, true);
@@ -33,19 +34,23 @@ inline void command_sample(const std::vector<std::string>& args) {
   const Source source = open_source(place.run);
   const Tokenizer& tokenizer = tokenizer_of(source);
   const bool terminal = isatty(STDOUT_FILENO);
-  with_model(place, source, 1, source.settings.model.context, [&](auto& model) {
+  const std::vector<int> beginning = prompt_tokens(tokenizer, prompt);
+  const int T = int(std::min<size_t>(context_of(place, source), beginning.size() + size_t(tokens)));
+  with_model(place, source, 1, T, [&](auto& model) {
     for (int i = 0; i < count; ++i) {
       if (count > 1) std::printf("%s--- sample %d, seed %llu\n", i ? "\n" : "", i + 1, (unsigned long long)(seed + i));
-      std::vector<int> text = prompt_tokens(tokenizer, prompt);
+      std::vector<int> text = beginning;
+      std::string bytes;  // of a character that is not whole yet
       write_text(prompt, terminal);
       char last = '\n';
       generate(model, text, tokens, temperature, top_k, seed + i, source.stop_tokens(), source.vocabulary,
                [&](int token) {
-                 std::string bytes;
                  tokenizer.decode(token, bytes);
-                 write_text(bytes, terminal);
-                 if (!bytes.empty()) last = bytes.back();
+                 const std::string whole = take_utf8(bytes, false);
+                 write_text(whole, terminal);
+                 if (!whole.empty()) last = whole.back();
                });
+      write_text(take_utf8(bytes, true), terminal);
       if (last != '\n') std::printf("\n");
     }
   });

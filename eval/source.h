@@ -13,6 +13,8 @@
 #include "run/checkpoint.h"
 #include "run/flags.h"
 #include "run/print.h"
+#include "run/program.h"
+#include "text/identity.h"
 #include "text/shards.h"
 #include "text/tokenizer.h"
 
@@ -67,6 +69,10 @@ inline Source open_source(const std::string& run) {
     const std::string tokenizer = state.value("tokenizer", "");
     const std::string beside = std::filesystem::exists(source.checkpoint + "/tokenizer.json") ? "" : "/..";
     if (!tokenizer.empty()) source.tokenizer = make_tokenizer(tokenizer, source.checkpoint + beside);
+    const std::string trained_with = state.value("tokenizer_fingerprint", "");
+    if (source.tokenizer && !trained_with.empty() && source.tokenizer->fingerprint() != trained_with)
+      throw UserError(source.checkpoint + beside + "/tokenizer.json: not the tokenizer that the model was trained with (" +
+                      source.tokenizer->fingerprint() + ", was " + trained_with + ")");
   } catch (const nlohmann::json::exception& e) {
     throw UserError(path + ": not a checkpoint's state: " + e.what());
   }
@@ -88,10 +94,16 @@ inline std::string describe(const Source& source) {
   return source.checkpoint + ", step " + std::to_string(source.step);
 }
 
+// A loss that is none is no result. UserError.
+inline void expect_finite(double loss, const Source& source) {
+  if (!std::isfinite(loss))
+    throw UserError("--run: the loss of " + describe(source) + " is not finite: the model diverged while it trained");
+}
+
 // The flags that every command with a model has.
 struct Place {
   std::string run, device = "auto", dtype = "auto";
-  int threads = 0;
+  int threads = 0, context = 0, batch = 0;  // 0: all cores; the model's context; as memory allows
 };
 
 inline void add_run_flag(Flags& f, std::string& run) {
@@ -108,9 +120,21 @@ inline void add_place_flags(Flags& f, Place& place, bool any_device) {
   f.add("threads", place.threads, "CPU threads; 0: all cores");
 }
 
-inline void set_threads(int threads) {
-  expect_positive("threads", threads, true);
-  if (threads) omp_set_num_threads(threads);
+inline void add_context_flag(Flags& f, Place& place) {
+  f.add("context", place.context, "positions that the model sees at most; 0: as many as it was trained with");
+}
+inline void add_batch_flag(Flags& f, Place& place, const std::string& what) {
+  f.add("batch", place.batch, what + " worked on together; 0: as many as memory allows, up to 16");
+}
+
+// The positions that are worked with: --context, or the model's own.
+inline int context_of(const Place& place, const Source& source) {
+  const int own = source.settings.model.context;
+  expect_positive("context", place.context, true);
+  if (place.context > own)
+    throw UserError("--context " + std::to_string(place.context) + ": the model was trained with " +
+                    std::to_string(own) + " positions; eval length looks beyond them");
+  return place.context ? place.context : own;
 }
 
 // Progress on a terminal: a line that is written over and over, and taken away at the end.
@@ -132,19 +156,42 @@ inline Dataset open_data(const Source& source, std::string& pattern) {
   if (pattern.empty()) pattern = source.settings.val;
   if (pattern.empty()) throw UserError("--data: name shards; the model does not say what it was trained on");
   Dataset data(pattern);
-  const std::string theirs = read_meta(pattern).tokenizer, ours = source.tokenizer ? source.tokenizer->name() : "";
-  if (!theirs.empty() && !ours.empty() && theirs != ours)
-    throw UserError("--data " + pattern + ": its tokenizer is \"" + theirs + "\", the model's is \"" + ours + "\"");
+  check_same_tokenizer("--data " + pattern, identity_of(read_meta(pattern), pattern), "the model",
+                       identity_of(source.tokenizer.get()));
   data.check_tokens(source.vocabulary);
   return data;
 }
 
-// Makes the model for batches of B x T tokens, loads its weights and calls work(model).
+// Bytes of a model that is not trained, for batches of B x T tokens.
+template <class Backend, class Real>
+size_t bytes_without_training(const Config& c, int B, int T) {
+  constexpr bool own_master = !std::is_same_v<Real, Acc<Real>>;
+  size_t bytes = parameter_table(c).total * (sizeof(Real) + (own_master ? sizeof(Acc<Real>) : 0));
+  Activations<Real> a;
+  visit_activations<Backend>(c, size_t(B) * T, a, [&](const char*, size_t count, auto*& pointer) {
+    bytes += (count * sizeof(*pointer) + 255) / 256 * 256;
+  });
+  return bytes + rope_table_bytes(std::max(T, c.context), c.rotary_dim);
+}
+
+// Makes the model for batches of up to `most` x T tokens, loads its weights and calls work(model). Without --batch, as
+// large ones as fit into half of the memory that there is. UserError if one of a single window does not fit.
 template <class Work>
-inline void with_model(const Place& place, const Source& source, int B, int T, Work work) {
-  set_threads(place.threads);
+void with_model(const Place& place, const Source& source, int most, int T, Work work) {
+  expect_positive("batch", place.batch, true);
+  use_threads(place.threads);
   with_backend(place.device, place.dtype, [&](auto& backend, auto real) {
-    Model<std::decay_t<decltype(backend)>, decltype(real)> model(backend, source.settings.model, B, T, false);
+    using Backend = std::decay_t<decltype(backend)>;
+    const Config& c = source.settings.model;
+    auto needed = [&](int B) { return bytes_without_training<Backend, decltype(real)>(c, B, T); };
+    const size_t available = backend.available_memory();
+    int B = std::min(place.batch ? place.batch : 16, most);
+    while (!place.batch && B > 1 && needed(B) > available / 2) --B;
+    if (needed(B) > available)
+      throw UserError((B > 1 ? "--batch " + std::to_string(B) : "--run " + place.run) + ": not enough memory: " +
+                      human_bytes(needed(B)) + " needed for " + std::to_string(B) + " x " + std::to_string(T) +
+                      " positions, " + human_bytes(available) + " there; a smaller --batch or --context takes less");
+    Model<Backend, decltype(real)> model(backend, c, B, T, false);
     load_weights(model, source.checkpoint);
     work(model);
   });

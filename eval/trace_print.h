@@ -403,7 +403,7 @@ inline int command_trace(const std::vector<std::string>& args) {
                     ", or be -1");
   if (against < -1)
     throw UserError("--against " + std::to_string(against) + ": must be a position up to that of --token, or -1");
-  set_threads(place.threads);
+  use_threads(place.threads);
   Cpu backend;
   Config config = source.settings.model;
   config.recompute = false;  // the trace looks into every block

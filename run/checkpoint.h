@@ -181,21 +181,30 @@ class SafeTensors {
 
 // ---------------------------------------------------------------------------------------------------------------------
 
-// The directory that holds the newest whole checkpoint of a run: checkpoint, or checkpoint.old if the machine stopped
-// between the two renames of save_checkpoint. UserError if there is none.
-inline std::string find_checkpoint(const std::string& run_directory) {
-  for (const char* name : {"/checkpoint", "/checkpoint.old"})
-    if (std::filesystem::exists(run_directory + name + "/state.json")) return run_directory + name;
-  throw UserError(run_directory + ": no checkpoint there (" + run_directory + "/checkpoint/state.json)");
+// The directory of a run: NAME stands for runs/NAME; what is absolute or begins with a dot is a path itself. UserError
+// for a name that leads out of runs/.
+inline std::string run_directory(const std::string& name) {
+  const std::filesystem::path path(name);
+  if (path.is_absolute() || name[0] == '.') return name;
+  for (const auto& part : path)
+    if (part == "..") throw UserError("--run " + name + ": leads out of runs/; give a path that begins with / or .");
+  return "runs/" + name;
 }
 
-// The checkpoint's directory of `run`: the name of a run (runs/NAME), or the path of a run or of a checkpoint; empty if
-// there is none.
+// The newest whole checkpoint in a run's directory: checkpoint, or checkpoint.old if the machine stopped between the two
+// renames of save_checkpoint; empty if there is none.
+inline std::string newest_checkpoint(const std::string& directory) {
+  for (const char* name : {"/checkpoint", "/checkpoint.old"})
+    if (std::filesystem::exists(directory + name + "/state.json")) return directory + name;
+  return "";
+}
+
+// The checkpoint's directory of `run`: the name of a run, or the path of a run or of a checkpoint; empty if there is
+// none.
 inline std::string locate_checkpoint(const std::string& run) {
-  for (const std::string& directory : {"runs/" + run, run}) {
+  for (const std::string& directory : {run_directory(run), run}) {
     if (std::filesystem::exists(directory + "/state.json")) return directory;
-    if (std::filesystem::exists(directory + "/checkpoint") || std::filesystem::exists(directory + "/checkpoint.old"))
-      return find_checkpoint(directory);
+    if (const std::string found = newest_checkpoint(directory); !found.empty()) return found;
   }
   return "";
 }
@@ -296,11 +305,20 @@ void read_tensors(Model<Backend, Real>& model, float* shard, const SafeTensors& 
   }
 }
 
-// Refuses weights that are not those of the configuration, before memory of the size that it claims is taken.
+// Refuses weights that are not those of the configuration, before memory of the size that it claims is taken, and such
+// as are not finite. Reads all of them.
 inline void check_weights(Config c, const std::string& checkpoint) {
   resolve(c);
-  const SafeTensors file(checkpoint + "/model.safetensors");
-  for (const ParameterRow& row : parameter_table(c).rows) file.get(row.name, row.shape);
+  const std::string path = checkpoint + "/model.safetensors";
+  const SafeTensors file(path);
+  for (const ParameterRow& row : parameter_table(c).rows) {
+    const float* weights = file.get(row.name, row.shape);
+    float zero = 0;  // 0 times infinity, and times NaN, is NaN
+#pragma omp simd reduction(+ : zero)
+    for (size_t i = 0; i < row.count; ++i) zero += 0 * weights[i];
+    if (zero != 0)
+      throw UserError(path + ": " + row.name + " has numbers that are not finite: the model diverged while it trained");
+  }
 }
 
 template <class Backend, class Real>

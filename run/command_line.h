@@ -4,6 +4,7 @@
 #include <CLI/CLI.hpp>
 #include <algorithm>
 #include <cstdlib>
+#include <iostream>
 #include <string>
 #include <vector>
 
@@ -29,15 +30,28 @@ inline std::string closest(const std::string& word, const std::vector<std::strin
   return best;
 }
 
-// --help prints and ends the program; a mistake is a UserError.
+inline std::string version_text() {
+  std::string text = "partial-rope 1.0, " +
+#ifdef __CUDACC__
+                     std::string("for the CPU and CUDA ") + std::to_string(__CUDACC_VER_MAJOR__) + "." +
+                     std::to_string(__CUDACC_VER_MINOR__);
+#else
+                     std::string("for the CPU");
+#endif
+  return text + ", compiler " + __VERSION__;
+}
+
+// --help and --version print and end the program; a mistake is a UserError.
 inline void parse_command_line(CLI::App& app, std::vector<std::string> args) {
+  app.set_version_flag("--version", version_text(), "what was built, and with what");
   std::reverse(args.begin(), args.end());  // as CLI11 wants them
   try {
     app.parse(args);
-  } catch (const CLI::CallForHelp& e) {
-    std::exit(app.exit(e));
-  } catch (const CLI::CallForAllHelp& e) {
-    std::exit(app.exit(e));
+  } catch (const CLI::Success& e) {
+    app.exit(e);
+    std::cout.flush();
+    flush_output();
+    std::exit(0);
   } catch (const CLI::ExtrasError&) {
     const std::string word = app.remaining(true).front();
     std::vector<std::string> known;

@@ -1,12 +1,12 @@
 #pragma once
 // The csv files of a run: written a row at a time, cut on resume, read back by the names of their columns.
 
+#include <algorithm>
 #include <cerrno>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
-#include <filesystem>
 #include <fstream>
 #include <map>
 #include <sstream>
@@ -24,18 +24,20 @@ inline std::string decimals(double x) {
 }
 
 // A csv file of the run, a row per step or several, steps in the first column. On resume, rows of steps after the
-// checkpoint are dropped: they will be computed again.
+// checkpoint are dropped: they will be computed again. So is what a machine that stopped has left of a row.
 class CsvLog {
  public:
   CsvLog(const std::string& path, const std::string& header, int keep_up_to_step) : path_(path) {
     std::string kept = header + "\n";
+    const auto commas = [](const std::string& s) { return std::count(s.begin(), s.end(), ','); };
     std::ifstream before(path);
     std::string line;
     std::getline(before, line);
-    while (std::getline(before, line))
-      if (std::atoi(line.c_str()) <= keep_up_to_step && keep_up_to_step > 0) kept += line + "\n";
-    write_text_file(path + ".part", kept);
-    std::filesystem::rename(path + ".part", path);
+    while (std::getline(before, line)) {
+      const bool whole = !before.eof() && commas(line) == commas(header);  // eof: without the line's end
+      if (whole && std::atoi(line.c_str()) <= keep_up_to_step && keep_up_to_step > 0) kept += line + "\n";
+    }
+    replace_text_file(path, kept);
     file_ = std::fopen(path.c_str(), "a");
     if (!file_) throw UserError(path + ": cannot write: " + std::strerror(errno));
   }
@@ -48,6 +50,9 @@ class CsvLog {
   }
   void flush() {  // after the rows of a step
     if (std::fflush(file_) != 0) fail();
+  }
+  void sync() {  // before a checkpoint: it must not know of steps that the file does not have, if the machine stops
+    if (::fsync(::fileno(file_)) != 0) fail();
   }
 
  private:

@@ -70,6 +70,10 @@ class DiagnosticsLog {
     layers_.flush();
     tensors_.flush();
   }
+  void sync() {
+    layers_.sync();
+    tensors_.sync();
+  }
 
  private:
   CsvLog layers_, tensors_;

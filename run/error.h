@@ -1,8 +1,10 @@
-// The one exception type for mistakes that the user can mend, and what becomes of it; and lists that a user writes.
+// The one exception type for mistakes that the user can mend; output that cannot be written; lists that a user writes.
 #pragma once
+#include <cerrno>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <sstream>
 #include <stdexcept>
 #include <string>
@@ -28,17 +30,9 @@ inline std::vector<double> parse_list(const std::string& flag, const std::string
   return values;
 }
 
-// The body of every main(): calls work(), which gives the exit code. A user's mistake ends in one line on stderr and
-// exit code 2, whatever else goes wrong in one line and exit code 1.
-template <class Work>
-int exit_code_of(Work work) {
-  try {
-    return work();
-  } catch (const UserError& e) {
-    std::fprintf(stderr, "error: %s\n", e.what());
-    return 2;
-  } catch (const std::exception& e) {
-    std::fprintf(stderr, "error: %s\n", e.what());
-    return 1;
-  }
+// Standard output may be a file on a disk that is full: UserError if what was printed did not get there.
+inline void flush_output() {
+  const bool before = std::ferror(stdout);
+  if (std::fflush(stdout) != 0 || before)
+    throw UserError(std::string("cannot write to standard output: ") + std::strerror(errno ? errno : ENOSPC));
 }

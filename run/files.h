@@ -75,3 +75,10 @@ inline void write_file(const std::string& path, const std::vector<std::pair<cons
 inline void write_text_file(const std::string& path, const std::string& text) {
   write_file(path, {{text.data(), text.size()}});
 }
+
+// The same in place of a file that is there: whenever the machine stops, one of the two is whole.
+inline void replace_text_file(const std::string& path, const std::string& text) {
+  write_text_file(path + ".part", text);
+  if (::rename((path + ".part").c_str(), path.c_str()) != 0)
+    throw UserError(path + ": cannot write: " + std::strerror(errno));
+}

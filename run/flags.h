@@ -108,6 +108,23 @@ class Flags {
                      [&value, name](const nlohmann::json& j) { value = number<T>(name, j); }});
     return app.add_option("--" + name, value, help)->group(group_)->capture_default_str();
   }
+  // Up to 2^64 - 1. What does not fit is refused, where CLI11 would take something else for it.
+  CLI::Option* add(const std::string& name, uint64_t& value, const std::string& help) {
+    table.push_back({name, group_, [&value] { return nlohmann::json(value); },
+                     [&value, name](const nlohmann::json& j) { value = number<uint64_t>(name, j); }});
+    auto read = [&value, name](const std::string& text) {
+      errno = 0;
+      const bool digits = !text.empty() && text.find_first_not_of("0123456789") == std::string::npos;
+      const uint64_t number = std::strtoull(text.c_str(), nullptr, 10);
+      if (!digits || errno)
+        throw UserError("--" + name + " " + text + ": must be a whole number from 0 to 18446744073709551615");
+      value = number;
+    };
+    return app.add_option_function<std::string>("--" + name, read, help)
+        ->group(group_)
+        ->type_name("UINT")
+        ->default_str(std::to_string(value));
+  }
   // What only the command line gives: files get and set something else in its place.
   template <class T, class Get, class Set>
   CLI::Option* add(const std::string& name, std::optional<T>& value, const std::string& help, Get get, Set set) {
@@ -248,9 +265,7 @@ inline void resolve_settings(Settings& s) {
 
 inline void expect_positive(const char* flag, double value, bool zero_allowed = false) {
   if (!std::isfinite(value) || value < 0 || (value == 0 && !zero_allowed)) {
-    std::string text = std::to_string(value);
-    if (value == std::floor(value)) text = std::to_string((long long)value);
-    throw UserError(std::string("--") + flag + " " + text + ": must be a finite number " +
+    throw UserError(std::string("--") + flag + " " + format("%.15g", value) + ": must be a finite number " +
                     (zero_allowed ? "of at least 0" : "above 0"));
   }
 }

@@ -39,6 +39,12 @@ class RunLog {
     }
   }
 
+  // Before a checkpoint.
+  void sync() {
+    for (CsvLog* log : {&log_, &val_, &spikes_}) log->sync();
+    if (inside_) inside_->sync();
+  }
+
   void validation(int step, size_t tokens, double loss) {
     val_.row("%d,%zu,%.6f\n", step, tokens, loss);
     val_.flush();
@@ -54,9 +60,12 @@ class RunLog {
     std::error_code error;
     std::filesystem::create_directories(run.directory, error);
     if (error) throw UserError(run.directory + ": cannot create the run's directory: " + error.message());
-    write_text_file(run.directory + "/config.json", settings_json(run.s).dump(2) + "\n");
+    if (!run.lock) run.lock = std::make_unique<RunLock>(run.directory);
+    std::filesystem::remove(run.directory + "/summary.json", error);  // of fewer steps
+    replace_text_file(run.directory + "/config.json", settings_json(run.s).dump(2) + "\n");
+    write_history(run.directory, run.history);
     if (run.tokenizer && !run.tokenizer->file().empty())
-      write_text_file(run.directory + "/tokenizer.json", read_text_file(run.tokenizer->file()));  // for eval
+      replace_text_file(run.directory + "/tokenizer.json", read_text_file(run.tokenizer->file()));  // for eval
     return run.directory;
   }
 };

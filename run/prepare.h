@@ -1,6 +1,10 @@
 #pragma once
 // What is decided before a run starts: its settings, its data, where its files go and what it starts from.
 
+#include <fcntl.h>
+#include <sys/file.h>
+#include <unistd.h>
+
 #include <set>
 #include <filesystem>
 #include <memory>
@@ -11,53 +15,167 @@
 #include "run/checkpoint.h"
 #include "run/csv.h"
 #include "run/flags.h"
+#include "run/history.h"
 #include "run/print.h"
+#include "run/program.h"
+#include "text/identity.h"
 #include "text/shards.h"
 #include "text/tokenizer.h"
+
+// A run is trained by one process at a time: the one that holds the lock on its file `lock`. It ends with the process.
+class RunLock {
+ public:
+  explicit RunLock(const std::string& directory) : file_(::open((directory + "/lock").c_str(), O_RDWR | O_CREAT, 0644)) {
+    if (file_ < 0) throw UserError(directory + "/lock: cannot write: " + std::strerror(errno));
+    if (::flock(file_, LOCK_EX | LOCK_NB) == 0) return;
+    ::close(file_);
+    throw UserError(directory + ": another process is training this run; wait for it, or choose another --run");
+  }
+  RunLock(const RunLock&) = delete;
+  RunLock& operator=(const RunLock&) = delete;
+  ~RunLock() { ::close(file_); }
+
+ private:
+  int file_;
+};
 
 // What is decided before any memory is taken: settings, data, where the run's files go, what it starts from.
 struct Run {
   Settings s;
   std::string directory;
+  std::unique_ptr<RunLock> lock;
+  std::vector<std::string> flags;  // as the user gave them
   std::string checkpoint, init;  // the checkpoint to resume from, or to take the weights from, or empty
   nlohmann::json state;
   std::string changes;  // of settings, to what it starts from
   nlohmann::json special_tokens;  // of the model that the weights were imported from, see eval/source.h
+  std::vector<Stretch> history;  // the last one is what holds now
   int kept_step = 0;  // of the run's checkpoint, when a step is replayed
   Meta meta;
   std::unique_ptr<Dataset> train, val;
   std::unique_ptr<Tokenizer> tokenizer;  // null where the shards do not say which
 };
 
-// --replay-step: the run's settings; and its checkpoint if that is of an earlier step than the one to be repeated,
-// else what it started from.
+inline bool was_given(const std::vector<std::string>& args, const std::string& flag) {
+  return std::any_of(args.begin(), args.end(),
+                     [&](const std::string& arg) { return arg == flag || arg.rfind(flag + "=", 0) == 0; });
+}
+
+// The learning rate of the step after `done` steps.
+inline double learning_rate(const Settings& s, int done) {
+  const int warmup = s.warmup >= 0 ? s.warmup : (s.steps + 19) / 20;
+  return learning_rate(s.schedule, done, s.steps, warmup, s.lr, s.min_lr >= 0 ? s.min_lr : s.lr / 10);
+}
+
+// Whether a directory is a run of which nothing was saved: a new one may take its place.
+inline bool nothing_saved(const std::string& directory) {
+  if (!newest_checkpoint(directory).empty()) return false;
+  if (std::filesystem::exists(directory + "/config.json")) return true;
+  for (const auto& entry : std::filesystem::directory_iterator(directory))
+    if (entry.path().filename() != "lock") return false;
+  return true;
+}
+
+// --resume: from the run's checkpoint; from the beginning where nothing was saved yet.
+inline void prepare_resume(Run& run, const Settings& asked, bool root) {
+  if (asked.run.empty()) throw UserError("--resume: say which run with --run NAME");
+  run.directory = run_directory(asked.run);
+  const std::string config = run.directory + "/config.json";
+  if (newest_checkpoint(run.directory).empty() && !std::filesystem::exists(config))
+    throw UserError("--resume: " + run.directory + ": no checkpoint there (" + run.directory +
+                    "/checkpoint/state.json)");
+  if (root) run.lock = std::make_unique<RunLock>(run.directory);
+  run.checkpoint = newest_checkpoint(run.directory);
+  if (run.checkpoint.empty()) {
+    run.s = settings_from_json(config, read_json_file(config));
+    if (!run.s.init.empty()) run.init = locate_checkpoint(run.s.init);
+    if (run.init.empty() && !run.s.init.empty())
+      throw UserError("--resume: the run started from " + run.s.init + ", which is no longer there");
+    if (root) std::fprintf(stderr, "note: %s has no checkpoint yet: it begins again\n", run.directory.c_str());
+    return;
+  }
+  const std::string state = run.checkpoint + "/state.json";
+  run.state = read_json_file(state);
+  run.s = settings_from_state(state, run.state);
+  check_weights(run.s.model, run.checkpoint);
+  run.special_tokens = run.state.value("special_tokens", nlohmann::json());
+  const int step = run.state["step"];
+  run.history = read_history(run.directory);
+  while (run.history.size() > 1 && run.history.back().from >= step) run.history.pop_back();
+}
+
+// --replay-step: the settings that the step had; and the run's checkpoint if that is of an earlier step, else what the
+// run started from.
 inline void prepare_replay(Run& run, const Settings& asked) {
   const std::string flag = "--replay-step " + std::to_string(asked.replay_step);
   if (asked.run.empty()) throw UserError(flag + ": say of which run with --run NAME");
-  run.directory = "runs/" + asked.run;
+  run.directory = run_directory(asked.run);
   const std::vector<double> logged = read_column(run.directory + "/log.csv", "step");
   if (logged.empty()) throw UserError(flag + ": there are no steps in " + run.directory + "/log.csv");
   if (asked.replay_step < 1 || asked.replay_step > logged.back())
     throw UserError(flag + ": must be one of the steps 1 to " + std::to_string(int(logged.back())) + " of " +
                     run.directory + "/log.csv");
-  const std::string config = run.directory + "/config.json";
-  run.s = settings_from_json(config, read_json_file(config));
-  run.checkpoint = locate_checkpoint(run.directory);
+  run.history = read_history(run.directory);
+  while (run.history.size() > 1 && run.history.back().from >= asked.replay_step) run.history.pop_back();
+  run.s = run.history.back().s;
+  run.checkpoint = newest_checkpoint(run.directory);
+  int first = 0;
   if (!run.checkpoint.empty()) {
     const std::string state = run.checkpoint + "/state.json";
     run.state = read_json_file(state);
     settings_from_state(state, run.state);  // refuses what is no state
     run.kept_step = run.state["step"];
     if (run.kept_step >= asked.replay_step) run.checkpoint = "";
+    else first = run.kept_step;
   }
   if (run.checkpoint.empty() && !run.s.init.empty()) {
     run.init = locate_checkpoint(run.s.init);
     if (run.init.empty()) throw UserError(flag + ": the run started from " + run.s.init + ", which is no longer there");
   }
+  if (const Stretch& before = stretch_of(run.history, first); before.train != run.history.back().train)
+    throw UserError(flag + ": steps up to " + std::to_string(run.history.back().from) + " were on other data (" +
+                    run.directory + "/history.json), and there is no checkpoint from after them");
 }
 
-// `args` are the flags of train, which runs on `ranks` ranks.
-inline Run prepare(const std::vector<std::string>& args, int ranks) {
+// What a checkpoint's tokens mean: the name of its tokenizer and the fingerprint, which older ones take from the
+// tokenizer itself.
+inline TokenizerIdentity identity_of_checkpoint(const std::string& checkpoint, const nlohmann::json& state) {
+  TokenizerIdentity identity{state.value("tokenizer", ""), state.value("tokenizer_fingerprint", "")};
+  if (identity.fingerprint.empty() && !identity.name.empty()) {
+    const std::string beside = std::filesystem::exists(checkpoint + "/tokenizer.json") ? "" : "/..";
+    try {
+      identity.fingerprint = make_tokenizer(identity.name, checkpoint + beside)->fingerprint();
+    } catch (const UserError&) {
+    }
+  }
+  return identity;
+}
+
+// What a run that goes on, or a step that is repeated, reads must be what it was: `flag` says which of the two. On resume
+// --data and --val say that other data are meant.
+inline void check_data(const Run& run, const std::string& flag, const std::vector<std::string>& args, int step,
+                       bool root) {
+  const Stretch &was = run.history.back(), is{step, run.s, run.train->fingerprint(), run.val->fingerprint()};
+  for (const auto& [name, data, before, now] :
+       {std::tuple{"--data", &run.s.data, &was.train, &is.train}, std::tuple{"--val", &run.s.val, &was.val, &is.val}}) {
+    const std::string what = std::string(name) + " " + *data;
+    if (flag != "--resume" && data == &run.s.val) continue;  // no part of a training step
+    if (before->empty() && root) {
+      std::fprintf(stderr, "note: %s: nothing says whether these are the data of before; taken for the same\n",
+                   what.c_str());
+    } else if (!before->empty() && *before != *now) {
+      if (flag != "--resume" || !was_given(args, name))
+        throw UserError(flag + ": " + what + ": not the data that the run read until now (fingerprint " + *now +
+                        ", was " + *before + ")" +
+                        (flag == "--resume" ? "; bring those back, or go on with others by giving " + std::string(name)
+                                            : ""));
+      if (root) std::fprintf(stderr, "note: %s: other data than up to step %d\n", what.c_str(), step);
+    }
+  }
+}
+
+// `args` are the flags of train, which runs on `ranks` ranks. Rank 0, the `root`, locks the run and says what is noted.
+inline Run prepare(const std::vector<std::string>& args, int ranks, bool root) {
   Run run;
   Settings& s = run.s;
   Settings asked;
@@ -65,18 +183,13 @@ inline Run prepare(const std::vector<std::string>& args, int ranks) {
   const bool replay = asked.replay_step != -1, again = asked.resume || replay;
   if (asked.resume && replay) throw UserError("--resume, --replay-step: give one of them");
   if (asked.resume) {
-    if (asked.run.empty()) throw UserError("--resume: say which run with --run NAME");
-    run.directory = "runs/" + asked.run;
-    run.checkpoint = find_checkpoint(run.directory);
-    run.state = read_json_file(run.checkpoint + "/state.json");
-    s = settings_from_state(run.checkpoint + "/state.json", run.state);
-    check_weights(s.model, run.checkpoint);
-    run.special_tokens = run.state.value("special_tokens", nlohmann::json());
+    prepare_resume(run, asked, root);
   } else if (replay) {
     prepare_replay(run, asked);
   } else {
     apply_flags(s, preset_flags(asked.preset));
   }
+  run.flags = args;
   if (!asked.init.empty() && !again) {
     run.init = locate_checkpoint(asked.init);
     if (run.init.empty())
@@ -122,6 +235,7 @@ inline Run prepare(const std::vector<std::string>& args, int ranks) {
   for (auto [flag, beta] : {std::pair{"--beta1 ", s.beta1}, std::pair{"--beta2 ", s.beta2}})
     if (!(beta >= 0 && beta < 1)) throw UserError(flag + std::to_string(beta) + ": must lie between 0 and 1");
 
+  run.train = std::make_unique<Dataset>(s.data);
   if (s.val.empty()) {
     s.val = s.data;
     const size_t slash = s.val.rfind('/') == std::string::npos ? 0 : s.val.rfind('/');
@@ -130,7 +244,6 @@ inline Run prepare(const std::vector<std::string>& args, int ranks) {
       throw UserError("--val: cannot be guessed from --data " + s.data + ", which does not say train");
     s.val.replace(at, 5, "val");
   }
-  run.train = std::make_unique<Dataset>(s.data);
   run.val = std::make_unique<Dataset>(s.val);
   run.meta = read_meta(s.data);
   if (!run.meta.tokenizer.empty()) run.tokenizer = make_tokenizer(run.meta.tokenizer, directory_of(s.data));
@@ -142,7 +255,13 @@ inline Run prepare(const std::vector<std::string>& args, int ranks) {
   for (const Dataset* data : {run.train.get(), run.val.get()}) {
     data->windows(s.model.context);
     data->check_tokens(s.model.vocab);
+    check_content(*data, read_meta(data->pattern()));
   }
+  const int step = run.checkpoint.empty() ? 0 : run.state["step"].get<int>();
+  if (const std::string from = run.checkpoint.empty() ? run.init : run.checkpoint; !from.empty())
+    check_same_tokenizer("--data " + s.data, identity_of(run.meta, s.data), from,
+                         identity_of_checkpoint(from, read_json_file(from + "/state.json")));
+  if (again && !run.history.empty()) check_data(run, replay ? "--replay-step" : "--resume", args, step, root);
   if (again || !run.init.empty()) {
     std::vector<std::string> groups = {"Model"};
     if (again) groups.push_back("Optimiser");
@@ -161,14 +280,28 @@ inline Run prepare(const std::vector<std::string>& args, int ranks) {
                         "; leave the flag out, or start a new run");
   }
   if (!again) {
-    const std::string base = s.run.empty() ? s.preset : s.run;
+    // Without --run: the preset's name, or that of the directory that other data than the built-in lie in; numbered.
+    std::string base = s.run;
+    if (base.empty() && s.data != Settings().data)
+      base = std::filesystem::path(directory_of(s.data)).lexically_normal().filename();
+    if (base.empty() || base == ".") base = s.preset;
     std::string name = base;
     for (int i = 2; s.run.empty() && std::filesystem::exists("runs/" + name); ++i) name = base + "-" + std::to_string(i);
-    run.directory = "runs/" + name;
-    if (std::filesystem::exists(run.directory))
-      throw UserError("--run " + name + ": " + run.directory +
-                      " exists; add --resume to go on with it, or choose another name");
+    run.directory = run_directory(name);
+    if (std::filesystem::exists(run.directory)) {
+      if (!nothing_saved(run.directory))
+        throw UserError("--run " + name + ": " + run.directory +
+                        " exists; add --resume to go on with it, or choose another name");
+      if (root) run.lock = std::make_unique<RunLock>(run.directory);
+      if (root) std::fprintf(stderr, "note: nothing was saved in %s yet: it begins anew\n", run.directory.c_str());
+    }
     s.run = name;
+  }
+  if (!replay) {
+    const Stretch now{step, s, run.train->fingerprint(), run.val->fingerprint()};
+    if (run.history.empty() || run.history.back().train != now.train || run.history.back().val != now.val ||
+        settings_json(run.history.back().s) != settings_json(s))
+      run.history.push_back(now);
   }
   return run;
 }
@@ -176,8 +309,8 @@ inline Run prepare(const std::vector<std::string>& args, int ranks) {
 // Refuses ranks that were started with other settings, other data or another checkpoint than rank 0.
 inline void expect_same(Run& run, Ranks& ranks) {
   nlohmann::ordered_json mine = settings_json(run.s);
-  mine["tokens of the training data"] = run.train->tokens();
-  mine["tokens of the validation data"] = run.val->tokens();
+  mine["the fingerprint of the training data"] = run.train->fingerprint();
+  mine["the fingerprint of the validation data"] = run.val->fingerprint();
   mine["the step to go on from"] = run.checkpoint.empty() ? 0 : run.state["step"].get<int>();
   const std::vector<std::string> all = ranks.gather(mine.dump());
   for (size_t r = 1; r < all.size(); ++r) {
@@ -251,6 +384,12 @@ void print_start(Run& run, const Division& division, size_t parameters, int step
       human_bytes(memory.total()).c_str());
   std::printf("Data: %.2f M training tokens, %zu a step, so %.2f epochs in %d steps.\n", run.train->tokens() * 1e-6,
               tokens_per_step, double(tokens_per_step) * s.steps / run.train->tokens(), s.steps);
-  if (step) std::printf("Resumed at step %d.\n", step);
+  if (step) {
+    std::printf("Resumed at step %d.\n", step);
+    const Settings before = settings_from_state(run.checkpoint + "/state.json", run.state);
+    if (before.steps != s.steps)
+      std::printf("It was to have %d steps and now has %d: the learning rate goes from %.3g (step %d) to %.3g.\n",
+                  before.steps, s.steps, learning_rate(before, step - 1), step, learning_rate(s, step));
+  }
   std::fflush(stdout);
 }

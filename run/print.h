@@ -1,5 +1,8 @@
 // Numbers, durations, text of others and curves, as a terminal shows them.
 #pragma once
+#include <sys/ioctl.h>
+#include <unistd.h>
+
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -31,6 +34,20 @@ inline std::string human_bytes(size_t bytes) {
   return text;
 }
 
+// 9437 -> "9.44k", 4620000 -> "4.62M"; three digits.
+inline std::string metric(double x) {
+  static const char* units[] = {"", "k", "M", "G"};
+  int unit = 0;
+  while (x >= 999.5 && unit < 3) x /= 1000, ++unit;
+  return format(x < 9.995 ? "%.2f" : x < 99.95 ? "%.1f" : "%.0f", x) + units[unit];
+}
+
+// Columns of the terminal that standard output is; 100 for a file.
+inline int terminal_width() {
+  winsize size{};
+  return ::ioctl(STDOUT_FILENO, TIOCGWINSZ, &size) == 0 && size.ws_col ? size.ws_col : 100;
+}
+
 // 75 -> "1:15", 3700 -> "1:01:40".
 inline std::string duration_text(double seconds) {
   const long s = std::lround(std::max(0.0, seconds));
@@ -42,8 +59,35 @@ inline std::string duration_text(double seconds) {
   return text;
 }
 
-// A model may say any byte; a terminal should not obey them. Control bytes become '?'.
+// Takes UTF-8 from the front of `bytes`; what is none becomes U+FFFD. The beginning of a character that may still go on
+// stays there, unless this is the `end`.
+inline std::string take_utf8(std::string& bytes, bool end) {
+  std::string text;
+  size_t at = 0;
+  while (at < bytes.size()) {
+    const unsigned char first = bytes[at];
+    const size_t length = first < 0x80 ? 1 : first >= 0xc2 && first < 0xe0 ? 2 : first >= 0xe0 && first < 0xf0 ? 3
+                          : first >= 0xf0 && first < 0xf5 ? 4 : 0;
+    size_t n = length > 0;
+    for (; n < length && at + n < bytes.size(); ++n) {
+      const unsigned char next = bytes[at + n];
+      // Some second bytes would mean a character that has a shorter form, a surrogate, or one above U+10FFFF.
+      const unsigned char low = n > 1 ? 0x80 : first == 0xe0 ? 0xa0 : first == 0xf0 ? 0x90 : 0x80,
+                          high = n > 1 ? 0xbf : first == 0xed ? 0x9f : first == 0xf4 ? 0x8f : 0xbf;
+      if (next < low || next > high) break;
+    }
+    if (n < length && at + n == bytes.size() && !end) break;
+    const bool whole = n && n == length;
+    text += whole ? bytes.substr(at, n) : "\xef\xbf\xbd";
+    at += n ? n : 1;
+  }
+  bytes.erase(0, at);
+  return text;
+}
+
+// A model may say any byte; a terminal should not obey them. Control bytes become '?', what is no UTF-8 U+FFFD.
 inline std::string printable(std::string text) {
+  text = take_utf8(text, true);
   for (char& c : text)
     if ((static_cast<unsigned char>(c) < 32 && c != '\n' && c != '\t') || c == 127) c = '?';
   return text;
@@ -52,7 +96,7 @@ inline std::string printable(std::string text) {
 // The loss over the steps as a picture of text: a column per stretch of steps, its mean as a dot; the floor as a line.
 // The axis is logarithmic: most of a run happens near its end.
 inline void print_curve(const std::vector<double>& steps, const std::vector<double>& losses, double floor) {
-  const int width = 64, height = 12;
+  const int width = 42, height = 12;
   if (losses.size() < 2) return;
   std::vector<double> sum(width), count(width);
   for (size_t i = 0; i < losses.size(); ++i) {

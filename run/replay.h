@@ -3,7 +3,7 @@
 
 #include <unistd.h>
 
-#include "run/interrupt.h"
+#include "run/program.h"
 #include "run/trainer.h"
 
 // Repeats a run up to and including step --replay-step, looks into that step and writes what it sees to replay-STEP/ in
@@ -23,10 +23,10 @@ int replay(Backend& be, Comm<Backend>& comm, Run& run) {
     const int step = trainer.done + 1;
     return trainer.step(looks(step) ? &inside : nullptr, step == last ? &losses : nullptr);
   };
-  watch_interrupts();
+  watch_interrupts(trainer.ranks.root() ? "\nStopping after this step; Ctrl-C again ends at once.\n" : "");
   if (!trainer.ranks.root()) {  // rank 0 says and writes what is seen
     while (trainer.done < last && !trainer.told_to_stop()) next_step();
-    return 0;
+    return trainer.told_to_stop() ? 128 + trainer.told_to_stop() : 0;
   }
   const std::string start = !run.checkpoint.empty() ? "its checkpoint of step " + std::to_string(trainer.done)
                             : !run.init.empty()     ? "the weights of " + run.init
@@ -61,7 +61,10 @@ int replay(Backend& be, Comm<Backend>& comm, Run& run) {
     std::fflush(stdout);
   }
   if (terminal) std::printf("\n");
-  if (trainer.done < last) throw UserError("interrupted before step " + std::to_string(last));
+  if (trainer.done < last) {
+    std::printf("Interrupted before step %d.\n", last);
+    return 128 + trainer.told_to_stop();
+  }
 
   print_diagnostics(inside, s.model.heads);
 

@@ -3,13 +3,21 @@
 // (device/ranks.h) every one has a Trainer and calls the same functions in the same order; step() shows what they
 // exchange.
 
+#include <chrono>
+#include <functional>
 #include <numeric>
 #include <vector>
 
 #include "device/comm.h"
 #include "run/diagnostics.cuh"
-#include "run/interrupt.h"
 #include "run/prepare.h"
+#include "run/program.h"
+
+constexpr double kSaveSeconds = 600;  // between checkpoints, at most
+
+inline double now() {
+  return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
+}
 
 template <class Backend, class Real>
 struct Trainer {
@@ -24,6 +32,7 @@ struct Trainer {
   Model<Backend, Real> model;
   Diagnostics<Backend, Real> diagnostics;
   int done = 0;  // steps that the weights have behind them
+  std::function<void(int)> on_micro_batch;  // called before each of a step, from 0
 
   // In nats per token; norm is that of the gradient before clipping.
   struct Result {
@@ -52,10 +61,8 @@ struct Trainer {
   // The next step; with `inside`, looks into it; with `losses`, keeps the loss of each token (accumulate, B, T). Rank 0
   // receives both.
   Result step(StepDiagnostics* inside = nullptr, std::vector<Acc<Real>>* losses = nullptr) {
-    const int warmup = s.warmup >= 0 ? s.warmup : (s.steps + 19) / 20;
-    const double min_lr = s.min_lr >= 0 ? s.min_lr : s.lr / 10;
-    const AdamW a = {learning_rate(s.schedule, done, s.steps, warmup, s.lr, min_lr),
-                     s.beta1, s.beta2, s.eps, s.weight_decay, s.clip, done + 1};
+    const AdamW a = {learning_rate(stretch_of(run.history, done).s, done), s.beta1, s.beta2, s.eps, s.weight_decay,
+                     s.clip, done + 1};
     if (read_ < done) read_batches(done);
     if (inside) diagnostics.begin();
     if (losses) losses->resize(tokens_per_step);
@@ -66,6 +73,7 @@ struct Trainer {
       if (round > 0 && inside) diagnostics.next_lane();
       model.zero_gradients();
       for (int micro : micro_batches(round)) {
+        if (on_micro_batch) on_micro_batch(micro);
         const size_t at = size_t(micro) * N;
         model.train_batch(inputs_of(done) + at, targets_of(done) + at, 1.0 / double(tokens_per_step), s.z_loss);
         if (inside) diagnostics.add_micro_batch();
@@ -74,7 +82,7 @@ struct Trainer {
       // Here an all-reduce of the gradient begins: each rank receives its shard of the lanes of all, and adds them up.
       if (s.lanes > 1) comm.add_lanes(model.gradient, model.gradients_flat, model.shard, round == 0);
     }
-    model.square_gradient();
+    model.square(model.gradient);
     comm.all_gather(model.squares, division.rounds() * model.squares_of_part * sizeof(double));
     model.update_shard(a);
     gather_weights();  // and here it ends, with the new weights in place of the gradient
@@ -83,12 +91,14 @@ struct Trainer {
 
     mine[division.rounds() - 1] = read_lane();
     ranks.all_gather(lanes.data(), division.rounds() * sizeof(Lane));
-    Lane sum = {0, 0, mine[division.rounds() - 1].norm, false};
+    Lane sum = {0, 0, mine[division.rounds() - 1].norm, 0, 0};
+    overdue_ = false;
     for (int lane = 0; lane < s.lanes; ++lane) {
       const Lane& one = lanes[lane % ranks.size * division.rounds() + lane / ranks.size];
       sum.loss += one.loss;
       sum.log_z += one.log_z;
-      told_to_stop_ = told_to_stop_ || one.interrupted;
+      told_to_stop_ = std::max(told_to_stop_, one.interrupted);
+      overdue_ = overdue_ || one.overdue;
     }
     if (inside) *inside = diagnostics.read(ranks);
     if (losses) collect_losses(losses->data());
@@ -96,14 +106,17 @@ struct Trainer {
     return {sum.loss / double(tokens_per_step), sum.log_z / double(tokens_per_step), sum.norm, a.lr};
   }
 
-  // Whether a signal has told any of the ranks to stop: the same answer on all of them, since the last step.
-  bool told_to_stop() const { return ranks.size == 1 ? interrupted : told_to_stop_; }
+  // The number of the signal that has told any of the ranks to stop, or 0: the same on all of them, since the last step.
+  int told_to_stop() const { return ranks.size == 1 ? interrupted : told_to_stop_; }
 
-  // The loss over the first --val-tokens of the validation data, in nats per token. The ranks take turns.
-  double validate() {
+  // Whether more than kSaveSeconds have passed since a checkpoint: the same answer on all ranks, since the last step.
+  bool overdue() const { return overdue_; }
+
+  // The loss over the first `tokens` of the validation data, a window at least; nats per token. The ranks take turns.
+  double validate(int tokens) {
     const int B = s.batch, T = s.model.context;
     const size_t windows = run.val->windows(T),
-                 wanted = std::min(windows, std::max<size_t>(1, size_t(s.val_tokens) / T));
+                 wanted = std::min(windows, std::max<size_t>(1, size_t(tokens) / T));
     double sum = 0;
     std::vector<int> inputs(N), targets(N);
     std::vector<Acc<Real>> losses(N);
@@ -121,6 +134,17 @@ struct Trainer {
     return sum / (double(wanted) * T);
   }
 
+  // Whether the weights are good for a checkpoint: `loss`, which was computed with them, is finite, and so are they.
+  bool good(double loss) {
+    const size_t sums = division.rounds() * model.squares_of_part;
+    model.square(model.master);
+    gradient_norm(be, &model.result->norm, model.squares + division.rank * sums, sums);
+    std::vector<char> finite(ranks.size);
+    finite[ranks.rank] = std::isfinite(read_lane().norm);
+    ranks.all_gather(finite.data(), 1);
+    return std::isfinite(loss) && std::all_of(finite.begin(), finite.end(), [](char f) { return f; });
+  }
+
   // The run's checkpoint, of the steps done: the same files for any number of ranks.
   void save() {
     nlohmann::ordered_json state = {
@@ -128,29 +152,33 @@ struct Trainer {
         {"tokens", uint64_t(done) * tokens_per_step},
         {"seed", s.seed},
         {"tokenizer", run.meta.tokenizer},
+        {"tokenizer_fingerprint", identity_of(run.meta, s.data).fingerprint},
         {"vocabulary", run.meta.vocabulary ? run.meta.vocabulary : s.model.vocab},
         {"settings", settings_json(s)}};
     if (!run.special_tokens.is_null()) state["special_tokens"] = run.special_tokens;
     save_checkpoint(ranks, model, run.directory, state);
     ranks.barrier();  // it is there
     ranks.checkpoint = done;
+    saved_at_ = now();
   }
 
   size_t first_micro_batch(int step) const { return size_t(step) * s.accumulate; }
 
  private:
-  // What a lane leaves for the log, and whether its rank was told to stop.
+  // What a lane leaves for the log, and whether its rank was told to stop, or finds that a checkpoint is overdue.
   struct Lane {
     double loss, log_z, norm;
-    int64_t interrupted;
+    int interrupted, overdue;
   };
-  bool told_to_stop_ = false;
+  int told_to_stop_ = 0;
+  bool overdue_ = false;
+  double saved_at_ = now();
 
   // Waits for the device.
   Lane read_lane() {
     typename Model<Backend, Real>::StepResult result;
     be.download(&result, model.result, sizeof result);
-    return {result.loss, result.log_z, double(result.norm), interrupted};
+    return {result.loss, result.log_z, double(result.norm), interrupted, now() > saved_at_ + kSaveSeconds};
   }
 
   // The micro-batches of the lane that this rank works on in a round.

@@ -89,25 +89,27 @@ class Job:
         self.output = Path(f"{self.directory}.txt")
         self.error = ""
 
-    def last_row(self):
-        """The last whole row of log.csv as (step, tokens, loss, gradient norm); None if there is none."""
+    def last_row(self, name="log"):
+        """The last whole row of log.csv or another csv file, as numbers; None if there is none."""
         try:
-            with open(self.directory / "log.csv", "rb") as file:
+            with open(self.directory / f"{name}.csv", "rb") as file:
                 file.seek(max(0, os.fstat(file.fileno()).st_size - 1000))
-                row = file.read().decode().rpartition("\n")[0].rpartition("\n")[2].split(",")
-            return int(row[0]), int(row[1]), float(row[2]), float(row[4])
-        except (OSError, ValueError, IndexError):
+                return [float(x) for x in file.read().decode().rpartition("\n")[0].rpartition("\n")[2].split(",")]
+        except (OSError, ValueError):
             return None
 
     def state(self):
-        if (self.directory / "summary.json").exists():
+        """finished; diverged: loss, gradient norm or validation loss became inf or nan; or unfinished."""
+        summary = self.directory / "summary.json"
+        if summary.exists() and json.loads(summary.read_text()).get("val_loss", 0) is not None:
             return "finished"
-        row = self.last_row()
-        return "diverged" if row and not math.isfinite(row[2] + row[3]) else "unfinished"
+        log, val = self.last_row(), self.last_row("val")
+        finite = all(map(math.isfinite, (log[2:5] if log else []) + (val[2:] if val else [])))
+        return "unfinished" if finite and not summary.exists() else "diverged"
 
     def step(self):
         state, row = self.state(), self.last_row()
-        return self.steps if state != "unfinished" else row[0] if row else 0
+        return self.steps if state != "unfinished" else int(row[0]) if row else 0
 
     def next_program(self):
         """What is still to be done: train, or eval to measure the loss by position; None: nothing."""
@@ -175,7 +177,7 @@ def output_of(command):
     try:
         done = subprocess.run(command, capture_output=True, text=True)
     except OSError as error:
-        raise UserError(f"{command[0]}: {error.strerror}; `make` builds it") from None
+        raise UserError(f"{command[0]}: {error.strerror}; `make {command[0]}` builds it") from None
     if done.returncode:
         raise UserError(done.stderr.strip().removeprefix("error: ") or f"{command[0]}: exit code {done.returncode}")
     return done.stdout
@@ -249,7 +251,7 @@ class Display:
         height, width = shutil.get_terminal_size()[::-1]
         text = [head]
         for job, row in rows[:height - 3]:
-            progress = f"step {row[0]}/{job.steps}  loss {row[2]:.4f}" if row else "starting"
+            progress = f"step {row[0]:.0f}/{job.steps}  loss {row[2]:.4f}" if row else "starting"
             text.append(f"  {job.directory.name:44} {progress}")
         up = f"\033[{self.lines}A" if self.lines else ""
         print(up + "\033[J" + "\n".join(line[:width - 1] for line in text), flush=True)

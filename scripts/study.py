@@ -48,7 +48,7 @@ def read_csv(path):
 def read_run(directory):
     """A run: name, arm {key: text}, seed, config, summary ({} unless finished), and the csv files as columns.
 
-    `state` is finished, diverged (loss or gradient became inf or nan) or unfinished. `epochs`: how often all of its
+    `state` is finished, diverged (loss, gradient or validation loss became inf or nan) or unfinished. `epochs`: how often all of its
     steps see the training data; nan if unknown. Losses in nats per token: `initial_loss`, the first step's, before its
     update; `final_loss`, mean of the last 5 % of the steps, inf for a run that diverged. `largest_z`: see there.
     `logit_step`, `logit`, `entropy`: the largest |attention logit| of all layers and heads and the smallest head's
@@ -65,8 +65,10 @@ def read_run(directory):
     output = Path(f"{directory}.txt")
     found = re.search(r"so ([\d.]+) epochs", output.read_text(errors="replace")) if output.exists() else None
     run.epochs = float(found[1]) if found else math.nan
-    last = [run.log[name][-1] for name in ("loss", "grad_norm") if len(run.log.get(name, []))]
-    run.state = "finished" if run.summary else "unfinished" if np.isfinite(last).all() else "diverged"
+    last = [file[name][-1] for file, name in ((run.log, "loss"), (run.log, "grad_norm"), (run.val, "val_loss"))
+            if len(file.get(name, []))]
+    finite = np.isfinite(last).all() and run.summary.get("val_loss", 0) is not None
+    run.state = "diverged" if not finite else "finished" if run.summary else "unfinished"
     loss = run.log.get("loss", np.array([]))
     run.initial_loss = float(loss[0]) if len(loss) else math.nan
     tail = loss[-max(1, len(loss) // 20):]

@@ -6,9 +6,10 @@ from types import SimpleNamespace
 
 import numpy as np
 
+import runner
 from study import (POINTS, equivalence, first_spike, growth_per_1000, heads_at_end, holm, largest_stable, largest_z,
-                   losses_of, lr_sensitivity, no_difference, pack, paired_difference, read_runs, seeds_needed,
-                   t_quantile, t_tail, unpaired_difference)
+                   losses_of, lr_sensitivity, no_difference, pack, paired_difference, read_run, read_runs,
+                   seeds_needed, t_quantile, t_tail, unpaired_difference)
 
 
 def test_pack():
@@ -66,7 +67,25 @@ def test_statistics():
     near(largest_z(np.array([1.0, 3, 1, 3, 5, 2]), 4), 3)
 
 
+def test_states():
+    """What the files of a run say about how it ended."""
+    header = "step,tokens,loss,lr,grad_norm,tokens_per_second,log_z\n"
+    good, nan = header + "1,32,5.5,0.1,1.5,9,0\n", header + "1,32,5.5,0.1,nan,9,0\n"
+    for state, files in (("unfinished", {}), ("unfinished", {"log.csv": good}), ("diverged", {"log.csv": nan}),
+                         ("finished", {"log.csv": good, "summary.json": '{"val_loss": 5.25}'}),
+                         ("diverged", {"log.csv": good, "summary.json": '{"val_loss": null}'}),
+                         ("diverged", {"log.csv": good, "val.csv": "step,tokens,val_loss\n1,32,nan\n"})):
+        with tempfile.TemporaryDirectory() as directory:
+            job = runner.Job("study", "rotate=0_seed=1", [], 1)
+            job.directory = Path(directory, "rotate=0_seed=1")
+            job.directory.mkdir()
+            for name, text in files.items():
+                (job.directory / name).write_text(text)
+            assert job.state() == read_run(job.directory).state == state, (state, files)
+
+
 if __name__ == "__main__":
     test_statistics()
     test_pack()
+    test_states()
     print("statistics: as worked out by hand")

@@ -1,8 +1,10 @@
-// Tests of run/checkpoint.h: files that lie are refused before anything that they claim is read or allocated.
+// Tests of run/checkpoint.h and run/csv.h: files that lie are refused before anything that they claim is read or
+// allocated; what a machine that stopped leaves behind.
 #include "run/checkpoint.h"
 
 #include <doctest/doctest.h>
 
+#include "run/csv.h"
 #include "run/flags.h"
 #include "tests/helpers.h"
 
@@ -99,4 +101,48 @@ TEST_CASE("checkpoint: a state.json that claims too much is refused before memor
   CHECK(contains(error("rotary_dim", 3), "rotary-dim"));
   for (const char* key : {"step", "vocabulary"}) CHECK(contains(error(key, -1), "not a checkpoint's state"));
   CHECK(contains(error("settings", -1), "no settings"));
+}
+
+TEST_CASE("run: names and paths") {
+  CHECK(run_directory("nano") == "runs/nano");
+  CHECK(run_directory("sweep/rotate=0") == "runs/sweep/rotate=0");
+  CHECK(run_directory("/tmp/x") == "/tmp/x");
+  CHECK(run_directory("../x") == "../x");
+  CHECK(contains(error_of([] { run_directory("a/../x"); }), "leads out of runs/"));
+}
+
+TEST_CASE("run: weights that are not finite are refused, wherever they are") {
+  Config c;
+  c.layers = 1, c.width = 16, c.heads = 2, c.mlp_hidden = 16, c.context = 8, c.vocab = 16;
+  resolve(c);
+  c.rotary_dim = kRotaryDim.value_or(2);
+  const ParameterTable table = parameter_table(c);
+  std::vector<float> weights(table.total, 1e30f);
+  const TemporaryDirectory directory;
+  auto saved = [&] {
+    write_safetensors(directory / "model.safetensors", named(table, weights.data(), ""));
+    return error_of([&] { check_weights(c, directory / "."); });
+  };
+  CHECK(saved() == "");
+  for (const ParameterRow& row : table.rows)
+    for (float bad : {float(INFINITY), -float(INFINITY), float(NAN)}) {
+      weights[row.offset + row.count - 1] = bad;
+      CHECK(contains(saved(), row.name + " has numbers that are not finite"));
+      weights[row.offset + row.count - 1] = 1;
+    }
+}
+
+TEST_CASE("run: what a machine that stopped has left of a row is dropped on resume") {
+  const TemporaryDirectory directory;
+  const std::string path = directory / "log.csv";
+  auto kept = [&](const std::string& before, int step) {
+    write_text_file(path, before);
+    { CsvLog log(path, "step,loss", step); }
+    return read_text_file(path);
+  };
+  CHECK(kept("step,loss\n1,2\n2,3\n3,4\n", 2) == "step,loss\n1,2\n2,3\n");
+  CHECK(kept("step,loss\n1,2\n2,3\n", 0) == "step,loss\n");
+  CHECK(kept("step,loss\n1,2\n2", 2) == "step,loss\n1,2\n");
+  CHECK(kept("step,loss\n1,2\n2,3", 2) == "step,loss\n1,2\n");  // 3, or the beginning of 3.1?
+  CHECK(kept("step,loss\n1,2\n2\n2,3\n", 2) == "step,loss\n1,2\n2,3\n");
 }

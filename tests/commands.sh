@@ -174,7 +174,15 @@ refuse "data \"\"" "$programs/eval" lambada --run straight
 echo '{"query": "Who?"' >>questions.jsonl
 refuse "questions.jsonl, line 3" "$programs/eval" choices --run straight --data questions.jsonl
 echo "{\"context\": \"A\", \"continuation\": \"$(head -c 40 /dev/zero | tr '\0' x)\"}" >long.jsonl
-refuse "41 tokens is longer than the model's context of 32" "$programs/eval" lambada --run straight --data long.jsonl
+refuse "every question has an answer .* context of 32" "$programs/eval" lambada --run straight --data long.jsonl
+cat words.jsonl.gz | gzip -d >>long.jsonl
+check "what is too long is left out" "$programs/eval" lambada --run straight --data long.jsonl --out words.json
+check "and counted" grep -q '"questions":1,.*"left_out":1' words.json
+check "a shorter context" "$programs/eval" sample --run straight --tokens 40 --context 8
+refuse "context 64: the model was trained with 32" "$programs/eval" sample --run straight --context 64
+# Memory follows what is computed: 20 tokens of a model of 65,536 positions, whose full window would take 6 GB.
+sed 's/"context": 32/"context": 65536/' runs/straight/checkpoint/state.json >state && cp -r runs/straight runs/wide && mv state runs/wide/checkpoint/state.json
+check "few tokens of a long context" sh -c "ulimit -v 1500000; OMP_NUM_THREADS=2 '$programs/eval' sample --run wide --tokens 20 && '$programs/eval' loss --run wide --tokens 1"
 refuse "context longer than the shard" "$programs/eval" length --run straight --data text/shards/train_000.bin
 refuse "tokens 0" "$programs/eval" positions --run straight --tokens 0
 
@@ -197,8 +205,8 @@ check "encode" "$programs/data" encode --input spiky.txt --out spiky --val-fract
 spiky="$train --data spiky/train_000.bin --val data/val_000.bin"
 
 # Ends a run by a signal halfway, after 200 of 400 rows of its log and before the loss spikes, and goes on with it to the end.
-interrupt() { # interrupt NAME SIGNAL STEPS
-  $spiky --run "$1" --steps "$3" --checkpoint-every 1 --diagnostics-every 30 >out 2>err &
+interrupt() { # interrupt NAME SIGNAL STEPS [CHECKPOINT_EVERY]
+  $spiky --run "$1" --steps "$3" --checkpoint-every "${4:-1}" --diagnostics-every 30 >out 2>err &
   pid=$!
   tries=0
   while [ "$(cat "runs/$1/log.csv" 2>/dev/null | wc -l)" -lt 200 ] && [ $tries -lt 400 ]; do
@@ -207,6 +215,7 @@ interrupt() { # interrupt NAME SIGNAL STEPS
   done
   kill "-$2" $pid 2>/dev/null
   wait $pid 2>/dev/null
+  code=$?
 }
 check "400 steps straight" $spiky --run long --steps 400
 check "400 steps with diagnostics" $spiky --run looked --steps 400 --diagnostics-every 30
@@ -217,6 +226,8 @@ check "spikes, after the half" test "$(sed -n 2p runs/looked/spikes.csv | cut -d
 check "of 15 tensors" test "$(wc -l <runs/looked/tensors.csv)" -eq $((14 * 15 + 1))
 for signal in INT TERM KILL; do
   interrupt "stop$signal" $signal 400
+  case $signal in INT) wanted=130 ;; TERM) wanted=143 ;; *) wanted=137 ;; esac
+  check "exit code after SIG$signal" test $code -eq $wanted
   check "SIG$signal came before the end" test "$(wc -l <runs/stop$signal/log.csv)" -lt 400
   check "resume after SIG$signal" "$programs/train" --run "stop$signal" --resume
   same "resumed after SIG$signal" "runs/stop$signal/checkpoint/model.safetensors" runs/long/checkpoint/model.safetensors
@@ -294,6 +305,8 @@ refuse "width -8" $train --width -8
 refuse "batch 0" $train --batch 0
 refuse "steps -1" $train --steps -1
 refuse "lr nan" $train --lr nan
+refuse "lr inf:" $train --lr inf
+for seed in -1 18446744073709551616 1.5 x; do refuse "seed $seed: must be" $train "--seed=$seed"; done
 refuse "lr 0" $train --lr 0
 refuse "lr.*abc" $train --lr abc
 refuse "beta1 1" $train --beta1 1
@@ -320,6 +333,47 @@ refuse "magic" $train --data "magic/train_*.bin"
 shard version && printf '\007' | dd of=version/train_000.bin bs=1 seek=4 conv=notrunc 2>/dev/null
 refuse "version" $train --data "version/train_*.bin"
 
+# ---- A run that goes on as another, and what nothing was saved of ---------------------------------------------------
+check "20 steps" $train --run longer --steps 20
+check "extended" $train --run longer --resume --steps 30
+cp out said
+check "the jump is announced" grep -q "learning rate goes from 0.0003 (step 20) to 0.000975" said
+for step in 7 25; do
+  check "replay of step $step" replay longer $step
+  check "as it was" grep -q "$logged" replayed
+done
+check "history" test "$(grep -c '"steps_before"' runs/longer/history.json)" -eq 2
+cp -r data moved && "$programs/data" stories --out moved --bytes 50000 --seed 9 >out 2>err
+sed -i "s|data/train_|moved/train_|; s|data/val_|moved/val_|" runs/longer/config.json runs/longer/history.json runs/longer/checkpoint/state.json
+refuse "resume: --data moved/train_.*: not the data" "$programs/train" --run longer --resume --steps 40
+refuse "replay-step: --data moved/train_.*: not the data" "$programs/train" --run longer --replay-step 7
+check "other data on purpose" "$programs/train" --run longer --resume --steps 35 --data "moved/train_*.bin" --val "moved/val_*.bin"
+cp err said
+check "it is said" grep -q "note: --data moved/train_.*: other data than up to step 30" said
+refuse "steps up to 30 were on other data" "$programs/train" --run longer --replay-step 33
+refuse "ids mean different text" $train --run no --init bpe
+for run in ./away/one "$work/away/two"; do check "--run $run" $train --run "$run" --steps 1; done
+check "such a run is found" "$programs/eval" loss --run ./away/one
+check "where it was said to be" test -e away/two/checkpoint
+refuse "leads out of runs/" $train --run x/../../no --steps 1
+
+interrupt begun KILL 100000 0
+check "a kill before the first checkpoint" test ! -e runs/begun/checkpoint
+cp -r runs/begun runs/again
+check "it begins again, resumed" "$programs/train" --run begun --resume --steps 3
+check "and started anew" $train --run again --steps 3
+check "train to be locked" sh -c "$train --run locked --steps 100000 >/dev/null 2>&1 & echo \$! >pid"
+tries=0
+while [ ! -s runs/locked/log.csv ] && [ $tries -lt 200 ]; do sleep 0.02; tries=$((tries + 1)); done
+refuse "another process is training" "$programs/train" --run locked --resume
+refuse "another process is training" $train --run locked --steps 1
+kill "$(cat pid)"
+
+# A row that a machine did not finish when it stopped, at the checkpoint's step.
+cp -r runs/straight runs/torn && head -c -30 runs/straight/log.csv >runs/torn/log.csv
+check "resume behind half a row" "$programs/train" --run torn --resume --steps 22
+check "every row is whole" sh -c "! grep -qvE '^([^,]*,){6}[^,]+$' runs/torn/log.csv"
+
 refuse "runs/straight exists" $train --run straight
 refuse "no checkpoint" "$programs/train" --run nothing --resume
 refuse "width is 64 but was 32" "$programs/train" --run straight --resume --width 64
@@ -340,15 +394,37 @@ refuse "fractions 0,3" "$programs/eval" memory --fractions 0,3
 refuse "broken" "$programs/eval" loss --run broken
 refuse "token|layer" "$programs/eval" trace --run straight --prompt "Ann" --layer 7
 
-# A loss that is not finite stops the run and leaves the last good checkpoint.
-$train --run diverge --steps 50 --lr 1e18 --warmup 0 --clip 0 --schedule constant --checkpoint-every 1 >out 2>message
+# A loss that is not finite stops the run.
+$train --run diverge --steps 50 --lr 1e18 --warmup 0 --clip 0 --schedule constant >out 2>message
 check "divergence: exit code 2" test $? -eq 2
 check "divergence: one line that says how to resume" grep -qE "^error: step [0-9]+: .*(--resume|smaller --lr)" message
 check "divergence: the last row of the log" grep -qE "^2,128,nan,.*,nan$" runs/diverge/log.csv
 check "divergence: no summary" test ! -e runs/diverge/summary.json
 check "replay of the step that diverged" replay diverge 2
-check "from the last good step" grep -q "steps 2 to 2 .*checkpoint of step 1" replayed
+check "from the start" grep -q "steps 1 to 2 .*initial weights" replayed
 check "gradients that are not finite" grep -qE "^head.weight .* 8448$" replayed
+
+# The last update makes weights that are not finite: no loss shows it but one that is computed with them.
+cp -r runs/straight runs/over && sed -i 's/"lr": [0-9.e-]*/"lr": 1e39/; s/"schedule": "cosine"/"schedule": "constant"/' runs/over/checkpoint/state.json
+cp -r runs/over/checkpoint before
+"$programs/train" --run over --resume --steps 21 --checkpoint-every 1 >out 2>message
+check "bad weights: exit code 2" test $? -eq 2
+check "bad weights: one line" grep -qE "^error: step 21: .*not good.*step 20: .*--resume" message
+check "bad weights: the checkpoint before stays" diff -r before runs/over/checkpoint
+check "bad weights: no summary" test ! -e runs/over/summary.json
+check "bad weights: val.csv says so" grep -q "^21,1344,nan$" runs/over/val.csv
+rm -r before
+cp -r runs/straight runs/nan && size=$(wc -c <runs/nan/checkpoint/model.safetensors)
+printf '\377\377\377\177' | dd of=runs/nan/checkpoint/model.safetensors bs=1 seek=$((size - 4)) conv=notrunc 2>/dev/null
+for command in "eval loss" "eval sample" "eval export --out no" "train --resume --steps 30"; do
+  refuse "not finite" "$programs"/$command --run nan
+done
+
+# Standard output on a disk that is full.
+for command in "train --help" "train --run straight --resume" "eval loss --run straight" "eval memory" "eval --help" "data info data/val_000.bin"; do
+  "$programs"/$command >/dev/full 2>message
+  check "full output of $command" test $? -eq 2
+done
 
 # A disk that is full while saving (here: a limit on the size of files): the old checkpoint stays.
 cp -r runs/straight runs/full
@@ -359,7 +435,7 @@ check "disk full: one line" grep -qE "^error: .*cannot write: File too large" me
 check "disk full: old checkpoint unchanged" diff -r before runs/full/checkpoint
 
 mkdir other && cd other && : >runs
-refuse "runs/nano.*cannot create" $programs/train --data "../data/train_*.bin" --steps 1
+refuse "runs/data.*cannot create" $programs/train --data "../data/train_*.bin" --steps 1
 cd ..
 
 echo "commands: $passed passed, $failed failed"

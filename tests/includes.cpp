@@ -16,7 +16,8 @@ Names operator+(Names a, const Names& b) {
 
 // From the bottom to the top. The first row that fits a file counts. No row names a program on its right.
 const std::vector<std::pair<Names, Names>>& layout() {
-  static const Names ground = {"run/error.h", "run/files.h", "run/print.h", "run/random.h", "run/command_line.h"},
+  static const Names ground = {"run/error.h",  "run/files.h",        "run/print.h",
+                               "run/random.h", "run/command_line.h", "run/program.h"},
                      operations = {"rope.cuh", "attention.cuh", "layers.cuh", "optimizer.cuh"},
                      model = Names{"device/", "model.h"} + operations,
                      run = model + Names{"text/", "run/"};
