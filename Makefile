@@ -1,5 +1,7 @@
 # make train   installs what is missing, builds, writes the built-in corpus, trains a small GPT, shows the result
+# make         builds build/train, build/data and build/eval
 # make test    builds and runs the tests
+# make help    shows this
 #
 # make train ARGS="--rotary-fraction 1 --run full"     other flags: build/train --help
 # make notebooks       executes notebooks/*.ipynb in place; ARGS=notebooks/NAME.ipynb for one of them
@@ -50,8 +52,11 @@ endif
 # PCRE2 and utf8proc for tokenizers, libarchive for compressed text.
 LDLIBS += -lpcre2-8 -lutf8proc -larchive
 
-.PHONY: all train test bench notebooks sweep sweep-cpu nope nope-cpu fuzz compile-cuda clean
+.PHONY: FORCE help all train test bench notebooks sweep sweep-cpu nope nope-cpu fuzz compile-cuda clean
 all: $(BUILD)/train $(BUILD)/data $(BUILD)/eval
+
+help:
+	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
 
 train: $(BUILD)/train $(BUILD)/data data/stories/meta.json
 	@$(BUILD)/train $(ARGS)
@@ -140,10 +145,11 @@ $(BUILD)/tests-%.o: CPPFLAGS += -DDOCTEST_CONFIG_SUPER_FAST_ASSERTS
 $(BUILD)/tests-%.o: tests/%.cpp $(BUILD)/ready
 	$(COMPILE)
 
-# Packages, checked once per build directory.
-$(BUILD)/ready: scripts/install.sh
-	@sh scripts/install.sh "$(CXX)"
-	@mkdir -p $(BUILD) && touch $@
+# Packages, checked once for a build directory and compiler. With another compiler than before, everything is built anew.
+$(BUILD)/ready: scripts/install.sh FORCE
+	@by="$(CXX) $$($(CXX) --version 2>&1 | head -1) $(ARCH)"; \
+	if [ "$$(cat $@ 2>/dev/null)" != "$$by" ] || [ scripts/install.sh -nt $@ ]; then \
+	  sh scripts/install.sh "$(CXX)" && mkdir -p $(BUILD) && echo "$$by" >$@; fi
 
 # Python, for plots and notebooks only: in a directory of its own.
 PYTHON := build-python/bin/python

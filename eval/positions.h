@@ -145,8 +145,8 @@ inline void command_by_position(const std::vector<std::string>& args, const std:
   const Config trained = source.settings.model;
   const int context = trained.context, base = context_of(place, source), longest = base * lengths.back();
   const Dataset data = open_data(source, pattern);
-  // The ends of the longest windows, as targets: half of the shortest window each, so that a window that is cut to
-  // it has the other half and more to look back on.
+  // The ends of the longest windows, as targets: half the first length each, so that a window that is cut to it has
+  // the other half and more to look back on.
   const int ends = std::max(1, base / 2);
   const size_t windows = std::min(data.windows(longest),  // a shard that is too short is refused now
                                   std::max<size_t>(1, size_t(tokens) / longest));

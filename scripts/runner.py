@@ -101,7 +101,7 @@ class Job:
     def state(self):
         """finished; diverged: loss, gradient norm or validation loss became inf or nan; or unfinished."""
         summary = self.directory / "summary.json"
-        if summary.exists() and json.loads(summary.read_text())["val_loss"] is not None:
+        if summary.exists() and json.loads(summary.read_text()).get("val_loss", 0) is not None:
             return "finished"
         log, val = self.last_row(), self.last_row("val")
         finite = all(map(math.isfinite, (log[2:5] if log else []) + (val[2:] if val else [])))
