@@ -2,7 +2,7 @@
 
 #include "attention.cuh"
 
-#include "tests/helpers.h"
+#include "tests/cuda.h"
 #include "layers.cuh"
 
 namespace {
@@ -286,3 +286,141 @@ TEST_CASE("attention: the number of threads changes nothing in QK-Norm") {
     }));
   }
 }
+
+// ---------------------------------------------------------------------------------------------------------------------
+// CUDA against the CPU
+
+#ifdef __CUDACC__
+
+TEST_CASE_TEMPLATE("cuda: qk-norm and rope", Real, BOTH_TYPES) {
+  NEEDS_GPU;
+  for_head_shapes({10, 64}, [](RopeShape s, int R, RopePairs pairs) {
+    const DeviceTable table(s.T, R, pairs);
+    const int heads = s.NH + s.NKV;
+    const size_t N = size_t(s.B) * s.T;
+    const Values qkv = numbers<Real>(N * (heads + s.NKV) * s.HS, 2), qw = numbers<Real>(s.HS, 3, 0.3f, 1),
+                 kw = numbers<Real>(s.HS, 4, 0.3f, 1), dqkv = numbers<Real>(qkv.size(), 5);
+    Values want = qkv, raw(N * heads * s.HS), rstd(N * heads);
+    qk_norm_rope_forward(cpu, want.data(), raw.data(), rstd.data(), qw.data(), kw.data(), table.on_cpu, s, 1e-5);
+    Tensor<Real> got(qkv), got_raw(raw.size()), q_weight(qw), k_weight(kw);
+    Tensor<float> got_rstd(rstd.size());
+    qk_norm_rope_forward(*gpu(), got(), got_raw(), got_rstd(), q_weight(), k_weight(), table.on_gpu, s, 1e-5);
+    // The sum of HS squares has only positive terms: a relative error of HS half units at most, half of it after the
+    // root. Then four roundings, of numbers that the rotation may cancel: hence the absolute part.
+    close("qk_norm_rope_forward", got.host(), want, kRound<Real>, (s.HS + 8) * 0x1p-24 * 20);
+    if (s.first > 0) return;
+    close("qk_raw", got_raw.host(), raw, 0, 0);
+    close("qk_rstd", got_rstd.host(), rstd, (s.HS + 4) * 0x1p-24, 0);
+
+    Values d = dqkv, dqw(s.HS, 0.5f), dkw(s.HS, 0.5f);
+    Tensor<Real> got_d(dqkv);
+    Tensor<float> got_dqw(dqw), got_dkw(dkw);
+    qk_norm_rope_backward(cpu, d.data(), dqw.data(), dkw.data(), raw.data(), rstd.data(), qw.data(), kw.data(),
+                          table.on_cpu, s);
+    qk_norm_rope_backward(*gpu(), got_d(), got_dqw(), got_dkw(), got_raw(), got_rstd(), q_weight(), k_weight(),
+                          table.on_gpu, s);
+    // Terms of up to rstd * 10 * 3; rstd is large only for tiny heads, of which these have none (HS >= 10).
+    close("qk_norm_rope_backward", got_d.host(), d, kRound<Real>, (s.HS + 16) * 0x1p-24 * 60);
+    // N * heads products of size about 1: each sum within (number of terms) half units of the sum of sizes.
+    const double terms = double(N) * s.NH;
+    close("dq_weight", got_dqw.host(), dqw, 0, terms * 0x1p-24, {float(terms * 4)});
+    close("dk_weight", got_dkw.host(), dkw, 0, terms * 0x1p-24, {float(terms * 4)});
+  });
+}
+
+namespace {
+
+template <class Real>
+void test_attention(AttentionShape s, bool flash) {
+  CAPTURE(s.T);
+  CAPTURE(s.NH);
+  CAPTURE(s.NKV);
+  CAPTURE(s.HS);
+  CAPTURE(s.first);
+  CAPTURE(flash);
+  const size_t N = size_t(s.B) * s.T, stride = size_t(s.NH + 2 * s.NKV) * s.HS;
+  const Values qkv = numbers<Real>(N * stride, 6);
+  const std::vector<double> exact(qkv.begin(), qkv.end());
+  std::vector<double> exact_out(N * s.NH * s.HS), exact_lse(N * s.NH);
+  attention_forward_by_definition(exact_out.data(), exact_lse.data(), exact.data(), s);
+  const Values out(exact_out.begin(), exact_out.end()), lse(exact_lse.begin(), exact_lse.end());
+  Values sums = out, lse_again = lse, with_absolute_values = qkv;
+  for (size_t i = 0; i < qkv.size(); ++i)
+    if (i % stride >= size_t(s.NH + s.NKV) * s.HS) with_absolute_values[i] = std::fabs(qkv[i]);
+  attention_forward(cpu, sums.data(), lse_again.data(), with_absolute_values.data(), s);  // sum of p |v|
+
+  Tensor<Real> device_qkv(qkv), got(out.size());
+  Tensor<float> got_lse(lse.size());
+  if (flash)
+    attention_forward(*gpu(), got(), got_lse(), device_qkv(), s);
+  else
+    simple_attention_forward(*gpu(), got(), got_lse(), device_qkv(), s);
+  Values result = got.host(), result_lse = got_lse.host();
+  for (size_t n = 0; n < N; ++n)
+    if (int(n % s.T) < s.first)  // rows that were not asked for
+      for (int h = 0; h < s.NH; ++h) {
+        for (int c = 0; c < s.HS; ++c) result[(n * s.NH + h) * s.HS + c] = out[(n * s.NH + h) * s.HS + c];
+        const size_t row = (n / s.T * s.NH + h) * s.T + n % s.T;
+        result_lse[row] = lse[row];
+      }
+  // A score is a sum of HS products: off by at most HS half units of sum |q k| / sqrt(HS) <= 2 sqrt(HS) or so here, and
+  // exp turns that into a relative error of p. The flash kernels then round p to bf16. Both weigh on sum p |v|.
+  const double p_error = 4 * s.HS * 0x1p-24 * 2 * std::sqrt(s.HS) + 1e-5 + (flash ? 0x1p-8 : 0);
+  close("attention_forward", result, out, kRound<Real>, p_error, sums);
+  close("lse", result_lse, lse, 0, 4 * s.HS * 0x1p-24 * 2 * std::sqrt(s.HS) + 1e-5);
+  if (s.first > 0) return;
+
+  const Values dout = numbers<Real>(out.size(), 7);
+  const std::vector<double> exact_dout(dout.begin(), dout.end());
+  std::vector<double> dqkv(qkv.size());
+  attention_backward_by_definition(dqkv.data(), exact_dout.data(), exact.data(), s);
+  Tensor<Real> device_dout(dout), got_dqkv(qkv.size());
+  Tensor<float> got_D(lse.size());
+  if (flash)
+    attention_backward(*gpu(), got_dqkv(), got_D(), device_dout(), device_qkv(), got(), got_lse(), s);
+  else
+    simple_attention_backward(*gpu(), got_dqkv(), got_D(), device_dout(), device_qkv(), got(), got_lse(), s);
+  // Every element is a sum of terms each with its own relative error: at most p_error, a rounding, and that of D, which
+  // comes from the rounded out; taken over the tensor such errors are relative to its norm. At T = 1 dS is 0 but for
+  // rounding (p = 1, dP = D), so dq and dk are measured against dv as well: the norm is that of all of dqkv.
+  CHECK(relative_distance(got_dqkv.host(), Values(dqkv.begin(), dqkv.end())) <= p_error + 3 * kRound<Real>);
+}
+
+}  // namespace
+
+TEST_CASE_TEMPLATE("cuda: attention, simple kernels", Real, BOTH_TYPES) {
+  NEEDS_GPU;
+  for (int T : lengths())
+    for (int NKV : {1, 4})
+      for (int HS : {10, 64, 96, 256})
+        for (int first : {0, T - 1, T / 3}) test_attention<Real>({2, T, 4, NKV, HS, first}, false);
+}
+
+TEST_CASE("cuda: attention, many small weights beside a large one are not lost") {
+  NEEDS_GPU;
+  const AttentionShape s = {1, 32768, 1, 1, 4, 32768 - 8};
+  const Values qkv = attention_sink<float>(s.T);
+  const std::vector<double> exact(qkv.begin(), qkv.end());
+  std::vector<double> out(s.T * 4), lse(s.T);
+  attention_forward_by_definition(out.data(), lse.data(), exact.data(), s);
+  Tensor<float> device_qkv(qkv), got(out.size()), got_lse(lse.size());
+  simple_attention_forward(*gpu(), got(), got_lse(), device_qkv(), s);
+  const Values result = got.host(), result_lse = got_lse.host();
+  // As attention_forward_kernel says. lse, about 16.5, is the sum of two rounded numbers; __expf(x) is off by
+  // 2 + 1.173 |x| units in the last place.
+  const double error = (32 + s.T / 32 + 16) * 0x1p-24 + (2 + 1.173 * 16.5) * 0x1p-23;
+  for (int t = s.first; t < s.T; ++t) {
+    CHECK(std::fabs(result_lse[t] - lse[t]) <= (16 + 2 * 16.5) * 0x1p-24);
+    for (int c = 0; c < 4; ++c) CHECK(std::fabs(result[t * 4 + c] - out[t * 4 + c]) <= error * out[t * 4 + c]);
+  }
+}
+
+TEST_CASE("cuda: attention, flash kernels") {
+  NEEDS_GPU;
+  if (gpu()->capability < 80) return;
+  for (int T : lengths())
+    for (int NKV : {1, 4})
+      for (int HS : {32, 64, 128, 256}) test_attention<bf16>({2, T, 4, NKV, HS}, true);
+}
+
+#endif  // __CUDACC__

@@ -7,7 +7,7 @@
 #include <functional>
 #include <map>
 
-#include "tests/helpers.h"
+#include "tests/cuda.h"
 
 namespace {
 
@@ -127,3 +127,28 @@ TEST_CASE("comm: lanes are added in the order of the ranks, to the bit") {
     CHECK(in_place == size);
   }
 }
+
+// ---------------------------------------------------------------------------------------------------------------------
+// CUDA against the CPU
+
+#ifdef __CUDACC__
+
+TEST_CASE("cuda: lanes are added in the order of the ranks, to the bit") {
+  NEEDS_GPU;
+  for (size_t n : {size_t(64), size_t(1003), size_t(1 << 20)})
+    for (int ranks : {1, 4})
+      for (bool first : {true, false}) {
+        const int rank = ranks - 1;
+        const Values own = numbers<float>(n, 320), received = numbers<float>(n * ranks, 321);
+        Values sum = numbers<float>(n, 322);
+        Tensor<float> device_own(own), device_received(received), got(sum);
+        add_rows_in_order(cpu, sum.data(), own.data(), received.data(), rank, ranks, n, first);
+        add_rows_in_order(*gpu(), got(), device_own(), device_received(), rank, ranks, n, first);
+        CHECK(same_bits(got.bits(), sum));
+        if (!first) continue;
+        add_rows_in_order(*gpu(), device_own(), device_own(), device_received(), rank, ranks, n, first);
+        CHECK(same_bits(device_own.bits(), sum));  // in the place of the own lane
+      }
+}
+
+#endif  // __CUDACC__

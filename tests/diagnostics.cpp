@@ -3,7 +3,9 @@
 
 #include "run/diagnostics.cuh"
 
-#include "tests/helpers.h"
+#include <array>
+
+#include "tests/cuda.h"
 
 namespace {
 
@@ -330,3 +332,141 @@ TEST_CASE("diagnostics: csv files are cut at the checkpoint's step and read back
   CHECK(summary["max_logit_ever"] == 50);
   CHECK(summary["entropy_min"] == 1.25);
 }
+
+// ---------------------------------------------------------------------------------------------------------------------
+// CUDA against the CPU
+
+#ifdef __CUDACC__
+
+namespace {
+
+// Statistics of attention, from a forward pass on the GPU; deviation 30 makes scores of thousands.
+template <class Real>
+void test_attention_statistics(AttentionShape s, float deviation) {
+  CAPTURE(s.T);
+  CAPTURE(s.NKV);
+  CAPTURE(s.HS);
+  CAPTURE(deviation);
+  const size_t N = size_t(s.B) * s.T, rows = N * s.NH;
+  const Values qkv = numbers<Real>(N * (s.NH + 2 * s.NKV) * s.HS, 33, deviation);
+  Tensor<Real> device_qkv(qkv), out(N * s.NH * s.HS);
+  Tensor<float> lse(rows), entropies(rows);
+  Tensor<double> max_logit(std::vector<double>(s.NH, 0.125)), entropy(std::vector<double>(s.NH, 3));
+  attention_forward(*gpu(), out(), lse(), device_qkv(), s);
+  attention_statistics(*gpu(), max_logit(), entropy(), entropies(), device_qkv(), lse(), s);
+  // The definition in double, from the GPU's qkv and with its own lse.
+  std::vector<double> want_logit(s.NH, 0.125), want_entropy(s.NH, 3), want_rows(rows), want_lse(rows);
+  const std::vector<double> exact(qkv.begin(), qkv.end());
+  std::vector<double> exact_out(out.n);
+  attention_forward(cpu, exact_out.data(), want_lse.data(), exact.data(), s);
+  attention_statistics(cpu, want_logit.data(), want_entropy.data(), want_rows.data(), exact.data(), want_lse.data(), s);
+  // A score is a sum of HS products, whose sizes sum to 2 sqrt(HS) deviation^2 or so after scaling; lse comes from such
+  // scores and one rounding of its own. All are absolute errors of log p, hence relative ones of p; an entropy's is as
+  // large, times log p <= 7 where it counts.
+  const double size = double(deviation) * deviation, error = (s.HS + 16) * 0x1p-24 * 2 * std::sqrt(s.HS) * size * 7;
+  close("entropies", entropies.host(), Values(want_rows.begin(), want_rows.end()), 8 * 0x1p-24, error + 8 * 0x1p-24);
+  const std::vector<double> got_logit = max_logit.bits(), got_entropy = entropy.bits();
+  for (int h = 0; h < s.NH; ++h) {
+    CAPTURE(h);
+    CHECK(std::fabs(got_logit[h] - want_logit[h]) <= error);
+    CHECK(std::fabs(got_entropy[h] - want_entropy[h]) <= (error + 8 * 0x1p-24 * 8) * N);
+  }
+  // The same in every run.
+  Tensor<double> again(std::vector<double>(s.NH, 3)), logit_again(std::vector<double>(s.NH, 0.125));
+  attention_statistics(*gpu(), logit_again(), again(), entropies(), device_qkv(), lse(), s);
+  CHECK(same_bits(again.bits(), got_entropy));
+  CHECK(same_bits(logit_again.bits(), got_logit));
+}
+
+}  // namespace
+
+TEST_CASE_TEMPLATE("cuda: attention statistics", Real, BOTH_TYPES) {
+  NEEDS_GPU;
+  for (int T : lengths())
+    for (int NKV : {1, 4})
+      for (int HS : {10, 32, 64, 128, 256})
+        for (float deviation : {1.0f, 30.0f}) test_attention_statistics<Real>({2, T, 4, NKV, HS}, deviation);
+}
+
+TEST_CASE_TEMPLATE("cuda: attention statistics of numbers that are none", Real, BOTH_TYPES) {
+  NEEDS_GPU;
+  for (int HS : {10, 64}) {
+    const AttentionShape s = {2, 130, 2, 1, HS};
+    const size_t N = size_t(s.B) * s.T, stride = size_t(s.NH + 2 * s.NKV) * HS;
+    for (float odd : {float(NAN), float(INFINITY)}) {
+      Values qkv = numbers<Real>(N * stride, 34);
+      qkv[70 * stride + s.NH * HS] = odd;  // a key at position 70 of the first sequence
+      Tensor<Real> device_qkv(qkv), out(N * s.NH * HS);
+      Tensor<float> lse(N * s.NH), entropies(N * s.NH);
+      Tensor<double> max_logit(std::vector<double>(s.NH)), entropy(std::vector<double>(s.NH));
+      attention_forward(*gpu(), out(), lse(), device_qkv(), s);
+      attention_statistics(*gpu(), max_logit(), entropy(), entropies(), device_qkv(), lse(), s);
+      const Values rows = entropies.host();
+      for (int h = 0; h < s.NH; ++h) {
+        CHECK_FALSE(std::isfinite(entropy.bits()[h]));
+        CHECK_FALSE(std::isfinite(rows[h * s.T + 70]));
+        bool finite = true;  // the rows before, and the other sequence
+        for (int t = 0; t < s.T; ++t)
+          finite = finite && (t >= 70 || std::isfinite(rows[h * s.T + t])) &&
+                   std::isfinite(rows[(s.NH + h) * s.T + t]);
+        CHECK(finite);
+      }
+    }
+  }
+}
+
+TEST_CASE_TEMPLATE("cuda: squares by group of channels", Real, BOTH_TYPES) {
+  NEEDS_GPU;
+  using Sizes = std::array<int, 4>;  // N, groups, width, stride
+  for (Sizes z : {Sizes{1, 1, 1, 1}, {17, 6, 10, 80}, {1000, 5, 64, 448}, {3000, 1, 768, 768}, {333, 3, 7, 25}}) {
+    CAPTURE(z[2]);
+    const Values x = numbers<Real>(size_t(z[0]) * z[3], 35);
+    std::vector<double> want(z[1], 2);
+    add_squares(cpu, want.data(), x.data(), z[0], z[1], z[2], z[3]);
+    Tensor<Real> device_x(x);
+    Tensor<double> got(std::vector<double>(z[1], 2));
+    add_squares(*gpu(), got(), device_x(), z[0], z[1], z[2], z[3]);
+    const std::vector<double> sums = got.bits();
+    // A thread adds up to 3000 * 768 / (256 * 8 * multiprocessors) squares or so in fp32: at most 64; the rest is in
+    // double.
+    for (int g = 0; g < z[1]; ++g) CHECK(sums[g] == doctest::Approx(want[g]).epsilon(64 * 0x1p-24));
+  }
+}
+
+TEST_CASE("cuda: statistics of parameter tensors") {
+  NEEDS_GPU;
+  const std::vector<TensorPlace> places = {{0, 1, 1}, {64, 1000, 1}, {1088, 200001, 1}, {201152, 67, 0}};
+  const size_t n = 201280;
+  const AdamW a = {1e-2, 0.9, 0.95, 1e-8, 0.1, 1.0, 3};
+  Values gradients = numbers<float>(n, 36, 0.1f), master = numbers<float>(n, 37), m = numbers<float>(n, 38, 0.1f),
+         v = absolute(numbers<float>(n, 39, 0.1f));
+  for (bool broken : {false, true}) {
+    if (broken) gradients[70] = NAN, gradients[1100] = INFINITY, gradients[1101] = -INFINITY;
+    const float norm = broken ? NAN : 1;
+    std::vector<TensorStatistics> want(places.size());
+    tensor_statistics(cpu, want.data(), places.data(), int(places.size()), master.data(), gradients.data(), m.data(),
+                      v.data(), &norm, a);
+    Tensor<float> device_gradients(gradients), device_master(master), device_m(m), device_v(v),
+        device_norm(Values{norm});
+    Tensor<TensorPlace> device_places(places);
+    Tensor<TensorStatistics> got(places.size());
+    tensor_statistics(*gpu(), got(), device_places(), int(places.size()), device_master(), device_gradients(),
+                      device_m(), device_v(), device_norm(), a);
+    const std::vector<TensorStatistics> statistics = got.bits();
+    for (size_t i = 0; i < places.size(); ++i) {
+      CAPTURE(i);
+      CHECK(statistics[i].nonfinite == want[i].nonfinite);
+      CHECK(want[i].nonfinite == (broken ? (i == 1) + 2 * (i == 2) : 0));
+      CHECK(statistics[i].weight == doctest::Approx(want[i].weight).epsilon(1e-12));  // in double
+      if (want[i].nonfinite == 0)
+        CHECK(statistics[i].gradient == doctest::Approx(want[i].gradient).epsilon(1e-12));
+      else
+        CHECK_FALSE(std::isfinite(statistics[i].gradient));
+      // Each change is computed in fp32, in about five roundings.
+      CHECK(statistics[i].update == doctest::Approx(want[i].update).epsilon(16 * 0x1p-24));
+      CHECK((statistics[i].update > 0) == !broken);
+    }
+  }
+}
+
+#endif  // __CUDACC__

@@ -2,9 +2,10 @@
 
 #include "layers.cuh"
 
+#include <array>
 #include <functional>
 
-#include "tests/helpers.h"
+#include "tests/cuda.h"
 
 namespace {
 
@@ -465,3 +466,220 @@ TEST_CASE("layers: the number of threads changes nothing") {
     return y;
   });
 }
+
+// ---------------------------------------------------------------------------------------------------------------------
+// CUDA against the CPU
+
+#ifdef __CUDACC__
+
+TEST_CASE_TEMPLATE("cuda: embedding", Real, BOTH_TYPES) {
+  NEEDS_GPU;
+  using Sizes = std::array<int, 3>;
+  for (Sizes sizes :
+       {Sizes{1, 1, 1}, {17, 5, 8}, {1000, 3, 24}, {1000, 70000, 24}, {2000, 257, 65}, {2000, 300, 520}}) {
+    const int N = sizes[0], V = sizes[1], C = sizes[2];
+    CAPTURE(N);
+    CAPTURE(V);
+    CAPTURE(C);
+    std::mt19937 random(8);
+    std::vector<int> tokens(N);
+    for (int& token : tokens) token = random() % 3 ? random() % V : V / 2;  // one token in three is the same
+    const Values weight = numbers<Real>(size_t(V) * C, 9), dx = numbers<Real>(size_t(N) * C, 10),
+                 old(size_t(V) * C, 0.25f);
+    Values x(size_t(N) * C), dweight = old, sums(old.size());
+    embedding_forward(cpu, x.data(), tokens.data(), weight.data(), N, C);
+    embedding_backward(cpu, dweight.data(), dx.data(), tokens.data(), N, V, C);
+    embedding_backward(cpu, sums.data(), absolute(dx).data(), tokens.data(), N, V, C);
+    Tensor<int> device_tokens(tokens);
+    Tensor<Real> device_weight(weight), device_dx(dx), got_x(x.size());
+    Tensor<float> got(old);
+    embedding_forward(*gpu(), got_x(), device_tokens(), device_weight(), N, C);
+    embedding_backward(*gpu(), got(), device_dx(), device_tokens(), N, V, C);
+    close("embedding_forward", got_x.host(), x, 0, 0);
+    close("embedding_backward", got.host(), dweight, 0x1p-23, N * 0x1p-24, sums);  // up to N terms
+    Tensor<float> again(old);
+    embedding_backward(*gpu(), again(), device_dx(), device_tokens(), N, V, C);
+    CHECK(same_bits(again.bits(), got.bits()));
+  }
+}
+
+TEST_CASE_TEMPLATE("cuda: norms", Real, BOTH_TYPES) {
+  NEEDS_GPU;
+  for (NormKind kind : {NormKind::rms, NormKind::layer})
+    for (int N : lengths())
+      for (int C : {1, 24, 65, 384, 768, 2048, 5000}) {
+        CAPTURE(int(kind));
+        CAPTURE(N);
+        CAPTURE(C);
+        const bool layer = kind == NormKind::layer;
+        const Values x = numbers<Real>(size_t(N) * C, 11, 1, 0.5f), weight = numbers<Real>(C, 12, 0.3f, 1),
+                     bias = numbers<Real>(C, 13), dout = numbers<Real>(x.size(), 14),
+                     residual = numbers<Real>(x.size(), 15);
+        Values out(x.size()), mean(N), rstd(N), dx(x.size()), dweight(C, 0.5f), dbias(C, 0.5f);
+        norm_forward(cpu, kind, out.data(), mean.data(), rstd.data(), x.data(), weight.data(), bias.data(), N, C, 1e-5);
+        Tensor<Real> device_x(x), device_weight(weight), device_bias(bias), got(x.size()), device_dout(dout),
+            got_dx(residual);
+        Tensor<float> got_mean(N), got_rstd(N), got_dweight(dweight), got_dbias(dbias);
+        norm_forward(*gpu(), kind, got(), got_mean(), got_rstd(), device_x(), device_weight(), device_bias(), N, C,
+                     1e-5);
+        // Sums of C terms: C half units, of the sum of their sizes. The largest |x| is under 6; a width of 1 makes rstd
+        // of a LayerNorm 1 / sqrt(eps), which multiplies the error of x - mean.
+        const double r = *std::max_element(rstd.begin(), rstd.end()), sum_error = (C + 8) * 0x1p-24;
+        if (layer) close("mean", got_mean.host(), mean, 0, sum_error * 6);
+        close("rstd", got_rstd.host(), rstd, sum_error * (1 + r * r), 0);
+        close("norm_forward", got.host(), out, kRound<Real>, sum_error * 12 * (1 + r));
+
+        // In place on the residual's gradient, from the statistics of the GPU's own forward pass.
+        if (layer) mean = got_mean.host();
+        rstd = got_rstd.host();
+        dx = residual;
+        norm_backward(cpu, kind, dx.data(), dweight.data(), dbias.data(), dx.data(), dout.data(), x.data(), mean.data(),
+                      rstd.data(), weight.data(), N, C);
+        norm_backward(*gpu(), kind, got_dx(), got_dweight(), got_dbias(), got_dx(), device_dout(), device_x(),
+                      got_mean(), got_rstd(), device_weight(), N, C);
+        close("dx", got_dx.host(), dx, kRound<Real>, sum_error * 60 * r * (1 + r));
+        close("dweight", got_dweight.host(), dweight, 0, (N + 8) * 0x1p-24, {float(N * (1 + r) * 4)});
+        if (layer) close("dbias", got_dbias.host(), dbias, 0, (N + 8) * 0x1p-24, {float(N * 4)});
+
+        Tensor<Real> fresh(x.size());
+        norm_backward(*gpu(), kind, fresh(), got_dweight(), got_dbias(), (const Real*)nullptr, device_dout(),
+                      device_x(), got_mean(), got_rstd(), device_weight(), N, C);
+        norm_backward(cpu, kind, dx.data(), dweight.data(), dbias.data(), (const float*)nullptr, dout.data(), x.data(),
+                      mean.data(), rstd.data(), weight.data(), N, C);
+        close("dx, no residual", fresh.host(), dx, kRound<Real>, sum_error * 60 * r * (1 + r));
+      }
+}
+
+TEST_CASE_TEMPLATE("cuda: linear", Real, BOTH_TYPES) {
+  NEEDS_GPU;
+  for (int N : lengths())
+    for (std::pair<int, int> widths : {std::pair(8, 16), {64, 192}, {65, 33}, {384, 257}, {1, 1}, {1024, 768}})
+      for (bool with_bias : {false, true}) {
+        const int IC = widths.first, OC = widths.second;
+        if (N < 1000 && IC == 1024) continue;  // this one is for the products that choose among algorithms by the clock
+        CAPTURE(N);
+        CAPTURE(IC);
+        CAPTURE(OC);
+        CAPTURE(with_bias);
+        const Values inp = numbers<Real>(size_t(N) * IC, 16), weight = numbers<Real>(size_t(OC) * IC, 17),
+                     bias = numbers<Real>(OC, 18), residual = numbers<Real>(size_t(N) * OC, 19),
+                     dout = numbers<Real>(residual.size(), 20), old(weight.size(), 0.5f);
+        const Values inp_a = absolute(inp), weight_a = absolute(weight), bias_a = absolute(bias),
+                     residual_a = absolute(residual), dout_a = absolute(dout);
+        Tensor<Real> device_inp(inp), device_weight(weight), device_bias(bias), device_residual(residual),
+            device_dout(dout);
+        Tensor<Real> got(residual.size()), got_joined(residual.size()), got_dinp(inp.size());
+        Tensor<float> got_dweight(old), got_dbias(Values(OC, 0.5f));
+        const float* b = with_bias ? bias.data() : nullptr;
+        Real* device_b = with_bias ? device_bias() : nullptr;
+        // A sum of K products in fp32, in any order, is off by at most K half units of the sum of their absolute
+        // values, which the same operation on absolute values gives. Twice that: the CPU's sum is in fp32 too.
+        Values want(residual.size()), sums = want;
+        linear_forward(cpu, want.data(), inp.data(), weight.data(), b, N, IC, OC);
+        linear_forward(cpu, sums.data(), inp_a.data(), weight_a.data(), with_bias ? bias_a.data() : nullptr, N, IC, OC);
+        linear_forward(*gpu(), got(), device_inp(), device_weight(), device_b, N, IC, OC);
+        // At widths that are no multiple of 8, cuBLASLt rounds the product once more, before it adds the bias;
+        // |product| is at most |out| + |bias| + |residual|, the latter two under 5 each.
+        const bool twice = with_bias && (IC % 8 || OC % 8);
+        const double rounding = (twice ? 2 : 1) * kRound<Real>;
+        for (float& sum : sums) sum = 2 * (IC + 2) * 0x1p-24f * sum + (twice ? 10 * float(kRound<Real>) : 0);
+        close("linear_forward", got.host(), want, rounding, 1, sums);
+        if (IC == 1024) {
+          Cuda another;  // chooses anew
+          Tensor<Real> again(want.size());
+          linear_forward(another, again(), device_inp(), device_weight(), device_b, N, IC, OC);
+          another.synchronize();
+          CHECK(same_bits(again.bits(), got.bits()));
+        }
+        linear_residual_forward(cpu, want.data(), residual.data(), inp.data(), weight.data(), b, N, IC, OC);
+        linear_residual_forward(cpu, sums.data(), residual_a.data(), inp_a.data(), weight_a.data(),
+                                with_bias ? bias_a.data() : nullptr, N, IC, OC);
+        linear_residual_forward(*gpu(), got_joined(), device_residual(), device_inp(), device_weight(), device_b, N, IC,
+                                OC);
+        for (float& sum : sums) sum = 2 * (IC + 2) * 0x1p-24f * sum + (twice ? 10 * float(kRound<Real>) : 0);
+        close("linear_residual_forward", got_joined.host(), want, rounding, 1, sums);
+
+        Values dinp(inp.size()), dweight = old, dbias(OC, 0.5f), sum_inp = dinp, sum_weight = old, sum_bias = dbias;
+        linear_backward(cpu, dinp.data(), dweight.data(), with_bias ? dbias.data() : nullptr, dout.data(), inp.data(),
+                        weight.data(), N, IC, OC);
+        linear_backward(cpu, sum_inp.data(), sum_weight.data(), with_bias ? sum_bias.data() : nullptr, dout_a.data(),
+                        inp_a.data(), weight_a.data(), N, IC, OC);
+        linear_backward(*gpu(), got_dinp(), got_dweight(), with_bias ? got_dbias() : nullptr, device_dout(),
+                        device_inp(), device_weight(), N, IC, OC);
+        close("dinp", got_dinp.host(), dinp, kRound<Real>, 2 * (OC + 1) * 0x1p-24, sum_inp);
+        close("dweight", got_dweight.host(), dweight, 0, 2 * (N + 1) * 0x1p-24, sum_weight);
+        if (with_bias) close("dbias", got_dbias.host(), dbias, 0, 2 * (N + 1) * 0x1p-24, sum_bias);
+      }
+}
+
+TEST_CASE_TEMPLATE("cuda: swiglu and gelu", Real, BOTH_TYPES) {
+  NEEDS_GPU;
+  for (int N : lengths())
+    for (int F : {1, 24, 65, 704}) {
+      CAPTURE(N);
+      CAPTURE(F);
+      const size_t n = size_t(N) * F;
+      const Values x = numbers<Real>(2 * n, 21, 3), dout = numbers<Real>(n, 22);
+      const Values half(x.begin(), x.begin() + n);
+      Values out(n), dx(2 * n), gelu(n), dgelu(n);
+      swiglu_forward(cpu, out.data(), x.data(), N, F);
+      swiglu_backward(cpu, dx.data(), dout.data(), x.data(), N, F);
+      gelu_forward(cpu, gelu.data(), half.data(), N, F);
+      gelu_backward(cpu, dgelu.data(), dout.data(), half.data(), N, F);
+      Tensor<Real> device_x(x), device_half(half), device_dout(dout), got(n), got_dx(2 * n), got_gelu(n), got_dgelu(n);
+      swiglu_forward(*gpu(), got(), device_x(), N, F);
+      swiglu_backward(*gpu(), got_dx(), device_dout(), device_x(), N, F);
+      gelu_forward(*gpu(), got_gelu(), device_half(), N, F);
+      gelu_backward(*gpu(), got_dgelu(), device_dout(), device_half(), N, F);
+      // e^x by the GPU's fast instruction: 2 units plus |x| half units, |x| < 20 here; products of up to 15 * 15 * 5.
+      // erf cancels near -1 on the CPU: an absolute error of a few half units of |x|.
+      close("swiglu_forward", got.host(), out, kRound<Real> + 64 * 0x1p-24, 0x1p-24);
+      close("swiglu_backward", got_dx.host(), dx, kRound<Real> + 64 * 0x1p-24, 64 * 0x1p-24);
+      close("gelu_forward", got_gelu.host(), gelu, kRound<Real> + 16 * 0x1p-24, 64 * 0x1p-24);
+      close("gelu_backward", got_dgelu.host(), dgelu, kRound<Real> + 64 * 0x1p-24, 256 * 0x1p-24);
+    }
+}
+
+TEST_CASE_TEMPLATE("cuda: cross-entropy", Real, BOTH_TYPES) {
+  NEEDS_GPU;
+  for (int N : {1, 17, 65})
+    for (int V : {1, 7, 257, 4096, small() ? 1001 : 50304, small() ? 1001 : 50257})
+      for (double z_loss : {0.0, 1e-2}) {
+        CAPTURE(N);
+        CAPTURE(V);
+        CAPTURE(z_loss);
+        const Values logits = numbers<Real>(size_t(N) * V, 23, 3);
+        std::mt19937 random(24);
+        std::vector<int> targets(N);
+        for (int& target : targets) target = random() % V;
+        if (N > 3) targets[3] = -1;
+        Values want = logits, losses(N), log_z(N);
+        const double scale = 1.0 / N;
+        cross_entropy(cpu, losses.data(), log_z.data(), want.data(), targets.data(), scale, z_loss, N, V);
+        Tensor<Real> got(logits);
+        Tensor<float> got_losses(N), got_log_z(N);
+        Tensor<int> device_targets(targets);
+        cross_entropy(*gpu(), got_losses(), got_log_z(), got(), device_targets(), scale, z_loss, N, V);
+        // Exponentials of differences under 30: relative error 32 half units at most; sums of positive terms: at most V
+        // half units on the CPU, of which its 16 or so lanes leave V / 16.
+        const double error = (64 + V / 8) * 0x1p-24;
+        close("losses", got_losses.host(), losses, 8 * 0x1p-24, error + 32 * 0x1p-24);
+        close("log_z", got_log_z.host(), log_z, 8 * 0x1p-24, error + 32 * 0x1p-24);
+        close("dlogits", got.host(), want, kRound<Real> + error, scale * 2 * error);
+      }
+}
+
+TEST_CASE("cuda: the sums of losses and log Z") {
+  NEEDS_GPU;
+  for (int N : {1, 17, 1000, 5000}) {
+    const Values losses = numbers<float>(N, 31, 1, 3), log_z = numbers<float>(N, 32, 1, 8);
+    double want[2] = {1, 2};
+    add_losses(cpu, &want[0], &want[1], losses.data(), log_z.data(), N);
+    Tensor<float> device_losses(losses), device_log_z(log_z);
+    Tensor<double> got(std::vector<double>{1, 2});
+    add_losses(*gpu(), got(), got() + 1, device_losses(), device_log_z(), N);
+    for (int i : {0, 1}) CHECK(got.bits()[i] == doctest::Approx(want[i]).epsilon(1e-12));  // both in double
+  }
+}
+
+#endif  // __CUDACC__

@@ -6,7 +6,9 @@
 
 #include "layers.cuh"
 #include "device/matmul.cuh"
+#include "tests/cuda.h"
 
+#include <array>
 #include <cmath>
 #include <random>
 
@@ -15,7 +17,7 @@
 namespace {
 
 template <class Real>
-std::vector<Real> numbers(size_t count, unsigned seed) {
+std::vector<Real> random_matrix(size_t count, unsigned seed) {
   std::mt19937 random(seed);
   std::vector<Real> values(count);
   for (Real& v : values) v = Real(random() % 2001) / 1000 - 1;
@@ -47,8 +49,8 @@ void check_shape(int M, int N, int K) {
   CAPTURE(M);
   CAPTURE(N);
   CAPTURE(K);
-  const std::vector<Real> a = numbers<Real>(size_t(M) * K, 1), b = numbers<Real>(size_t(K) * N, 2),
-                          start = numbers<Real>(size_t(M) * N, 3), none;
+  const std::vector<Real> a = random_matrix<Real>(size_t(M) * K, 1), b = random_matrix<Real>(size_t(K) * N, 2),
+                          start = random_matrix<Real>(size_t(M) * N, 3), none;
   std::vector<Real> c(size_t(M) * N, Real(NAN));
   const Strided<Real> ways_a[] = {row_major(a.data(), K), transposed(a.data(), M)};
   const Strided<Real> ways_b[] = {row_major(b.data(), N), transposed(b.data(), K)};
@@ -92,7 +94,7 @@ TEST_CASE("matmul with nothing to do: no rows, no columns, no terms") {
 
 TEST_CASE("matmul gives the same bits for any number of threads") {
   const int M = 131, N = 75, K = kSlabDepth + 900, threads = omp_get_max_threads();
-  const std::vector<float> a = numbers<float>(size_t(M) * K, 1), b = numbers<float>(size_t(K) * N, 2);
+  const std::vector<float> a = random_matrix<float>(size_t(M) * K, 1), b = random_matrix<float>(size_t(K) * N, 2);
   std::vector<float> one(size_t(M) * N), many(size_t(M) * N);
   for (bool transpose_a : {false, true})
     for (bool transpose_b : {false, true}) {
@@ -112,7 +114,7 @@ TEST_CASE("matmul gives the same bits for any number of threads") {
 TEST_CASE("matmul: a linear layer's product is Eigen's") {
   using Matrix = Eigen::Matrix<float, Eigen::Dynamic, Eigen::Dynamic, Eigen::RowMajor>;
   const int N = 67, IC = 450, OC = 130;
-  const std::vector<float> x = numbers<float>(size_t(N) * IC, 5), w = numbers<float>(size_t(OC) * IC, 6);
+  const std::vector<float> x = random_matrix<float>(size_t(N) * IC, 5), w = random_matrix<float>(size_t(OC) * IC, 6);
   std::vector<float> y(size_t(N) * OC, NAN);
   Cpu be;
   linear_forward(be, y.data(), x.data(), w.data(), (const float*)nullptr, N, IC, OC);
@@ -122,3 +124,68 @@ TEST_CASE("matmul: a linear layer's product is Eigen's") {
   const Matrix bound = sizes * (IC * std::numeric_limits<float>::epsilon());
   CHECK(((Y - expected).cwiseAbs().array() <= bound.array()).all());
 }
+
+#ifdef __CUDACC__
+
+// A sum of K products in fp32, in any order, is off by at most K half units of the sum of their absolute values; twice
+// that, as the CPU's sum is in fp32 too.
+static Values sums_of(const Values& a, const Values& b, int M, int N, int K, bool by_column) {
+  const Values x = absolute(a), y = absolute(b);
+  Values sums(size_t(M) * N);
+  matmul<float>(sums.data(), nullptr, 0, row_major(x.data(), K),
+                by_column ? transposed(y.data(), K) : row_major(y.data(), N), M, N, K);
+  for (float& sum : sums) sum *= 2 * (K + 2) * 0x1p-24f;
+  return sums;
+}
+
+TEST_CASE("cuda: every way that cuBLASLt proposes is right, also where it splits sums that do not divide evenly") {
+  NEEDS_GPU;
+  const int K = 4104;  // the head's input gradient with as large a vocabulary
+  for (auto [M, N] : {std::pair{16, 64}, {64, 256}, {130, 384}, {1024, 128}, {8, 768}}) {
+    CAPTURE(M);
+    CAPTURE(N);
+    const Values dout = numbers<bf16>(size_t(M) * K, 1), weight = numbers<bf16>(size_t(K) * N, 2);
+    Values want(size_t(M) * N);
+    matmul<float>(want.data(), nullptr, 0, row_major(dout.data(), K), row_major(weight.data(), N), M, N, K);
+    const Values sums = sums_of(dout, weight, M, N, K, false);
+    Tensor<bf16> a(weight), b(dout);
+    Tensor<bf16> shape(want.size());
+    const Product<bf16> product = {shape(), nullptr, nullptr, N, M, K, false, false};
+    ProductPlan plan;
+    const auto proposals = make_plan(*gpu(), plan, product, a(), b());
+    CHECK(proposals.size() > 1);
+    for (const cublasLtMatmulAlgo_t& algorithm : proposals) {
+      Tensor<bf16> got(want.size());
+      REQUIRE(start_product(*gpu(), plan, algorithm, product, got(), a(), b()) == CUBLAS_STATUS_SUCCESS);
+      close("product", got.host(), want, kRound<bf16>, 1, sums);
+    }
+  }
+}
+
+TEST_CASE("cuda: the product of our own, as it is and with SwiGLU, at sizes that fit no tile") {
+  NEEDS_GPU;
+  if (!gemm::supports(*gpu(), 8, 8, nullptr, nullptr, nullptr)) {
+    MESSAGE("this GPU is not of compute capability 9.0: skipped");
+    return;
+  }
+  // Rows, F, K: a part of a tile, several tiles for a block to make one after the other, slices that K does not fill.
+  for (auto [M, F, K] : {std::array{1, 64, 8}, {100, 128, 64}, {300, 704, 200}, {129, 192, 1032}, {5000, 1024, 136}}) {
+    if (small() && M > 1000) continue;
+    CAPTURE(M);
+    CAPTURE(F);
+    CAPTURE(K);
+    const int N = 2 * F;
+    const Values inp = numbers<bf16>(size_t(M) * K, 3), weight = numbers<bf16>(size_t(N) * K, 4, 0.1f);
+    Values want(size_t(M) * N);
+    matmul<float>(want.data(), nullptr, 0, row_major(inp.data(), K), transposed(weight.data(), K), M, N, K);
+    Tensor<bf16> a(inp), b(weight), got(want.size()), gate_up(want.size()), act(size_t(M) * F), act_apart(act.n);
+    gemm::multiply(*gpu(), got(), a(), b(), M, N, K, gemm::Store{});
+    close("product", got.host(), want, kRound<bf16>, 1, sums_of(inp, weight, M, N, K, true));
+    gemm::multiply(*gpu(), gate_up(), a(), b(), M, N, K, gemm::SwiGlu{act()});
+    CHECK(same_bits(gate_up.bits(), got.bits()));
+    swiglu_forward(*gpu(), act_apart(), got(), M, F);
+    CHECK(same_bits(act.bits(), act_apart.bits()));
+  }
+}
+
+#endif  // __CUDACC__

@@ -3,7 +3,7 @@
 
 #include "model.h"
 
-#include "tests/helpers.h"
+#include "tests/cuda.h"
 
 namespace {
 
@@ -541,3 +541,135 @@ TEST_CASE("model: configurations that cannot be are refused, naming the flag and
   CHECK(c.head_size == 32);
   CHECK(c.mlp_hidden == 384);  // 8/3 of 128 is 341.3
 }
+
+// ---------------------------------------------------------------------------------------------------------------------
+// CUDA against the CPU
+
+#ifdef __CUDACC__
+
+namespace {
+
+Config small_config() {
+  Config c;
+  c.layers = 2, c.width = 128, c.heads = 4, c.kv_heads = 2, c.head_size = 32, c.mlp_hidden = 192, c.vocab = 259,
+  c.context = 65;
+  c.rotary_dim = 8;
+  resolve(c);
+  return c;
+}
+
+struct Run {
+  Values losses, gradients, master;  // mean loss of each step; gradients of the first step; weights after the last
+};
+
+// Trains for some steps on fixed random tokens; from the third step on a GPU replays the recorded kernels, unless each
+// is to be started by itself.
+template <class Backend, class Real>
+Run train(Backend& be, const Config& c, int steps, bool recorded = true) {
+  const int B = 3, T = 65;
+  Model<Backend, Real> model(be, c, B, T, true);
+  // Weights that bf16 can hold, so that all start from the same.
+  Values weights(model.table.total);
+  for (size_t i = 0; i < model.table.rows.size(); ++i)
+    initialise(&weights[model.table.rows[i].offset], model.table.rows[i], 1, i, 0.02, 0, model.table.rows[i].count);
+  for (float& w : weights) w = round_to<bf16>(w * 2);
+  model.set_weights(weights.data());
+  std::mt19937 random(30);
+  std::vector<int> tokens(B * T + 1);
+  for (int& token : tokens) token = random() % c.vocab;
+  Run run;
+  run.gradients.resize(model.table.total);
+  run.master.resize(model.table.total);
+  for (int step = 1; step <= steps; ++step) {
+    model.zero_gradients();
+    if (recorded) {
+      model.train_batch(tokens.data(), tokens.data() + 1, 1.0 / (B * T), 1e-4);
+    } else {
+      model.forward(tokens.data(), B, T);
+      model.backward(tokens.data() + 1, B, T, 1.0 / (B * T), 1e-4);
+    }
+    if (step == 1) be.download(run.gradients.data(), model.gradients_flat, run.gradients.size() * sizeof(float));
+    typename Model<Backend, Real>::StepResult result;
+    be.download(&result, model.result, sizeof result);
+    run.losses.push_back(float(result.loss / (B * T)));
+    model.update({1e-3, 0.9, 0.95, 1e-8, 0.1, 1.0, step});
+  }
+  be.download(run.master.data(), model.master, run.master.size() * sizeof(float));
+  return run;
+}
+
+void compare_models(const Config& c) {
+  const int steps = 10;
+  const ParameterTable table = parameter_table(c);
+  const Run want = train<Cpu, float>(cpu, c, steps);
+  const Run fp32 = train<Cuda, float>(*gpu(), c, steps), half = train<Cuda, bf16>(*gpu(), c, steps);
+  for (const ParameterRow& row : table.rows) {
+    CAPTURE(row.name);
+    auto part = [&](const Values& all) {
+      return Values(all.begin() + row.offset, all.begin() + row.offset + row.count);
+    };
+    // fp32: errors of sums of some hundred terms, a few 1e-6, through two blocks. bf16: each of some 20 tensors on the
+    // way adds a relative error of up to 2^-8, independent of each other: sqrt(20) 2^-8 = 0.017; where gradients of
+    // either sign nearly cancel (norm weights, biases) it is relative to more than the result, hence 3 times that.
+    CHECK(relative_distance(part(fp32.gradients), part(want.gradients)) < 5e-5);
+    CHECK(relative_distance(part(half.gradients), part(want.gradients)) < 0.05);
+  }
+  for (int step = 0; step < steps; ++step) {
+    CAPTURE(step);
+    CHECK(std::fabs(fp32.losses[step] - want.losses[step]) < 1e-4 * want.losses[step]);
+    // bf16: a loss is off by its last layers' roundings, and gradients that are off by 5 % cost 5 % of the progress.
+    CHECK(std::fabs(half.losses[step] - want.losses[step]) <
+          0x1p-7 * want.losses[step] + 0.05 * (want.losses[0] - want.losses[step]));
+  }
+  CHECK(want.losses.back() < want.losses.front());
+  const Run again32 = train<Cuda, float>(*gpu(), c, steps, false);
+  Config less = c;
+  less.recompute = true;
+  const Run again16 = train<Cuda, bf16>(*gpu(), less, steps);
+  CHECK(same_bits(again32.master, fp32.master));
+  CHECK(same_bits(again16.master, half.master));
+  CHECK(same_bits(again16.losses, half.losses));
+}
+
+}  // namespace
+
+TEST_CASE("cuda: the whole model") {
+  NEEDS_GPU;
+  SUBCASE("partial rope") { compare_models(small_config()); }
+  SUBCASE("no rope, tied") {
+    Config c = small_config();
+    c.rotary_dim = 0, c.tied = true;
+    compare_models(c);
+  }
+  SUBCASE("full rope, interleaved, qk-norm, parallel block") {
+    Config c = small_config();
+    c.rotary_dim = 32, c.rope_pairs = RopePairs::interleaved, c.qk_norm = true, c.block = BlockKind::parallel;
+    compare_models(c);
+  }
+  SUBCASE("layer norm, gelu, bias, head size 20") {
+    Config c = small_config();
+    c.head_size = 20, c.norm = NormKind::layer, c.mlp = MlpKind::gelu, c.bias = true;
+    compare_models(c);
+  }
+}
+
+TEST_CASE_TEMPLATE("cuda: logits with a key/value cache", Real, BOTH_TYPES) {
+  NEEDS_GPU;
+  const Config c = small_config();
+  const int T = 20;
+  Model<Cuda, Real> whole(*gpu(), c, 1, T, false), stepwise(*gpu(), c, 1, T, false);
+  whole.initialise_weights(3);
+  stepwise.initialise_weights(3);
+  std::vector<int> tokens(T);
+  for (int t = 0; t < T; ++t) tokens[t] = 7 * t % c.vocab;
+  Values want(c.vocab), got(c.vocab);
+  whole.forward(tokens.data(), 1, T);
+  whole.logits(want.data(), T, 1);
+  stepwise.forward(tokens.data(), 1, T / 2);
+  for (int t = T / 2; t < T; ++t) stepwise.forward(tokens.data(), 1, t + 1, t);
+  stepwise.logits(got.data(), T, 1);
+  // The same sums in other tiles; see compare_models.
+  CHECK(relative_distance(got, want) < 8 * kRound<Real> * std::sqrt(20.0));
+}
+
+#endif  // __CUDACC__

@@ -2,7 +2,7 @@
 
 #include "optimizer.cuh"
 
-#include "tests/helpers.h"
+#include "tests/cuda.h"
 
 namespace {
 
@@ -162,3 +162,48 @@ TEST_CASE("optimizer: the number of threads changes nothing") {
       return all;
     }));
 }
+
+// ---------------------------------------------------------------------------------------------------------------------
+// CUDA against the CPU
+
+#ifdef __CUDACC__
+
+TEST_CASE("cuda: gradient norm") {
+  NEEDS_GPU;
+  for (size_t n : {size_t(1), size_t(3), size_t(1000), size_t(2000003)}) {
+    const Values gradients = numbers<float>(n, 25, 0.1f);
+    float want;
+    std::vector<double> partial(partial_sums(cpu, n));
+    sum_squares(cpu, partial.data(), gradients.data(), n);
+    gradient_norm(cpu, &want, partial.data(), partial.size());
+    Tensor<float> device_gradients(gradients), got(1);
+    Tensor<double> device_partial(partial_sums(*gpu(), n));
+    sum_squares(*gpu(), device_partial(), device_gradients(), n);
+    gradient_norm(*gpu(), got(), device_partial(), device_partial.n);
+    // A thread adds at most n / (1024 * 256) + 1 packs of 4 squares in fp32, the rest is in double.
+    close("norm", got.host(), {want}, (4 * (n / 262144 + 1) + 4) * 0x1p-24, 0);
+  }
+}
+
+TEST_CASE_TEMPLATE("cuda: adamw", Real, BOTH_TYPES) {
+  NEEDS_GPU;
+  for (size_t n : {size_t(1), size_t(67), size_t(4096)})
+    for (float norm : {0.5f, 7.0f, std::numeric_limits<float>::infinity()}) {
+      CAPTURE(n);
+      CAPTURE(norm);
+      const AdamW a = {1e-2, 0.9, 0.95, 1e-8, 0.1, 1.0, 3};
+      const Values gradients = numbers<float>(n, 26);
+      Values master = numbers<float>(n, 27), m = numbers<float>(n, 28, 0.1f), v = absolute(numbers<float>(n, 29, 0.1f));
+      Values parameters(n, 9);
+      Tensor<float> got_master(master), got_m(m), got_v(v), device_gradients(gradients), device_norm(Values{norm});
+      Tensor<Real> got(parameters);
+      adamw(cpu, parameters.data(), master.data(), gradients.data(), m.data(), v.data(), &norm, n, a);
+      adamw(*gpu(), got(), got_master(), device_gradients(), got_m(), got_v(), device_norm(), n, a);
+      close("m", got_m.host(), m, 0, 8 * 0x1p-24);
+      close("v", got_v.host(), v, 8 * 0x1p-24, 8 * 0x1p-24);
+      close("master", got_master.host(), master, 8 * 0x1p-24, 1e-2 * 64 * 0x1p-24);  // a step is at most some lr long
+      close("parameters", got.host(), parameters, kRound<Real> + 8 * 0x1p-24, 1e-2 * 64 * 0x1p-24);
+    }
+}
+
+#endif  // __CUDACC__
