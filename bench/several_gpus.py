@@ -67,6 +67,13 @@ def torchrun(ranks):
             "--master-port=29512"]
 
 
+def alive(pid):
+    try:
+        return pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
 def children(pid):
     """The processes that it started, in this order."""
     found = []
@@ -104,9 +111,14 @@ class Bench:
             code = process.wait(max(1, limit))
         except subprocess.TimeoutExpired:
             code = 124
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
+        ranks = children(process.pid)  # none if it has ended by itself
+        for kill, pid in [(os.killpg, process.pid), *((os.kill, rank) for rank in ranks)]:
+            with contextlib.suppress(ProcessLookupError):
+                kill(pid, signal.SIGKILL)
         process.wait()
+        until = time.time() + 15
+        while any(map(alive, ranks)) and time.time() < until:  # their GPUs are wanted
+            time.sleep(0.05)
         process.output.seek(0)
         return code, process.output.read().strip()
 
@@ -222,7 +234,7 @@ class Bench:
             code, text = self.end(process, 15)
             took = time.time() - begin
             line = text.splitlines()[-1] if text else ""
-            left = [pid for pid in ranks if pathlib.Path(f"/proc/{pid}").exists()]
+            left = [pid for pid in ranks if alive(pid)]
             self.check(f"rank {victim} killed", code == 1 and took < 10 and not left and f"rank {victim} on" in line,
                        f"after {took:.1f} s, exit code {code}: {line}")
             command = [self.build / "train", "--run=killed", "--resume", "--ranks", n]
