@@ -505,6 +505,10 @@ inline int start_ranks(int ranks, char** argv) {
   char self[4096] = "";
   if (::readlink("/proc/self/exe", self, sizeof self - 1) < 0) std::strncpy(self, argv[0], sizeof self - 1);
 
+  // Ranks are process groups of their own: Ctrl-C reaches them once, through us.
+  posix_spawnattr_t how;
+  ::posix_spawnattr_init(&how);
+  ::posix_spawnattr_setflags(&how, POSIX_SPAWN_SETPGROUP);
   static volatile std::sig_atomic_t to_pass_on;
   to_pass_on = 0;
   for (int signal : {SIGINT, SIGTERM}) std::signal(signal, [](int s) { to_pass_on = s; });
@@ -534,7 +538,7 @@ inline int start_ranks(int ranks, char** argv) {
       if (!ours) environment.push_back(*variable);
     }
     environment.push_back(nullptr);
-    if (const int error = ::posix_spawn(&pids[r], self, nullptr, nullptr, argv, environment.data())) {
+    if (const int error = ::posix_spawn(&pids[r], self, nullptr, &how, argv, environment.data())) {
       first = "rank " + std::to_string(r) + " cannot be started: " + std::strerror(error);
       pids[r] = 0;
       result = 1;
