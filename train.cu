@@ -214,7 +214,7 @@ int train(Backend& be, Comm<Backend>& comm, Run& run) {
 
 int main(int, char** argv) {
   return run_program(argv, [&](const std::vector<std::string>& args) {
-    Settings asked;
+    Settings asked = plain_settings();
     apply_flags(asked, args);
     expect_positive("ranks", asked.ranks);
     const Process process = process_from_environment();

@@ -130,7 +130,7 @@ inline void command_memory(const std::vector<std::string>& args) {
     f.parse(args);
     if (rotary.fraction || rotary.dim) settings.rotary = rotary;
   };
-  Settings unused;
+  Settings unused = plain_settings();
   parse(unused);  // for --preset and --run
   if (run.empty()) apply_flags(s, preset_flags(preset));
   else s = open_source(run).settings;

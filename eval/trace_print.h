@@ -7,7 +7,7 @@
 #include "eval/trace_page.h"
 #include "run/print.h"
 
-// Text of at most 100 columns; colour as ANSI sequences where asked for.
+// Text as fit() in run/print.h takes it; colour as ANSI sequences where asked for.
 class Page {
  public:
   std::string text;
@@ -27,18 +27,6 @@ class Page {
     return colour_ ? std::string("\033[") + code + "m" + s + "\033[0m" : s;
   }
   void title(const std::string& s) { text += "\n" + paint("1", s) + "\n"; }
-  // Words of printed width `widths`, in lines that start with an indent.
-  void flow(const std::vector<std::pair<std::string, size_t>>& words, size_t indent) {
-    size_t column = 0;
-    for (const auto& [word, width] : words) {
-      if (column && column + 1 + width > 100) text += "\n", column = 0;
-      text += column ? " " : std::string(indent, ' ');
-      column += (column ? 1 : indent) + width;
-      text += word;
-    }
-    text += "\n";
-  }
-
  private:
   bool colour_;
 };
@@ -74,7 +62,8 @@ class TraceText {
             bool colour_, bool all_)
       : trace(trace_), c(config), tokens(tokens_), tokenizer(tokenizer_), colour(colour_), all(all_), page(colour_) {}
 
-  std::string text() {
+  // In lines of at most `width` columns.
+  std::string text(int width) {
     beginning();
     where_they_lie();
     angles();
@@ -83,7 +72,7 @@ class TraceText {
     scores();
     one_meeting();
     checks();
-    return page.text;
+    return fit(page.text, width);
   }
 
  private:
@@ -125,7 +114,7 @@ class TraceText {
 
   void beginning() {
     page.say("%s\n", page.paint(bold, "One token through partial RoPE, byte by byte").c_str());
-    page.say("Layer %d of %d, query head %d of %d, key/value head %d of %d. A head has HS = %d channels;\n",
+    page.say("Layer %d of %d, query head %d of %d, key/value head %d of %d. A head has HS = %d channels; ",
              trace.layer, c.layers, trace.head, c.heads, trace.kv_head, c.kv_heads, HS);
     page.say("RoPE turns the first R = %d of them (%.4g %%), in %s, base %.6g.\n", R, 100.0 * R / HS,
              R == 0                            ? "no pairs at all: this is NoPE"
@@ -134,37 +123,36 @@ class TraceText {
              c.rope_base);
 
     page.title("The tokens, as position:text. We follow the one in brackets.");
-    std::vector<std::pair<std::string, size_t>> list;
+    page.text += " ";
+    bool skipping = false;
     for (int s = 0; s < T; ++s) {
-      if (!all && T > 120 && s >= 40 && s < T - 40 && std::abs(s - t) > 8) {
-        if (list.back().first != "...") list.push_back({"...", 3});
-        continue;
-      }
-      const std::string name = std::to_string(s) + ":" + token_text(tokenizer, tokens[s]),
-                        shown = s == t ? "[" + name + "]" : name;
-      list.push_back({s == t ? page.paint("1;33", shown) : shown, shown.size()});
+      const bool skip = !all && T > 120 && s >= 40 && s < T - 40 && std::abs(s - t) > 8;
+      const std::string name = std::to_string(s) + ":" + token_text(tokenizer, tokens[s]);
+      if (!skip) page.text += " " + (s == t ? page.paint("1;33", "[" + name + "]") : name);
+      if (skip && !skipping) page.text += " ...";
+      skipping = skip;
     }
-    page.flow(list, 2);
+    page.text += "\n";
   }
 
   void where_they_lie() {
     page.title("1  Where the query and the key lie");
     page.say(
-        "   One matrix product, qkv = h1 Wqkv^T, writes all heads of a position side by side. The buffer\n"
-        "   of this layer has shape (T %d, heads %d + 2*%d, channels %d), fp32: %s bytes.\n"
+        "   One matrix product, qkv = h1 Wqkv^T, writes all heads of a position side by side. The buffer "
+        "of this layer has shape (T %d, heads %d + 2*%d, channels %d), fp32: %s bytes.\n"
         "   Position %d is bytes %s to %s:\n",
         T, c.heads, c.kv_heads, HS, grouped(trace.qkv_bytes).c_str(), t, grouped(t * trace.row_bytes).c_str(),
         grouped((t + 1) * trace.row_bytes - 1).c_str());
-    std::vector<std::pair<std::string, size_t>> list;
+    page.text += "    ";
     for (int slot = 0; slot < c.heads + 2 * c.kv_heads; ++slot) {
       const int kind = slot < c.heads ? 0 : slot < c.heads + c.kv_heads ? 1 : 2;
       const std::string name = std::string(1, "qkv"[kind]) + std::to_string(kind == 0   ? slot
                                                                             : kind == 1 ? slot - c.heads
                                                                                         : slot - c.heads - c.kv_heads);
       const bool ours = slot == trace.query.slot || slot == trace.key.slot;
-      list.push_back({ours ? page.paint("1;33", "[" + name + "]") : page.paint(dim, name), name.size() + 2 * ours});
+      page.text += " " + (ours ? page.paint("1;33", "[" + name + "]") : page.paint(dim, name));
     }
-    page.flow(list, 5);
+    page.text += "\n";
     page.say("   Each head is %zu bytes. Channel c of a head stands 4 c bytes behind its start:\n", head_bytes);
     page.say("     query head %-3d starts at byte (%d*%d + %d) * %zu = %s\n", trace.head, t, c.heads + 2 * c.kv_heads,
              trace.query.slot, head_bytes, grouped(trace.query.offset).c_str());
@@ -190,14 +178,14 @@ class TraceText {
       page.say("   R = 0: there is no table and nothing turns. The query and the key go on as they are.\n");
     } else {
       page.say(
-          "   Pair i turns by theta_i%s radians per position, so here by t theta_i with t = %d.\n"
-          "   cos and sin come from the table (position, pair, {cos, sin}), fp32; position t starts at byte\n"
-          "   t * R/2 * 2 * 4 = %s. Slow pairs tell far positions apart, quick ones near positions.\n\n",
+          "   Pair i turns by theta_i%s radians per position, so here by t theta_i with t = %d. "
+          "cos and sin come from the table (position, pair, {cos, sin}), fp32; position t starts at byte "
+          "t * R/2 * 2 * 4 = %s. Slow pairs tell far positions apart, quick ones near positions.\n\n",
           c.rope_frequencies == "rotary" && c.rope_scaling == "none" ? " = base^(-2i/R)" : "", t,
           grouped(size_t(t) * R * sizeof(float)).c_str());
       page.say(
           "     %s\n",
-          page.paint(bold, "pair     theta_i   turns once in   t theta_i   mod 360       cos        sin  table bytes")
+          page.paint(bold, "pair     theta_i\t   turns once in\t   t theta_i\t   mod 360\t       cos        sin\t  table bytes")
               .c_str());
       for (int i = 0; i < pairs; ++i) {
         const PairTrace& p = trace.pairs[i];
@@ -206,7 +194,7 @@ class TraceText {
           continue;
         }
         char row[160];
-        std::snprintf(row, sizeof row, "%4d %11.4g %10.5g pos. %11.4f %7.2f°  %9.6f  %9.6f  %s", i, p.theta,
+        std::snprintf(row, sizeof row, "%4d %11.4g\t %10.5g pos.\t %11.4f\t %7.2f°\t  %9.6f  %9.6f\t  %s", i, p.theta,
                       2 * M_PI / p.theta, p.angle, std::fmod(p.angle, 2 * M_PI) * 180 / M_PI, p.cos, p.sin,
                       (grouped(p.table_offset) + ", " + grouped(p.table_offset + 4)).c_str());
         page.say("     %s\n", page.paint(colours[i % 6], row).c_str());
@@ -219,7 +207,7 @@ class TraceText {
     page.say("   The arrow is the pair (a, b) as a vector in the plane. It turns; its length stays.\n");
     for (auto [name, h] : {std::pair{"query", &trace.query}, std::pair{"key", &trace.key}}) {
       char row[200];
-      std::snprintf(row, sizeof row, "%-5s  %-10s %22s  %8s  %8s    %8s  %8s   %8s", name, "channels", "at bytes", "a",
+      std::snprintf(row, sizeof row, "%-5s  %-10s\t %22s\t  %8s  %8s  \t  %8s  %8s  \t %8s", name, "channels", "at bytes", "a",
                     "b", "a'", "b'", "length");
       page.say("\n     %s\n", page.paint(bold, row).c_str());
       for (int i = 0; i < pairs; ++i) {
@@ -229,7 +217,7 @@ class TraceText {
           continue;
         }
         const float a = h->before[p.a], b = h->before[p.b], a2 = h->after[p.a], b2 = h->after[p.b];
-        std::snprintf(row, sizeof row, "%5d  %-10s %22s  %8.4f  %8.4f %s  %8.4f  %8.4f %s %8.4f", i,
+        std::snprintf(row, sizeof row, "%5d  %-10s\t %22s\t  %8.4f  %8.4f %s\t  %8.4f  %8.4f %s\t %8.4f", i,
                       ("(" + std::to_string(p.a) + ", " + std::to_string(p.b) + ")").c_str(),
                       (grouped(h->offset + 4 * p.a) + ", " + grouped(h->offset + 4 * p.b)).c_str(), a, b, arrow(a, b),
                       a2, b2, arrow(a2, b2), std::hypot(a2, b2));
@@ -257,7 +245,7 @@ class TraceText {
     if (R == HS) {
       page.say("   Nothing: R = HS is full RoPE. Every channel carries position as well as content.\n");
     } else {
-      page.say("   Channels %d to %d, %d of %d: bytes %s to %s of the query,\n   %s to %s of the key.\n", R, HS - 1,
+      page.say("   Channels %d to %d, %d of %d: bytes %s to %s of the query, %s to %s of the key.\n", R, HS - 1,
                HS - R, HS, grouped(trace.query.offset + 4 * R).c_str(),
                grouped(trace.query.offset + head_bytes - 1).c_str(), grouped(trace.key.offset + 4 * R).c_str(),
                grouped(trace.key.offset + head_bytes - 1).c_str());
@@ -272,9 +260,9 @@ class TraceText {
   void scores() {
     page.title("5  The scores:  q . k / sqrt(HS),  in two parts");
     page.say(
-        "   The query of position %d meets the key of every position up to its own. The rotated channels\n"
-        "   give a part that depends on the distance, the others one that does not. softmax makes\n"
-        "   probabilities of the sums.\n\n",
+        "   The query of position %d meets the key of every position up to its own. The rotated channels "
+        "give a part that depends on the distance, the others one that does not. softmax makes "
+        "probabilities of the sums.\n\n",
         t);
     std::vector<int> rows;
     for (int s = 0; s <= t; ++s) rows.push_back(s);
@@ -286,18 +274,18 @@ class TraceText {
       page.say("   (the four highest of the first %d, and the last 16; --all shows every one)\n", t - 15);
     }
     page.say("     %s\n",
-             page.paint(bold, "position  token         distance    rotated  +   rest  =   score  probability").c_str());
+             page.paint(bold, "position  token         distance\t    rotated  +   rest  =   score\t  probability").c_str());
     double left = 1;
     for (int s : rows) {
       const ScoreTrace& score = trace.scores[s];
       left -= score.probability;
-      page.say("     %8d  %-12s  %8d  %s  %s  %8.4f   %8.2f %%  %s%s\n", s, token_text(tokenizer, tokens[s]).c_str(),
+      page.say("     %8d  %-12s  %8d\t  %s  %s  %8.4f\t   %8.2f %%  %s%s\n", s, token_text(tokenizer, tokens[s]).c_str(),
                t - s, page.paint("36", format("%9.4f", score.rotated)).c_str(),
                page.paint(dim, format("%8.4f", score.rest)).c_str(), score.score(), 100 * score.probability,
                page.paint("32", bar(score.probability)).c_str(), s == trace.against ? " <" : "");
     }
     if (int(rows.size()) <= t)
-      page.say("     %8s  %d others %50.2f %%\n", "", t + 1 - int(rows.size()), 100 * std::max(0.0, left));
+      page.say("     %8s  %-22s\t  %28s\t   %8.2f %%\n", "", (std::to_string(t + 1 - int(rows.size())) + " others").c_str(), "", 100 * std::max(0.0, left));
   }
 
   void one_meeting() {
@@ -307,13 +295,13 @@ class TraceText {
     const double scale = 1 / std::sqrt(double(HS));
     if (R) {
       page.say(
-          "   The query was turned by %d theta_i, the key by %d theta_i. In their dot product only the\n"
-          "   difference is left, %d theta_i: the distance. With alpha_i the angle from query to key before\n"
-          "   RoPE, pair i adds  |q| |k| cos(alpha_i - %d theta_i) / sqrt(HS):\n\n",
+          "   The query was turned by %d theta_i, the key by %d theta_i. In their dot product only the "
+          "difference is left, %d theta_i: the distance. With alpha_i the angle from query to key before "
+          "RoPE, pair i adds  |q| |k| cos(alpha_i - %d theta_i) / sqrt(HS):\n\n",
           t, trace.against, distance, distance);
       page.say(
           "     %s\n",
-          page.paint(bold, "pair      |q|      |k|   alpha_i   distance theta_i      adds   (without the turn)")
+          page.paint(bold, "pair      |q|      |k|   alpha_i   distance theta_i\t      adds   (without the turn)")
               .c_str());
       double still = 0;
       const double turned = scale * trace.attention * trace.attention;
@@ -327,49 +315,36 @@ class TraceText {
           continue;
         }
         char row[160];
-        std::snprintf(row, sizeof row, "%4d  %7.4f  %7.4f  %7.2f°  %15.2f°  %9.4f   (%8.4f)", i, std::hypot(qa, qb),
+        std::snprintf(row, sizeof row, "%4d  %7.4f  %7.4f  %7.2f°  %15.2f°\t  %9.4f   (%8.4f)", i, std::hypot(qa, qb),
                       std::hypot(ka, kb), std::atan2(qa * kb - qb * ka, qa * ka + qb * kb) * 180 / M_PI,
                       std::fmod(distance * p.theta, 2 * M_PI) * 180 / M_PI,
                       turned * pair_score(qa, qb, ka, kb, distance * p.theta), turned * pair_score(qa, qb, ka, kb, 0));
         page.say("     %s\n", page.paint(colours[i % 6], row).c_str());
       }
-      page.say("     %-51s %8.4f   (%8.4f)\n", "the rotated channels together", trace.scores[trace.against].rotated,
+      page.say("     %-51s\t %8.4f   (%8.4f)\n", "the rotated channels together", trace.scores[trace.against].rotated,
                still);
     } else {
       page.say("   No channel is rotated: the score is the same at any distance.\n");
     }
     if (HS > R)
-      page.say("     %-51s %8.4f   whatever the distance\n",
+      page.say("     %-51s\t %8.4f   whatever the distance\n",
                ("channels " + std::to_string(R) + " to " + std::to_string(HS - 1)).c_str(),
                trace.scores[trace.against].rest);
-    page.say("     %-51s %8.4f   exp(score - %.4f) = %.2f %%\n", "the score", trace.scores[trace.against].score(),
+    page.say("     %-51s\t %8.4f   exp(score - %.4f) = %.2f %%\n", "the score", trace.scores[trace.against].score(),
              trace.lse, 100 * trace.scores[trace.against].probability);
   }
 
   void checks() {
     page.title(trace.agrees() ? "Checked against the model's own buffers" : "THIS TRACE DOES NOT AGREE WITH THE MODEL");
-    for (const CheckTrace& check : trace.checks) {
-      page.text += "   " + page.paint(check.agrees ? "32" : "1;31", check.agrees ? "agrees " : "WRONG  ");
-      std::vector<std::pair<std::string, size_t>> list;
-      std::string word;
-      for (char letter : check.what + " ") {
-        if (letter != ' ') {
-          word += letter;
-          continue;
-        }
-        list.push_back({word, word.size()});
-        word.clear();
-      }
-      const size_t start = page.text.size();
-      page.flow(list, 10);
-      page.text.erase(start, 10);  // the first line already has its beginning
-    }
+    for (const CheckTrace& check : trace.checks)
+      page.say("   %s%s\n", page.paint(check.agrees ? "32" : "1;31", check.agrees ? "agrees " : "WRONG  ").c_str(),
+               check.what.c_str());
   }
 };
 
 inline std::string print_trace(const Trace& trace, const Config& c, const std::vector<int>& tokens,
-                               const Tokenizer* tokenizer, bool colour, bool all) {
-  return TraceText(trace, c, tokens, tokenizer, colour, all).text();
+                               const Tokenizer* tokenizer, bool colour, bool all, int width) {
+  return TraceText(trace, c, tokens, tokenizer, colour, all).text(width);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -422,7 +397,9 @@ inline int command_trace(const std::vector<std::string>& args) {
   }
   if (!json && page.empty())
     std::printf("%s\n%s", describe(source).c_str(),
-                print_trace(trace, model.config, tokens, source.tokenizer.get(), colour, all).c_str());
+                print_trace(trace, model.config, tokens, source.tokenizer.get(), colour, all,
+                            std::min(100, terminal_width()))
+                    .c_str());
   if (trace.agrees()) return 0;
   std::fflush(stdout);
   std::fprintf(stderr, "error: the trace does not agree with the model's buffers (lines marked WRONG above)\n");

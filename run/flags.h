@@ -307,6 +307,13 @@ inline std::vector<std::string> preset_flags(const std::string& name) {
                   " There are:" + all);
 }
 
+// Those of a run that is started without flags: what --help shows.
+inline Settings plain_settings() {
+  Settings s;
+  apply_flags(s, preset_flags(s.preset));
+  return s;
+}
+
 // The values of all settings as one flat JSON object, keys as the flags with underscores. This is config.json.
 inline nlohmann::ordered_json settings_json(Settings& s,
                                             const std::vector<std::string>& groups = {"Model", "Optimiser", "Run"}) {

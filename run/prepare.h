@@ -178,7 +178,7 @@ inline void check_data(const Run& run, const std::string& flag, const std::vecto
 inline Run prepare(const std::vector<std::string>& args, int ranks, bool root) {
   Run run;
   Settings& s = run.s;
-  Settings asked;
+  Settings asked = plain_settings();
   apply_flags(asked, args);
   const bool replay = asked.replay_step != -1, again = asked.resume || replay;
   if (asked.resume && replay) throw UserError("--resume, --replay-step: give one of them");

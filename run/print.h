@@ -48,6 +48,47 @@ inline int terminal_width() {
   return ::ioctl(STDOUT_FILENO, TIOCGWINSZ, &size) == 0 && size.ws_col ? size.ws_col : 100;
 }
 
+// Text in lines of at most `width` columns. Long lines are broken between words, and go on with the indent that they
+// begin with; one with tabs, the row of a table, is broken at these only, so that its columns stay below each other.
+// Tabs take no room. UTF-8; the ANSI sequences of colours take no room either.
+inline std::string fit(const std::string& text, size_t width) {
+  auto columns = [](const std::string& s) {
+    size_t n = 0;
+    for (size_t i = 0; i < s.size(); ++i) {
+      if (s[i] == '\033') i = std::min(s.find('m', i), s.size());
+      else n += s[i] != '\t' && (s[i] & 0xc0) != 0x80;
+    }
+    return n;
+  };
+  std::string out;
+  for (size_t begin = 0; begin < text.size();) {
+    const size_t end = std::min(text.find('\n', begin), text.size());
+    const std::string line = text.substr(begin, end - begin);
+    const bool row = line.find('\t') != std::string::npos;
+    const std::string indent(std::min(line.find_first_not_of(' '), line.size()) + 2 * row, ' ');
+    std::string fitted;
+    size_t used = 0;
+    for (size_t at = 0; at < line.size();) {  // a piece: a word and the gap before it, or a cell of a row
+      const size_t word = row ? at + (line[at] == '\t') : line.find_first_not_of(' ', at);
+      size_t next = std::min(line.find(row ? '\t' : ' ', std::min(word, line.size())), line.size());
+      std::string piece = line.substr(at, next - at);
+      piece.erase(std::remove(piece.begin(), piece.end(), '\t'), piece.end());
+      if (used && used + columns(piece) > width) {
+        fitted += "\n" + indent;
+        used = indent.size();
+        if (!row) piece = piece.substr(std::min(piece.find_first_not_of(' '), piece.size()));
+      }
+      fitted += piece;
+      used += columns(piece);
+      at = next;
+    }
+    out += fitted;
+    if (end < text.size()) out += "\n";
+    begin = end + 1;
+  }
+  return out;
+}
+
 // 75 -> "1:15", 3700 -> "1:01:40".
 inline std::string duration_text(double seconds) {
   const long s = std::lround(std::max(0.0, seconds));

@@ -338,21 +338,35 @@ def style(label):
     return dict(color=color, linestyle=line), dict(color=color, marker=marker)
 
 
-def side_by_side(draws, height=3):
-    """A figure as wide as a page of text: a panel for each of {title: draw(ax)}, and one legend below them."""
-    figure, axes = plt.subplots(1, len(draws), figsize=(6.3, height), squeeze=False)
+def side_by_side(draws, height=3, columns=0, same_y=False):
+    """A figure as wide as a page of text: a panel for each of {title: draw(ax)}, `columns` in a row (0: all), and one
+    legend below them. same_y: one vertical scale for all, so that panels can be compared."""
+    columns = columns or len(draws)
+    figure, axes = plt.subplots(-(-len(draws) // columns), columns, figsize=(6.3, height), squeeze=False,
+                                sharey=same_y)
     handles = {}
-    for ax, (title, draw) in zip(axes[0], draws.items()):
+    for ax in axes.flat[len(draws):]:
+        ax.remove()
+    for ax, (title, draw) in zip(axes.flat, draws.items()):
         draw(ax)
         ax.set_title(title)
         handles |= {label: handle for handle, label in zip(*ax.get_legend_handles_labels())}
         if ax.get_legend():
             ax.get_legend().remove()
-    for ax in axes[0][1:]:
+    for ax in axes[:, 1:].flat:
         ax.set_ylabel("")
+    for ax in axes[:-1].flat:
+        ax.set_xlabel("")
     if handles:
         figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncol=4)
-    return figure, axes[0]
+    return figure, axes.flat[:len(draws)]
+
+
+def label_rotations(ax, labels):
+    """A tick for each rotation, in words that stand beside each other: 0, 2 ch., 10, ..., 100."""
+    ax.set_xticks(range(len(labels)), [label.replace(" (NoPE)", "").replace(" channels", " ch.").replace(" %", "")
+                                       for label in labels])
+    ax.set_xlabel("rotated share of each head, %")
 
 
 def stretches(x, y, count=100):
@@ -448,8 +462,8 @@ def plot_loss_by_fraction(ax, groups):
         means.append(np.mean(values) if values else np.nan)
         ax.plot([i] * len(values), values, linestyle="", markersize=7, alpha=0.8, **style(label)[1])
     ax.plot(range(len(means)), means, color="#555555", linewidth=1, zorder=0)
-    ax.set_xticks(range(len(groups)), groups, rotation=45, ha="right")
-    ax.set(xlabel="rotated share of each head", ylabel="validation loss, nats per token")
+    label_rotations(ax, groups)
+    ax.set_ylabel("validation loss, nats per token")
 
 
 def plot_difference(ax, groups, reference=FULL):
@@ -462,8 +476,8 @@ def plot_difference(ax, groups, reference=FULL):
             ax.errorbar([i], [mean], yerr=None if math.isnan(half) else [
                         half], capsize=4, markersize=7, **style(label)[1])
     ax.axhline(0, color="#000000", linewidth=1)
-    ax.set_xticks(range(len(groups)), groups, rotation=45, ha="right")
-    ax.set(xlabel="rotated share of each head", ylabel=f"validation loss less that of {reference}, nats")
+    label_rotations(ax, groups)
+    ax.set_ylabel(f"validation loss less that of {reference}, nats")
 
 
 def plot_logits(ax, groups):
@@ -565,10 +579,11 @@ class Report:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # a logarithmic axis without data
             figure.savefig(buffer, format="png")
+        width = figure.get_figwidth() * plots.PIXELS_PER_INCH  # what is drawn has more, for screens that show more
         plt.close(figure)
         (self.directory / f"{name}.png").write_bytes(buffer.getvalue())
         image = base64.b64encode(buffer.getvalue()).decode()
-        self.page.append(f'<figure><img alt="{html.escape(caption)}" src="data:image/png;base64,{image}">'
+        self.page.append(f'<figure><img alt="{html.escape(caption)}" width="{width:.0f}" src="data:image/png;base64,{image}">'
                          f"<figcaption>{html.escape(caption)}</figcaption></figure>")
         self.markdown.append(f"![{caption}]({name}.png)\n")
 

@@ -189,6 +189,9 @@ refuse "tokens 0" "$programs/eval" positions --run straight --tokens 0
 # ---- The same to the bit: threads, interruption, kill ------------------------------------------------------------------
 check "one thread" $train --run one --steps 20 --threads 1
 check "three threads" $train --run three --steps 20 --threads 3
+check "more threads than cores" $train --run many --steps 1 --threads 1000
+cp err said
+check "are said and not taken" grep -q "note: --threads 1000: there are [0-9]* cores here" said
 same "threads do not change the weights" runs/one/checkpoint/model.safetensors runs/three/checkpoint/model.safetensors
 same "nor do checkpoints on the way" runs/one/checkpoint/model.safetensors runs/straight/checkpoint/model.safetensors
 
@@ -290,6 +293,13 @@ refuse "give one of them" "$programs/train" --run straight --replay-step 5 --res
 cp -r runs/straight runs/between && mv runs/between/checkpoint runs/between/checkpoint.old
 check "resume from checkpoint.old" "$programs/train" --run between --resume --steps 21
 
+# ---- Help ---------------------------------------------------------------------------------------------------------
+"$programs/train" --help >help 2>err
+for default in "--layers INT .4. " "--lr FLOAT .0.003. " "--rotary-fraction FLOAT .0.1. " "--seed UINT .1. "; do
+  check "help: $default" grep -q -e "$default" help
+done
+check "version" sh -c "'$programs/train' --version | grep -q 'partial-rope [0-9]'"
+
 # ---- Mistakes ----------------------------------------------------------------------------------------------------------
 refuse "rotary-dim 3.*even" $train --rotary-dim 3
 refuse "rotary-dim 18.*head size 16" $train --rotary-dim 18
@@ -317,6 +327,7 @@ refuse "device tpu" $train --device tpu
 refuse "bf16" $train --device cpu --dtype bf16
 refuse "context longer than the shard" $train --context 100000
 refuse "no shard matches" $train --data "nowhere/train_*.bin"
+refuse "nosuch.bin: no shard matches" $train --data nosuch.bin
 refuse "not below the vocabulary of 100" $train --vocab 100
 
 shard() { # shard NAME: a copy of the data under another name, to be damaged

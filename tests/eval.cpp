@@ -55,6 +55,10 @@ std::string without_colour(const std::string& text) {
     else plain += text[i];
   return plain;
 }
+std::string without_spaces(std::string text) {
+  text.erase(std::remove_if(text.begin(), text.end(), [](char c) { return c == ' ' || c == '\n'; }), text.end());
+  return text;
+}
 size_t widest_line(const std::string& text) {
   size_t widest = 0, column = 0;
   for (unsigned char byte : without_colour(text)) {
@@ -331,8 +335,11 @@ TEST_CASE("trace: agrees with the model for every kind of block, and its parts s
             CHECK(object["scores"]["rotated"][s] == doctest::Approx(parts[0]).epsilon(1e-12));
             CHECK(object["scores"]["rest"][s] == doctest::Approx(parts[1]).epsilon(1e-12));
           }
-          const std::string plain = print_trace(trace, c, tokens, &tokenizer, false, false);
-          const std::string colour = print_trace(trace, c, tokens, &tokenizer, true, false);
+          const std::string plain = print_trace(trace, c, tokens, &tokenizer, false, false, 100);
+          const std::string colour = print_trace(trace, c, tokens, &tokenizer, true, false, 100);
+          const std::string narrow = print_trace(trace, c, tokens, &tokenizer, true, false, 60);
+          CHECK(widest_line(narrow) <= 60);
+          CHECK(without_spaces(narrow) == without_spaces(colour));
           CHECK(widest_line(plain) <= 100);
           CHECK(plain.find('\033') == std::string::npos);
           CHECK(widest_line(colour) <= 100);
@@ -384,7 +391,7 @@ TEST_CASE("trace: says so when something does not agree") {
   table.cos_sin = wrong.data();
   const Trace trace = trace_head(model, tokens, 9, 0, 0, -1);
   CHECK(!trace.agrees());
-  CHECK(contains(print_trace(trace, c, tokens, nullptr, false, false), "WRONG"));
+  CHECK(contains(print_trace(trace, c, tokens, nullptr, false, false, 100), "WRONG"));
 }
 
 TEST_CASE("trace: long texts and large heads stay within 100 columns, cut or not") {
@@ -397,8 +404,8 @@ TEST_CASE("trace: long texts and large heads stay within 100 columns, cut or not
   const ByteTokenizer tokenizer;
   const Trace trace = trace_head(model, tokens, 690, 0, 23, -1);
   for (const CheckTrace& check : trace.checks) CHECK_MESSAGE(check.agrees, check.what);
-  const std::string part = print_trace(trace, c, tokens, &tokenizer, true, false),
-                    whole = print_trace(trace, c, tokens, &tokenizer, true, true);
+  const std::string part = print_trace(trace, c, tokens, &tokenizer, true, false, 100),
+                    whole = print_trace(trace, c, tokens, &tokenizer, true, true, 100);
   CHECK(widest_line(part) <= 100);
   CHECK(widest_line(whole) <= 100);
   CHECK(contains(part, "--all"));

@@ -43,3 +43,15 @@ TEST_CASE("print: what is no UTF-8 becomes U+FFFD, and a character waits for its
   CHECK(printable("a\xe2\x82z") == "a" + bad + "z");
   CHECK(printable("\x1b[31m\x7f\t\n") == "?[31m?\t\n");
 }
+
+TEST_CASE("print: lines fit, words stay whole, columns stay below each other") {
+  CHECK(fit("  one two three four\nshort\n", 12) == "  one two\n  three four\nshort\n");
+  CHECK(fit("a  b", 80) == "a  b");
+  CHECK(fit("\n\na\n", 10) == "\n\na\n");
+  CHECK(fit("", 10) == "");
+  CHECK(fit("ab\033[1mcd\033[0m ef", 7) == "ab\033[1mcd\033[0m ef");  // 7 columns
+  CHECK(fit("→→→ →→→", 7) == "→→→ →→→");
+  CHECK(fit("→→→ →→→", 6) == "→→→\n→→→");
+  CHECK(fit(" name\t  size\n x   \t    12\n", 80) == " name  size\n x       12\n");
+  CHECK(fit(" name\t  size\n x   \t    12\n", 8) == " name\n     size\n x   \n       12\n");
+}
