@@ -9,6 +9,7 @@
 #include "device/matmul.cuh"
 
 enum class NormKind { rms, layer };
+enum class GeluKind { exact, tanh };
 
 // ---------------------------------------------------------------------------------------------------------------------
 // CPU
@@ -172,21 +173,50 @@ void swiglu_backward(Cpu&, Real* dgate_up, const Real* dout, const Real* gate_up
   }
 }
 
-// GELU, the exact one with the error function: out = x Phi(x). out, x (N, F). torch.nn.functional.gelu.
+// 2u of GELU's tanh form below, and its derivative.
 template <class Real>
-void gelu_forward(Cpu&, Real* out, const Real* x, int N, int F) {
-#pragma omp parallel for
-  for (size_t i = 0; i < size_t(N) * F; ++i) out[i] = x[i] * Real(0.5) * (Real(1) + std::erf(x[i] * Real(M_SQRT1_2)));
+HOST_DEVICE inline Real tanh_gelu_2u(Real x) {
+  return Real(1.5957691216057308) * (x + Real(0.044715) * x * x * x);  // 2 sqrt(2/pi)
+}
+template <class Real>
+HOST_DEVICE inline Real tanh_gelu_2u_slope(Real x) {
+  return Real(1.5957691216057308) * (Real(1) + Real(3 * 0.044715) * x * x);
 }
 
-// dx (N, F) from dout: d/dx x Phi(x) = Phi(x) + x phi(x).
+// GELU (Hendrycks and Gimpel 2016, arXiv 1606.08415): out = x Phi(x), out, x (N, F).
+//     exact:  Phi(x) = (1 + erf(x / sqrt(2))) / 2, the normal distribution.     torch.nn.functional.gelu
+//     tanh:   Phi(x) = (1 + tanh(u)) / 2 with u = sqrt(2/pi) (x + 0.044715 x^3).    the same, approximate="tanh"
 template <class Real>
-void gelu_backward(Cpu&, Real* dx, const Real* dout, const Real* x, int N, int F) {
+void gelu_forward(Cpu&, GeluKind kind, Real* out, const Real* x, int N, int F) {
 #pragma omp parallel for
-  for (size_t i = 0; i < size_t(N) * F; ++i) {
-    const Real Phi = Real(0.5) * (Real(1) + std::erf(x[i] * Real(M_SQRT1_2)));
-    const Real phi = exp_(Real(-0.5) * x[i] * x[i]) * Real(0.3989422804014327);  // 1/sqrt(2 pi)
-    dx[i] = dout[i] * (Phi + x[i] * phi);
+  for (int n = 0; n < N; ++n) {
+    const Real* row = x + size_t(n) * F;
+    Real* o = out + size_t(n) * F;
+    if (kind == GeluKind::exact)
+      for (int f = 0; f < F; ++f) o[f] = row[f] * Real(0.5) * (Real(1) + std::erf(row[f] * Real(M_SQRT1_2)));
+    else  // (1 + tanh(u)) / 2 = 1 / (1 + e^-2u), which keeps its digits where tanh is nearly -1
+      for (int f = 0; f < F; ++f) o[f] = row[f] / (Real(1) + exp_(-tanh_gelu_2u(row[f])));
+  }
+}
+
+// dx (N, F) from dout: d/dx x Phi(x) = Phi(x) + x Phi'(x).
+template <class Real>
+void gelu_backward(Cpu&, GeluKind kind, Real* dx, const Real* dout, const Real* x, int N, int F) {
+#pragma omp parallel for
+  for (int n = 0; n < N; ++n) {
+    const Real *row = x + size_t(n) * F, *d = dout + size_t(n) * F;
+    Real* to = dx + size_t(n) * F;
+    if (kind == GeluKind::exact)
+      for (int f = 0; f < F; ++f) {
+        const Real Phi = Real(0.5) * (Real(1) + std::erf(row[f] * Real(M_SQRT1_2)));
+        const Real phi = exp_(Real(-0.5) * row[f] * row[f]) * Real(0.3989422804014327);  // 1/sqrt(2 pi)
+        to[f] = d[f] * (Phi + row[f] * phi);
+      }
+    else  // the derivative of 1 / (1 + e^-2u) is Phi (1 - Phi) times that of 2u
+      for (int f = 0; f < F; ++f) {
+        const Real Phi = Real(1) / (Real(1) + exp_(-tanh_gelu_2u(row[f])));
+        to[f] = d[f] * (Phi + row[f] * Phi * (Real(1) - Phi) * tanh_gelu_2u_slope(row[f]));
+      }
   }
 }
 
@@ -516,7 +546,8 @@ void linear_backward(Cuda& be, Real* dinp, Acc<Real>* dweight, Acc<Real>* dbias,
   multiply(be, Product<Acc<Real>>{dweight, dweight, nullptr, IC, OC, N, false, true}, inp, dout);
   if (!dbias) return;
   float* partial = static_cast<float*>(be.workspace);
-  const int rows = int(std::min<size_t>(64, divide_up(N, 8)));
+  const size_t most = Cuda::kWorkspaceBytes / sizeof(float) / OC;  // of a vocabulary of a million, 16
+  const int rows = int(std::min({size_t(64), divide_up(N, 8), most}));
   launch(be, "bias_backward", bias_backward_kernel<Real>, dim3(divide_up(OC, 32), rows), 256, 0, partial, dout, N, OC);
   add_rows(be, dbias, partial, rows, OC, OC);
 }
@@ -612,46 +643,59 @@ __device__ __forceinline__ float normal_distribution(float x, float* density) {
   return x < 0 ? 0.5f * p * e : 1 - 0.5f * p * e;
 }
 
+// Phi of GELU, and its derivative.
+template <GeluKind KIND>
+__device__ __forceinline__ float gelu_Phi(float x, float* slope) {
+  if (KIND == GeluKind::exact) return normal_distribution(x, slope);
+  const float Phi = sigmoid(tanh_gelu_2u(x));
+  *slope = Phi * (1 - Phi) * tanh_gelu_2u_slope(x);
+  return Phi;
+}
+
 // A thread works out W elements.
-template <class Real, int W>
+template <class Real, int W, GeluKind KIND>
 __global__ void gelu_forward_kernel(Real* out, const Real* x, size_t count) {
   const size_t i = (blockIdx.x * size_t(blockDim.x) + threadIdx.x) * W;
   if (i >= count) return;
-  float v[W], density;
+  float v[W], slope;
   load<W>(v, x + i);
 #pragma unroll
-  for (int k = 0; k < W; ++k) v[k] *= normal_distribution(v[k], &density);
+  for (int k = 0; k < W; ++k) v[k] *= gelu_Phi<KIND>(v[k], &slope);
   store<W>(out + i, v);
 }
 
-template <class Real, int W>
+template <class Real, int W, GeluKind KIND>
 __global__ void gelu_backward_kernel(Real* dx, const Real* dout, const Real* x, size_t count) {
   const size_t i = (blockIdx.x * size_t(blockDim.x) + threadIdx.x) * W;
   if (i >= count) return;
-  float v[W], d[W], density;
+  float v[W], d[W], slope;
   load<W>(v, x + i);
   load<W>(d, dout + i);
 #pragma unroll
   for (int k = 0; k < W; ++k) {
-    const float Phi = normal_distribution(v[k], &density);
-    d[k] *= Phi + v[k] * density;
+    const float Phi = gelu_Phi<KIND>(v[k], &slope);
+    d[k] *= Phi + v[k] * slope;
   }
   store<W>(dx + i, d);
 }
 
 template <class Real>
-void gelu_forward(Cuda& be, Real* out, const Real* x, int N, int F) {
+void gelu_forward(Cuda& be, GeluKind kind, Real* out, const Real* x, int N, int F) {
   with_width<kWide<Real>>(wide(F, out, x), [&](auto W) {
-    launch(be, "gelu_forward", gelu_forward_kernel<Real, W()>, divide_up(size_t(N) * F / W(), 256), 256, 0, out, x,
-           size_t(N) * F);
+    launch(be, "gelu_forward",
+           kind == GeluKind::exact ? gelu_forward_kernel<Real, W(), GeluKind::exact>
+                                   : gelu_forward_kernel<Real, W(), GeluKind::tanh>,
+           divide_up(size_t(N) * F / W(), 256), 256, 0, out, x, size_t(N) * F);
   });
 }
 
 template <class Real>
-void gelu_backward(Cuda& be, Real* dx, const Real* dout, const Real* x, int N, int F) {
+void gelu_backward(Cuda& be, GeluKind kind, Real* dx, const Real* dout, const Real* x, int N, int F) {
   with_width<kWide<Real>>(wide(F, dx, dout, x), [&](auto W) {
-    launch(be, "gelu_backward", gelu_backward_kernel<Real, W()>, divide_up(size_t(N) * F / W(), 256), 256, 0, dx, dout,
-           x, size_t(N) * F);
+    launch(be, "gelu_backward",
+           kind == GeluKind::exact ? gelu_backward_kernel<Real, W(), GeluKind::exact>
+                                   : gelu_backward_kernel<Real, W(), GeluKind::tanh>,
+           divide_up(size_t(N) * F / W(), 256), 256, 0, dx, dout, x, size_t(N) * F);
   });
 }
 

@@ -1,7 +1,8 @@
 #pragma once
 // The model: configuration, the table of parameters, the activations, forward(), backward(), memory.
 //
-// A block, with rows N = B*T. The parallel block differs in one thing: norm2 reads x instead of x2.
+// A block, with rows N = B*T. The parallel block differs in one thing: norm2 reads x instead of x2. With a shared norm,
+// h2 is h1.
 //
 //     h1   = norm1(x)
 //     qkv  = h1 Wqkv^T                      (N, NH + 2*NKV, HS), side by side
@@ -28,7 +29,7 @@
 #include "run/random.h"
 
 enum class BlockKind { sequential, parallel };
-enum class MlpKind { swiglu, gelu };
+enum class MlpKind { swiglu, gelu, gelu_tanh };
 
 struct Config {
   int layers = 6;        // L
@@ -47,13 +48,16 @@ struct Config {
   BlockKind block = BlockKind::sequential;
   NormKind norm = NormKind::rms;
   MlpKind mlp = MlpKind::swiglu;
-  bool bias = false;
+  double norm_eps = 1e-5;    // of every norm; computed with in fp32
+  bool shared_norm = false;  // of the parallel block: one norm for attention and MLP
+  bool bias = false;         // of all linear layers of the blocks
+  bool qkv_bias = false;     // of qkv alone, where bias is false
+  bool head_bias = false;
   bool tied = false;
   bool recompute = false;  // of training, not of the model: the backward pass makes h1, h2 and act of a block again
 
-  static constexpr double norm_eps = 1e-5;
-
   int qkv_width() const { return (heads + 2 * kv_heads) * head_size; }
+  GeluKind gelu() const { return mlp == MlpKind::gelu_tanh ? GeluKind::tanh : GeluKind::exact; }
   int up_width() const { return mlp == MlpKind::swiglu ? 2 * mlp_hidden : mlp_hidden; }
   std::vector<int> rotary_dims() const {  // R of each layer
     return rotary_dims_of_layers(rotary_layers, rotary_dim, layers, head_size);
@@ -99,6 +103,11 @@ inline void resolve(Config& c) {
   derive_sizes(c);
   if (!(c.rope_base > 1 && std::isfinite(c.rope_base)))
     throw UserError("--rope-base " + std::to_string(c.rope_base) + ": must be a finite number above 1");
+  if (!(c.norm_eps >= 0 && c.norm_eps <= 1))
+    throw UserError("--norm-eps " + std::to_string(c.norm_eps) + ": must be a number from 0 to 1");
+  if (c.shared_norm && c.block != BlockKind::parallel)
+    throw UserError("--shared-norm: only with --block parallel, whose attention and MLP read the same");
+  if (c.head_bias && c.tied) throw UserError("--head-bias: not with --tied, where the embedding is the head");
   check_rotary_dim(c.rotary_dim, c.head_size);
   const std::vector<int> dims = c.rotary_dims();
   for (int R : dims) c.angles(R);
@@ -117,7 +126,7 @@ struct BlockParameters {
 
 template <class T>
 struct Parameters {
-  T *embedding = nullptr, *final_norm = nullptr, *final_norm_bias = nullptr, *head = nullptr;
+  T *embedding = nullptr, *final_norm = nullptr, *final_norm_bias = nullptr, *head = nullptr, *head_bias = nullptr;
   std::vector<BlockParameters<T>> blocks;
 };
 
@@ -139,13 +148,14 @@ void visit_parameters(const Config& c, Parameters<T>& p, Visit visit) {
     visit(block + "norm1.weight", Shape{C}, Init::ones, b.norm1);
     if (layer_norm) visit(block + "norm1.bias", Shape{C}, Init::zeros, b.norm1_bias);
     visit(block + "qkv.weight", Shape{QKV, C}, Init::normal, b.qkv);
-    if (c.bias) visit(block + "qkv.bias", Shape{QKV}, Init::zeros, b.qkv_bias);
+    if (c.bias || c.qkv_bias) visit(block + "qkv.bias", Shape{QKV}, Init::zeros, b.qkv_bias);
     if (c.qk_norm) visit(block + "q_norm.weight", Shape{HS}, Init::ones, b.q_norm);
     if (c.qk_norm) visit(block + "k_norm.weight", Shape{HS}, Init::ones, b.k_norm);
     visit(block + "proj.weight", Shape{C, A}, Init::normal, b.proj);
     if (c.bias) visit(block + "proj.bias", Shape{C}, Init::zeros, b.proj_bias);
-    visit(block + "norm2.weight", Shape{C}, Init::ones, b.norm2);
-    if (layer_norm) visit(block + "norm2.bias", Shape{C}, Init::zeros, b.norm2_bias);
+    if (c.shared_norm) b.norm2 = b.norm1, b.norm2_bias = b.norm1_bias;
+    if (!c.shared_norm) visit(block + "norm2.weight", Shape{C}, Init::ones, b.norm2);
+    if (!c.shared_norm && layer_norm) visit(block + "norm2.bias", Shape{C}, Init::zeros, b.norm2_bias);
     visit(block + "up.weight", Shape{UP, C}, Init::normal, b.up);
     if (c.bias) visit(block + "up.bias", Shape{UP}, Init::zeros, b.up_bias);
     visit(block + "down.weight", Shape{C, F}, Init::normal, b.down);
@@ -154,6 +164,7 @@ void visit_parameters(const Config& c, Parameters<T>& p, Visit visit) {
   visit("final_norm.weight", Shape{C}, Init::ones, p.final_norm);
   if (layer_norm) visit("final_norm.bias", Shape{C}, Init::zeros, p.final_norm_bias);
   if (!c.tied) visit("head.weight", Shape{V, C}, Init::normal, p.head);
+  if (c.head_bias) visit("head.bias", Shape{V}, Init::zeros, p.head_bias);
 }
 
 // How a training step is divided: its micro-batches into `lanes`, whose gradients are added up in order, and the flat
@@ -285,9 +296,10 @@ void visit_activations(const Config& c, size_t N, Activations<Real>& a, Visit vi
     visit("att", N * A, b.att);
     visit("lse", N * c.heads, b.lse);
     visit("x2", N * C, b.x2);
-    visit("mean2", N, b.mean2);
-    visit("rstd2", N, b.rstd2);
-    if (!share) visit("h2", N * C, b.h2);
+    if (c.shared_norm) b.h2 = b.h1, b.mean2 = b.mean1, b.rstd2 = b.rstd1;
+    if (!c.shared_norm) visit("mean2", N, b.mean2);
+    if (!c.shared_norm) visit("rstd2", N, b.rstd2);
+    if (!c.shared_norm && !share) visit("h2", N * C, b.h2);
     visit("up", N * UP, b.up);
     if (!share) visit("act", N * F, b.act);
   }
@@ -515,12 +527,14 @@ struct Model {
       attention_forward(be, all.att, all.lse, all.qkv, shape);
       linear_residual_forward(be, a.x2, a.x, a.att, w.proj, w.proj_bias, N, A, C);
 
-      norm_forward(be, c.norm, a.h2, a.mean2, a.rstd2, parallel ? a.x : a.x2, w.norm2, w.norm2_bias, N, C, c.norm_eps);
+      if (!c.shared_norm)
+        norm_forward(be, c.norm, a.h2, a.mean2, a.rstd2, parallel ? a.x : a.x2, w.norm2, w.norm2_bias, N, C,
+                     c.norm_eps);
       if (c.mlp == MlpKind::swiglu) {
         linear_swiglu_forward(be, a.act, a.up, a.h2, w.up, w.up_bias, N, C, F);
       } else {
         linear_forward(be, a.up, a.h2, w.up, w.up_bias, N, C, F);
-        gelu_forward(be, a.act, a.up, N, F);
+        gelu_forward(be, c.gelu(), a.act, a.up, N, F);
       }
       linear_residual_forward(be, next, a.x2, a.act, w.down, w.down_bias, N, F, C);
     }
@@ -535,7 +549,7 @@ struct Model {
     be.upload(acts.targets, targets, N * sizeof(int));
     for (int n = 0; n < N; n += chunk) {
       const int rows = std::min(chunk, N - n);
-      linear_forward(be, acts.logits, acts.final + size_t(n) * C, weights.head, (const Real*)nullptr, rows, C, V);
+      linear_forward(be, acts.logits, acts.final + size_t(n) * C, weights.head, weights.head_bias, rows, C, V);
       cross_entropy(be, acts.losses + n, acts.log_z + n, acts.logits, acts.targets + n, 0.0, 0.0, rows, V);
     }
     be.download(losses, acts.losses, N * sizeof(Acc<Real>));
@@ -547,7 +561,7 @@ struct Model {
     std::vector<Real> host(size_t(chunk) * V);
     for (int n = length - rows; n < length; n += chunk) {
       const int count = std::min(chunk, length - n);
-      linear_forward(be, acts.logits, acts.final + size_t(n) * C, weights.head, (const Real*)nullptr, count, C, V);
+      linear_forward(be, acts.logits, acts.final + size_t(n) * C, weights.head, weights.head_bias, count, C, V);
       be.download(host.data(), acts.logits, size_t(count) * V * sizeof(Real));
       for (size_t i = 0; i < size_t(count) * V; ++i) *out++ = Acc<Real>(host[i]);
     }
@@ -588,9 +602,9 @@ struct Model {
     for (int n = 0; n < N; n += chunk) {
       const int rows = std::min(chunk, N - n);
       const Real* final = acts.final + size_t(n) * C;
-      linear_forward(be, acts.logits, final, weights.head, (const Real*)nullptr, rows, C, V);
+      linear_forward(be, acts.logits, final, weights.head, weights.head_bias, rows, C, V);
       cross_entropy(be, acts.losses + n, acts.log_z + n, acts.logits, acts.targets + n, scale, z_loss, rows, V);
-      linear_backward(be, d.dh + size_t(n) * C, gradients.head, (Acc<Real>*)nullptr, acts.logits, final, weights.head,
+      linear_backward(be, d.dh + size_t(n) * C, gradients.head, gradients.head_bias, acts.logits, final, weights.head,
                       rows, C, V);
     }
     add_losses(be, &result->loss, &result->log_z, acts.losses, acts.log_z, N);
@@ -603,12 +617,13 @@ struct Model {
 
       if (c.recompute) {  // the same calls as in forward(), with the same results
         norm_forward(be, c.norm, a.h1, a.mean1, a.rstd1, a.x, w.norm1, w.norm1_bias, N, C, c.norm_eps);
-        norm_forward(be, c.norm, a.h2, a.mean2, a.rstd2, parallel ? a.x : a.x2, w.norm2, w.norm2_bias, N, C,
-                     c.norm_eps);
+        if (!c.shared_norm)
+          norm_forward(be, c.norm, a.h2, a.mean2, a.rstd2, parallel ? a.x : a.x2, w.norm2, w.norm2_bias, N, C,
+                       c.norm_eps);
         if (c.mlp == MlpKind::swiglu)
           swiglu_forward(be, a.act, a.up, N, F);
         else
-          gelu_forward(be, a.act, a.up, N, F);
+          gelu_forward(be, c.gelu(), a.act, a.up, N, F);
       }
 
       // d.dx is the gradient of the block's output. It reaches x2 along the residual stream as it is.
@@ -616,8 +631,9 @@ struct Model {
       if (c.mlp == MlpKind::swiglu)
         swiglu_backward(be, d.dup, d.dact, a.up, N, F);
       else
-        gelu_backward(be, d.dup, d.dact, a.up, N, F);
+        gelu_backward(be, c.gelu(), d.dup, d.dact, a.up, N, F);
       linear_backward(be, d.dh, g.up, g.up_bias, d.dup, a.h2, w.up, N, C, UP);
+      // A shared norm's gradients add up: its weight's in g.norm2, which is g.norm1, that of x in dx2, then dx.
       norm_backward(be, c.norm, d.dx2, g.norm2, g.norm2_bias, d.dx, d.dh, parallel ? a.x : a.x2, a.mean2, a.rstd2,
                     w.norm2, N, C);
 

@@ -200,14 +200,8 @@ inline void rope_fill_table(float* cos_sin, int positions, int R, double base) {
 }
 
 // The two channels of pair i.
-#ifdef __CUDACC__
-__host__ __device__
-#endif
-inline int rope_first(RopePairs pairs, int i) { return pairs == RopePairs::half ? i : 2 * i; }
-#ifdef __CUDACC__
-__host__ __device__
-#endif
-inline int rope_second(RopePairs pairs, int i, int R) { return pairs == RopePairs::half ? i + R / 2 : 2 * i + 1; }
+HOST_DEVICE inline int rope_first(RopePairs pairs, int i) { return pairs == RopePairs::half ? i : 2 * i; }
+HOST_DEVICE inline int rope_second(RopePairs pairs, int i, int R) { return pairs == RopePairs::half ? i + R / 2 : 2 * i + 1; }
 
 // Where rotation applies in the buffer qkv (B, T, NH + 2*NKV, HS): the first R channels of the first NH + NKV
 // heads. Positions first .. T-1 of each sequence are worked on (first > 0 while sampling with a key/value cache).

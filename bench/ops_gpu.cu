@@ -152,8 +152,10 @@ static void operations() {
   }
   row("swiglu forward", milliseconds([&] { swiglu_forward(*be, act(), up(), N, F); }), double(n) * F * 2 * 3);
   row("swiglu backward", milliseconds([&] { swiglu_backward(*be, dup(), act(), up(), N, F); }), double(n) * F * 2 * 5);
-  row("gelu forward", milliseconds([&] { gelu_forward(*be, dup(), up(), N, 2 * F); }), double(n) * F * 2 * 4);
-  row("gelu backward", milliseconds([&] { gelu_backward(*be, dup(), up(), up(), N, 2 * F); }), double(n) * F * 2 * 6);
+  row("gelu forward", milliseconds([&] { gelu_forward(*be, GeluKind::exact, dup(), up(), N, 2 * F); }),
+      double(n) * F * 2 * 4);
+  row("gelu backward", milliseconds([&] { gelu_backward(*be, GeluKind::exact, dup(), up(), up(), N, 2 * F); }),
+      double(n) * F * 2 * 6);
   row("cross-entropy, 5312 rows",
       milliseconds([&] { cross_entropy(*be, losses(), losses() + rows, logits(), tokens, 1e-5, 0.0, rows, V); }),
       double(rows) * V * 2 * 2);

@@ -26,6 +26,9 @@
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
 using bf16 = __nv_bfloat16;
+#define HOST_DEVICE __host__ __device__  // a function for kernels as well
+#else
+#define HOST_DEVICE
 #endif
 
 // The type of statistics, losses and parameter gradients that go with tensors of type Real: fp32, also under bf16;

@@ -102,10 +102,10 @@ inline Key biases(const char* name, std::set<std::string> which, bool missing) {
 inline Key norm_eps(const char* name) {
   return {name, refused, refused,
           [](Described&, const nlohmann::json& value) {
-            const bool same = value.is_number() && value.get<float>() == float(Config::norm_eps);  // some files print fp32
-            return same ? "" : "only " + nlohmann::json(Config::norm_eps).dump() + " can be imported";
+            const bool same = value.is_number() && value.get<float>() == float(Config().norm_eps);  // some files print fp32
+            return same ? "" : "only " + nlohmann::json(Config().norm_eps).dump() + " can be imported";
           },
-          [](const Described&) { return Config::norm_eps; }};
+          [](const Described&) { return Config().norm_eps; }};
 }
 
 // Attention to the last so many positions only; here it sees all. Read after max_position_embeddings.

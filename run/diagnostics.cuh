@@ -103,10 +103,7 @@ struct AdamWChange {
         correction2(T(1 / std::sqrt(1 - std::pow(a.beta2, a.step)))),
         eps(T(a.eps)),
         decay(1 - T(1 - a.lr * a.weight_decay)) {}
-#ifdef __CUDACC__
-  __host__ __device__
-#endif
-      T operator()(T master, T m, T v, bool decays) const {
+  HOST_DEVICE T operator()(T master, T m, T v, bool decays) const {
     const T u = step_size * m / (sqrt(v) * correction2 + eps), lost = decays ? decay : T(0);
     return -(u + lost * (master + u) / (1 - lost));
   }

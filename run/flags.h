@@ -203,8 +203,12 @@ inline void add_model_flags(Flags& f, Config& c, RotaryRequest& rotary) {
   f.add("qk-norm", c.qk_norm, "RMSNorm on queries and keys before RoPE");
   f.add_choice("block", c.block, {"sequential", "parallel"}, "attention then MLP, or side by side");
   f.add_choice("norm", c.norm, {"rms", "layer"}, "RMSNorm or LayerNorm");
-  f.add_choice("mlp", c.mlp, {"swiglu", "gelu"}, "MLP activation");
+  f.add("norm-eps", c.norm_eps, "added to the mean square in every norm");
+  f.add("shared-norm", c.shared_norm, "one norm for attention and MLP of a parallel block");
+  f.add_choice("mlp", c.mlp, {"swiglu", "gelu", "gelu-tanh"}, "MLP activation; gelu-tanh: GELU's older formula");
   f.add("bias", c.bias, "biases in the linear layers of the blocks");
+  f.add("qkv-bias", c.qkv_bias, "biases of queries, keys and values alone");
+  f.add("head-bias", c.head_bias, "a bias of the head");
   f.add("tied", c.tied, "share the weights of embedding and head");
 }
 

@@ -47,6 +47,10 @@ CONFIGS = {
     # another R in every layer, QK-Norm, YaRN with its factor on cos and sin
     "yarn": dict(width=20, heads=2, kv_heads=1, head_size=10, mlp_hidden=13, rotary_dim=10, rope_base=30.0,
                  rope_pairs="interleaved", qk_norm=True, rope_scaling="yarn:4,20", rotary_layers="10,4"),
+    # a shared norm with an eps that counts, GELU's tanh form, biases of qkv and of the head
+    "gptj": dict(width=20, heads=4, kv_heads=4, head_size=10, mlp_hidden=31, rotary_dim=6, rope_pairs="interleaved",
+                 block="parallel", norm="layer", norm_eps=0.03, shared_norm=True, mlp="gelu-tanh", qkv_bias=True,
+                 head_bias=True),
 }
 Z_LOSS = {"llama": 1e-2, "interleaved_tied": 1e-3}
 IGNORED = {"nope"}  # fixtures with some targets of -1

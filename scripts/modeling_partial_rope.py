@@ -35,7 +35,7 @@ class PartialRopeForCausalLM(PreTrainedModel, GenerationMixin):
         self.layers = nn.ModuleList(Block(c) for _ in range(c.layers))
         self.final_norm = make_norm(c, c.width)
         if not c.tied:
-            self.head = nn.Linear(c.width, c.vocab, bias=False)
+            self.head = nn.Linear(c.width, c.vocab, bias=c.head_bias)
         self.post_init()
 
     def forward(self, input_ids, attention_mask=None, labels=None, **unused):
@@ -48,7 +48,8 @@ class PartialRopeForCausalLM(PreTrainedModel, GenerationMixin):
         x = self.embedding(input_ids)
         for layer, R in zip(self.layers, dims):
             x = layer(x, *tables[R])
-        logits = F.linear(self.final_norm(x), (self.embedding if self.ours.tied else self.head).weight)
+        x = self.final_norm(x)
+        logits = F.linear(x, self.embedding.weight) if self.ours.tied else self.head(x)
         loss = None
         if labels is not None:
             loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten())

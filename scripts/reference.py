@@ -34,16 +34,17 @@ class Config:
     qk_norm: bool = False
     block: str = "sequential"  # or "parallel"
     norm: str = "rms"  # or "layer"
-    mlp: str = "swiglu"  # or "gelu"
+    norm_eps: float = 1e-5
+    shared_norm: bool = False
+    mlp: str = "swiglu"  # or "gelu", "gelu-tanh"
     bias: bool = False
+    qkv_bias: bool = False
+    head_bias: bool = False
     tied: bool = False
 
 
-EPS = 1e-5  # of every norm
-
-
 def make_norm(config, size):
-    return nn.RMSNorm(size, eps=EPS) if config.norm == "rms" else nn.LayerNorm(size, eps=EPS)
+    return (nn.RMSNorm if config.norm == "rms" else nn.LayerNorm)(size, eps=config.norm_eps)
 
 
 def rotary_dims(config):
@@ -113,12 +114,12 @@ class Block(nn.Module):
         self.config = c = config
         qkv_width = (c.heads + 2 * c.kv_heads) * c.head_size
         self.norm1 = make_norm(c, c.width)
-        self.qkv = nn.Linear(c.width, qkv_width, bias=c.bias)
+        self.qkv = nn.Linear(c.width, qkv_width, bias=c.bias or c.qkv_bias)
         if c.qk_norm:
-            self.q_norm = nn.RMSNorm(c.head_size, eps=EPS)
-            self.k_norm = nn.RMSNorm(c.head_size, eps=EPS)
+            self.q_norm = nn.RMSNorm(c.head_size, eps=c.norm_eps)
+            self.k_norm = nn.RMSNorm(c.head_size, eps=c.norm_eps)
         self.proj = nn.Linear(c.heads * c.head_size, c.width, bias=c.bias)
-        self.norm2 = make_norm(c, c.width)
+        self.norm2 = None if c.shared_norm else make_norm(c, c.width)
         self.up = nn.Linear(c.width, c.mlp_hidden * (2 if c.mlp == "swiglu" else 1), bias=c.bias)
         self.down = nn.Linear(c.mlp_hidden, c.width, bias=c.bias)
 
@@ -138,10 +139,13 @@ class Block(nn.Module):
         if self.config.mlp == "swiglu":
             gate, up = up.chunk(2, -1)
             return self.down(F.silu(gate) * up)
-        return self.down(F.gelu(up))
+        return self.down(F.gelu(up, approximate="none" if self.config.mlp == "gelu" else "tanh"))
 
     def forward(self, x, cos, sin):
-        x2 = x + self.attention(self.norm1(x), cos, sin)
+        h1 = self.norm1(x)
+        x2 = x + self.attention(h1, cos, sin)
+        if self.norm2 is None:
+            return x2 + self.feed_forward(h1)
         return x2 + self.feed_forward(self.norm2(x if self.config.block == "parallel" else x2))
 
 
@@ -152,7 +156,7 @@ class GPT(nn.Module):
         self.embedding = nn.Embedding(c.vocab, c.width)
         self.layers = nn.ModuleList(Block(c) for _ in range(c.layers))
         self.final_norm = make_norm(c, c.width)
-        self.head = nn.Linear(c.width, c.vocab, bias=False)
+        self.head = nn.Linear(c.width, c.vocab, bias=c.head_bias)
         if c.tied:
             self.head.weight = self.embedding.weight
         for R in {*rotary_dims(c)}:

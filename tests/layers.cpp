@@ -274,7 +274,7 @@ TEST_CASE_TEMPLATE("layers: SwiGLU and GELU equal their formulas, and stay finit
   CHECK(worst <= 8 * kRounding<Real>);  // exp_ 2 ulp = 4 roundings, and four operations
 
   std::vector<Real> g = garbage<Real>(2 * N * F);
-  gelu_forward(be, g.data(), gate_up.data(), N, 2 * F);
+  gelu_forward(be, GeluKind::exact, g.data(), gate_up.data(), N, 2 * F);
   worst = 0;
   for (size_t i = 0; i < g.size(); ++i) {
     const double z = gate_up[i], expected = 0.5 * z * std::erfc(-z / std::sqrt(2));
@@ -283,14 +283,30 @@ TEST_CASE_TEMPLATE("layers: SwiGLU and GELU equal their formulas, and stay finit
   }
   CHECK(worst <= 4 * kRounding<Real>);
 
+  g = garbage<Real>(2 * N * F);
+  gelu_forward(be, GeluKind::tanh, g.data(), gate_up.data(), N, 2 * F);
+  worst = 0;
+  for (size_t i = 0; i < g.size(); ++i) {
+    const double z = gate_up[i], u = std::sqrt(2 / M_PI) * (z + 0.044715 * z * z * z);
+    const double expected = z / (1 + std::exp(-2 * u));
+    // In fp32 exp_ stops at e^88. Else its argument has about five roundings, of a number of up to 2|u|.
+    const double floor = sizeof(Real) == 4 ? std::fabs(z) * std::exp(-88.0) * 1.01 : 1e-300;
+    const double size = std::max(1e-30, std::fabs(expected)) * (8 + 5 * std::min(2 * std::fabs(u), 90.0));
+    worst = std::max(worst, (std::fabs(g[i] - expected) - floor) / size);
+  }
+  CHECK(worst <= kRounding<Real>);
+
   const std::vector<Real> dout = random_values<Real>(N * 2 * F, 64);
   std::vector<Real> d = garbage<Real>(N * 2 * F);
   swiglu_backward(be, d.data(), dout.data(), gate_up.data(), N, F);
   CHECK(std::isfinite(largest(d)));
   CHECK(distance(d, d) == 0);  // no NaN
-  d = garbage<Real>(N * 2 * F);
-  gelu_backward(be, d.data(), dout.data(), gate_up.data(), N, 2 * F);
-  CHECK(distance(d, d) == 0);
+  for (int f = 0; f < 10; ++f) gate_up[f] = std::min(std::max(gate_up[f], Real(-1e10)), Real(1e10));  // x^3 is finite
+  for (GeluKind kind : {GeluKind::exact, GeluKind::tanh}) {
+    d = garbage<Real>(N * 2 * F);
+    gelu_backward(be, kind, d.data(), dout.data(), gate_up.data(), N, 2 * F);
+    CHECK(distance(d, d) == 0);
+  }
 }
 
 TEST_CASE("layers: SwiGLU's and GELU's backward are the derivatives of their forwards") {
@@ -304,12 +320,14 @@ TEST_CASE("layers: SwiGLU's and GELU's backward are the derivatives of their for
           swiglu_forward(be, out.data(), x.data(), N, F);
           return dot(out, dout);
         }) < kSlope);
-  dx = garbage<double>(N * 2 * F);
-  gelu_backward(be, dx.data(), dout2.data(), x.data(), N, 2 * F);
-  CHECK(slope_distance(x, dx, [&] {
-          gelu_forward(be, out2.data(), x.data(), N, 2 * F);
-          return dot(out2, dout2);
-        }) < kSlope);
+  for (GeluKind kind : {GeluKind::exact, GeluKind::tanh}) {
+    dx = garbage<double>(N * 2 * F);
+    gelu_backward(be, kind, dx.data(), dout2.data(), x.data(), N, 2 * F);
+    CHECK(slope_distance(x, dx, [&] {
+            gelu_forward(be, kind, out2.data(), x.data(), N, 2 * F);
+            return dot(out2, dout2);
+          }) < kSlope);
+  }
 }
 
 TEST_CASE("layers: fp32 activations' gradients are those in fp64") {
@@ -322,9 +340,11 @@ TEST_CASE("layers: fp32 activations' gradients are those in fp64") {
   swiglu_backward(be, d.data(), dout.data(), x.data(), N, F);
   swiglu_backward(be, d64.data(), dout64.data(), x64.data(), N, F);
   CHECK(relative_distance(d, d64) <= 12 * kRounding<float>);  // exp_ within 4 roundings, and about 8 operations
-  gelu_backward(be, d.data(), dout.data(), x.data(), N, 2 * F);
-  gelu_backward(be, d64.data(), dout64.data(), x64.data(), N, 2 * F);
-  CHECK(relative_distance(d, d64) <= 12 * kRounding<float>);
+  for (GeluKind kind : {GeluKind::exact, GeluKind::tanh}) {
+    gelu_backward(be, kind, d.data(), dout.data(), x.data(), N, 2 * F);
+    gelu_backward(be, kind, d64.data(), dout64.data(), x64.data(), N, 2 * F);
+    CHECK(relative_distance(d, d64) <= 12 * kRounding<float>);
+  }
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -451,12 +471,12 @@ TEST_CASE("layers: the number of threads changes nothing") {
     std::vector<float> y(3 * N * OC);
     swiglu_forward(be, y.data(), dout.data(), N, F / 2);
     swiglu_backward(be, y.data() + N * OC, dout.data(), dout.data(), N, F / 2);
-    gelu_forward(be, y.data() + 2 * N * OC, dout.data(), N, F);
+    gelu_forward(be, GeluKind::exact, y.data() + 2 * N * OC, dout.data(), N, F);
     return y;
   });
   same("gelu_backward", [&] {
     std::vector<float> y(N * OC);
-    gelu_backward(be, y.data(), dout.data(), dout.data(), N, OC);
+    gelu_backward(be, GeluKind::exact, y.data(), dout.data(), dout.data(), N, OC);
     return y;
   });
   same("cross_entropy", [&] {
@@ -621,22 +641,26 @@ TEST_CASE_TEMPLATE("cuda: swiglu and gelu", Real, BOTH_TYPES) {
       const size_t n = size_t(N) * F;
       const Values x = numbers<Real>(2 * n, 21, 3), dout = numbers<Real>(n, 22);
       const Values half(x.begin(), x.begin() + n);
-      Values out(n), dx(2 * n), gelu(n), dgelu(n);
+      Values out(n), dx(2 * n);
       swiglu_forward(cpu, out.data(), x.data(), N, F);
       swiglu_backward(cpu, dx.data(), dout.data(), x.data(), N, F);
-      gelu_forward(cpu, gelu.data(), half.data(), N, F);
-      gelu_backward(cpu, dgelu.data(), dout.data(), half.data(), N, F);
-      Tensor<Real> device_x(x), device_half(half), device_dout(dout), got(n), got_dx(2 * n), got_gelu(n), got_dgelu(n);
+      Tensor<Real> device_x(x), device_half(half), device_dout(dout), got(n), got_dx(2 * n);
       swiglu_forward(*gpu(), got(), device_x(), N, F);
       swiglu_backward(*gpu(), got_dx(), device_dout(), device_x(), N, F);
-      gelu_forward(*gpu(), got_gelu(), device_half(), N, F);
-      gelu_backward(*gpu(), got_dgelu(), device_dout(), device_half(), N, F);
       // e^x by the GPU's fast instruction: 2 units plus |x| half units, |x| < 20 here; products of up to 15 * 15 * 5.
       // erf cancels near -1 on the CPU: an absolute error of a few half units of |x|.
       close("swiglu_forward", got.host(), out, kRound<Real> + 64 * 0x1p-24, 0x1p-24);
       close("swiglu_backward", got_dx.host(), dx, kRound<Real> + 64 * 0x1p-24, 64 * 0x1p-24);
-      close("gelu_forward", got_gelu.host(), gelu, kRound<Real> + 16 * 0x1p-24, 64 * 0x1p-24);
-      close("gelu_backward", got_dgelu.host(), dgelu, kRound<Real> + 64 * 0x1p-24, 256 * 0x1p-24);
+      for (GeluKind kind : {GeluKind::exact, GeluKind::tanh}) {
+        Values gelu(n), dgelu(n);
+        gelu_forward(cpu, kind, gelu.data(), half.data(), N, F);
+        gelu_backward(cpu, kind, dgelu.data(), dout.data(), half.data(), N, F);
+        Tensor<Real> got_gelu(n), got_dgelu(n);
+        gelu_forward(*gpu(), kind, got_gelu(), device_half(), N, F);
+        gelu_backward(*gpu(), kind, got_dgelu(), device_dout(), device_half(), N, F);
+        close("gelu_forward", got_gelu.host(), gelu, kRound<Real> + 16 * 0x1p-24, 64 * 0x1p-24);
+        close("gelu_backward", got_dgelu.host(), dgelu, kRound<Real> + 64 * 0x1p-24, 256 * 0x1p-24);
+      }
     }
 }
 

@@ -1,5 +1,5 @@
 // model.h: the whole model against PyTorch (tests/fixtures, written by scripts/fixtures.py), and what must not matter:
-// the number of threads, how a batch is division, whether earlier positions are computed again.
+// the number of threads, how a batch is split, whether earlier positions are computed again.
 
 #include "model.h"
 
@@ -8,7 +8,7 @@
 namespace {
 
 const std::vector<std::string> kFixtures = {"llama", "nope", "parallel_qknorm", "pythia", "interleaved_tied", "mixed",
-                                            "rules", "yarn"};
+                                            "rules", "yarn", "gptj"};
 const std::vector<std::string> kRuns = {"llama", "pythia", "interleaved_tied"};
 
 // Whether this program can run it: after make ROTARY_DIM=6 it knows one rotary dimension only.
@@ -27,7 +27,9 @@ Config config_from(const nlohmann::json& j) {
   c.rope_pairs = j["rope_pairs"] == "half" ? RopePairs::half : RopePairs::interleaved;
   c.block = j["block"] == "parallel" ? BlockKind::parallel : BlockKind::sequential;
   c.norm = j["norm"] == "layer" ? NormKind::layer : NormKind::rms;
-  c.mlp = j["mlp"] == "gelu" ? MlpKind::gelu : MlpKind::swiglu;
+  c.mlp = j["mlp"] == "gelu" ? MlpKind::gelu : j["mlp"] == "gelu-tanh" ? MlpKind::gelu_tanh : MlpKind::swiglu;
+  c.norm_eps = j["norm_eps"], c.shared_norm = j["shared_norm"], c.qkv_bias = j["qkv_bias"];
+  c.head_bias = j["head_bias"];
   if (built_for(c)) resolve(c);
   return c;
 }
@@ -294,19 +296,21 @@ TEST_CASE("model: a smaller batch in a larger model gives the same, to the bit")
 }
 
 TEST_CASE("model: a micro-batch of training is forward and backward; recomputing changes the memory only") {
-  for (int variant = 0; variant < 3; ++variant) {
+  for (int variant = 0; variant < 4; ++variant) {
     Config c = everything();
     c.vocab = 257;
     if (variant == 1) c.block = BlockKind::parallel, c.norm = NormKind::rms;
+    if (variant == 3) c.block = BlockKind::parallel, c.shared_norm = true, c.mlp = MlpKind::gelu_tanh;
     if (variant == 2) c.mlp = MlpKind::gelu;
     CAPTURE(variant);
     Config less = c;
     less.recompute = true;
     const int B = 2, T = 9;
     const size_t kept = memory_report<Cpu, float>(c, B, T).activations;
-    // h1 and h2 of C, act of F: for each block but one.
+    // h1 and, if it is another one, h2 of C, act of F: for each block but one.
+    const int norms = c.shared_norm ? 1 : 2;
     const size_t saved =
-        (c.layers - 1) * 4 * ((2 * B * T * c.width + 63) / 64 * 64 + (B * T * c.mlp_hidden + 63) / 64 * 64);
+        (c.layers - 1) * 4 * ((norms * B * T * c.width + 63) / 64 * 64 + (B * T * c.mlp_hidden + 63) / 64 * 64);
     CHECK(kept - memory_report<Cpu, float>(less, B, T).activations >= saved - 256);
     CHECK(kept - memory_report<Cpu, float>(less, B, T).activations <= saved + 512);
     const std::vector<int> tokens = random_tokens(B * T, c.vocab, 110), targets = random_tokens(B * T, c.vocab, 111);
@@ -649,6 +653,12 @@ TEST_CASE("cuda: the whole model") {
   SUBCASE("layer norm, gelu, bias, head size 20") {
     Config c = small_config();
     c.head_size = 20, c.norm = NormKind::layer, c.mlp = MlpKind::gelu, c.bias = true;
+    compare_models(c);
+  }
+  SUBCASE("a shared norm, gelu's tanh form, biases of qkv and of the head") {
+    Config c = small_config();
+    c.block = BlockKind::parallel, c.norm = NormKind::layer, c.shared_norm = true, c.norm_eps = 1e-3;
+    c.mlp = MlpKind::gelu_tanh, c.qkv_bias = c.head_bias = true;
     compare_models(c);
   }
 }
