@@ -58,9 +58,26 @@ std::unique_ptr<Tokenizer> open_tokenizer(const std::string& tokenizer) {
   return std::make_unique<BpeTokenizer>(tokenizer);
 }
 
+// Nobody should lose a corpus without having been told.
+void say_what_is_replaced(const std::string& directory) {
+  Meta meta;
+  try {
+    meta = read_meta(directory + "/train_000.bin");
+  } catch (const UserError&) {  // not a meta.json: it goes, too
+  }
+  for (const char* file : {"/meta.json", "/train_000.bin", "/val_000.bin"})
+    if (std::filesystem::exists(directory + file)) {
+      std::fprintf(stderr, "note: %s holds shards (%llu tokens, tokenizer \"%s\"); they are replaced when all is written\n",
+                   directory.c_str(), (unsigned long long)(meta.train.tokens + meta.val.tokens), meta.tokenizer.c_str());
+      return;
+    }
+}
+
 // Makes shards of text files. Those of `val` are for validation as a whole.
 void encode(std::vector<std::string> inputs, const std::vector<std::string>& val, const std::string& directory,
             const std::string& tokenizer, TextFormat format, uint64_t shard_tokens) {
+  if (format.skip_bad && format.field.empty())
+    throw UserError("--skip-bad: is for lines of JSON; name the key of their text with --field");
   if (!(format.val_fraction >= 0 && format.val_fraction < 1))
     throw UserError("--val-fraction " + std::to_string(format.val_fraction) + ": should be from 0 to below 1");
   const size_t first_val = inputs.size();
@@ -72,13 +89,17 @@ void encode(std::vector<std::string> inputs, const std::vector<std::string>& val
     total += sizes.back();
   }
   const bool terminal = ::isatty(STDERR_FILENO);
-  CorpusWriter corpus(directory, open_tokenizer(tokenizer), shard_tokens);
+  std::unique_ptr<Tokenizer> opened = open_tokenizer(tokenizer);
+  if (const std::string note = opened->note(); !note.empty()) std::fprintf(stderr, "note: %s\n", note.c_str());
+  say_what_is_replaced(directory);
+  CorpusWriter corpus(directory, std::move(opened), shard_tokens);
+  BadLines bad;
   const auto started = std::chrono::steady_clock::now();
   uint64_t shown = 0;
   for (size_t i = 0; i < inputs.size(); i++) {
     uint64_t size = 0;
     if (i == first_val) format.val_fraction = 1;
-    encode_file(corpus, inputs[i], sizes[i], format, [&](uint64_t position) {
+    const BadLines here = encode_file(corpus, inputs[i], sizes[i], format, [&](uint64_t position) {
       size = position;
       const uint64_t done = before + position;
       if (!terminal || done < shown + (1u << 20)) return;
@@ -91,8 +112,13 @@ void encode(std::vector<std::string> inputs, const std::vector<std::string>& val
       std::fprintf(stderr, " MB, %.1f MB/s\033[K", double(done) / seconds * 1e-6);
     });
     before += size;
+    bad.count += here.count;
+    if (bad.first.empty()) bad.first = here.first;
   }
   if (shown > 0) std::fprintf(stderr, "\r\033[K");
+  if (bad.count > 0)
+    std::fprintf(stderr, "note: %llu %s left out, the first: %s\n", (unsigned long long)bad.count,
+                 bad.count == 1 ? "line" : "lines", bad.first.c_str());
   print_written(directory, corpus.commit());
 }
 
@@ -111,7 +137,7 @@ void decode(const std::string& path, uint64_t offset, uint64_t count, const std:
       throw UserError(std::string("cannot write to standard output: ") + std::strerror(errno));
   };
   shard.check_tokens(tokenizer->vocabulary());
-  decode_tokens(*tokenizer, shard.tokens() + offset, count, separator, write);
+  decode_tokens(*tokenizer, shard, offset, offset + count, separator, write);
 }
 
 void info(const std::string& pattern, int documents_shown) {
@@ -125,9 +151,9 @@ void info(const std::string& pattern, int documents_shown) {
   for (const Shard& shard : data.shards()) {
     if (meta.vocabulary > 0) shard.check_tokens(meta.vocabulary);
     uint64_t documents = 0;
-    int smallest = 65535, largest = 0;
+    int smallest = most_vocabulary, largest = 0;
     for (size_t i = 0; i < shard.size(); i++) {
-      int token = shard[i];
+      const int token = int(shard[i]);
       smallest = std::min(smallest, token);
       largest = std::max(largest, token);
       documents += tokenizer && token == tokenizer->end_of_text();
@@ -140,7 +166,7 @@ void info(const std::string& pattern, int documents_shown) {
   if (!tokenizer) {
     std::printf("no meta.json beside them that names a tokenizer; the first ids:");
     for (size_t i = 0; i < std::min<size_t>(16, data.shards()[0].size()); i++)
-      std::printf(" %d", data.shards()[0][i]);
+      std::printf(" %u", data.shards()[0][i]);
     std::printf("\n");
     return;
   }
@@ -153,10 +179,9 @@ void info(const std::string& pattern, int documents_shown) {
   size_t at = 0;
   for (int d = 0; d < documents_shown && at < first.size(); d++) {
     size_t end = at + 1;
-    while (end < first.size() && first[end] != tokenizer->end_of_text()) end++;
+    while (end < first.size() && int(first[end]) != tokenizer->end_of_text()) end++;
     std::string text;
-    decode_tokens(*tokenizer, first.tokens() + at, std::min(end - at, most), "",
-                  [&](const std::string& s) { text += s; });
+    decode_tokens(*tokenizer, first, at, std::min(end, at + most), "", [&](const std::string& s) { text += s; });
     std::printf("--- from token %zu:\n%s%s\n", at, printable(text).c_str(), end - at > most ? " ..." : "");
     at = end;
   }
@@ -220,11 +245,13 @@ int command(int argc, char** argv) {
   stories->add_option("--seed", seed, "seed of the generator");
 
   CLI::App* encoder = app.add_subcommand("encode", "turn text files into shards of tokens");
-  encoder->add_option("--input", inputs, "text files, plain or compressed (gz, xz, zst); - is standard input")->required();
+  encoder->add_option("--input", inputs, "text: plain, compressed (gz, bz2, xz, zst) or archives (zip, tar); -: stdin")
+      ->required();
   encoder->add_option("--out", out, "directory to write to")->required();
   encoder->add_option("--tokenizer", tokenizer, "bytes, or the path of a Hugging Face tokenizer.json (byte-level BPE)");
   encoder->add_option("--separator", format.separator, "a line of this alone stands between documents");
   encoder->add_option("--field", format.field, "JSON lines: the key whose value is a document's text");
+  encoder->add_flag("--skip-bad", format.skip_bad, "JSON lines: leave out and count what has no such text");
   encoder->add_option("--val-fraction", format.val_fraction, "the last part of each file, for validation");
   encoder->add_option("--shard-tokens", shard_tokens, "tokens per shard");
 
@@ -257,6 +284,7 @@ int command(int argc, char** argv) {
   }
   parse_command_line(app, {argv + 1, argv + argc});
   if (*stories) {
+    say_what_is_replaced(stories_out);
     print_written(stories_out, write_stories(stories_out, parse_count("--bytes", bytes), seed));
   }
   if (*encoder) encode(inputs, {}, out, tokenizer, format, parse_count("--shard-tokens", shard_tokens));

@@ -5,7 +5,7 @@
 #include <numeric>
 
 #include "eval/source.h"
-#include "text/encode.h"
+#include "text/input.h"
 
 // How likely is `continuation` behind `context`? Both are ids.
 struct Request {
@@ -20,9 +20,26 @@ struct Question {
 };
 
 inline std::vector<int> encode_text(const Tokenizer& tokenizer, const std::string& text) {
-  std::vector<uint16_t> ids;
+  std::vector<int> ids;
   tokenizer.encode(text.data(), text.size(), ids);
-  return {ids.begin(), ids.end()};
+  return ids;
+}
+
+// Bytes of text, valid UTF-8, without white space at its end: what Python's str.rstrip() leaves.
+inline size_t without_white_space(const std::string& text) {
+  auto white = [](unsigned c) {
+    return (c >= 9 && c <= 13) || (c >= 0x1C && c <= 0x20) || c == 0x85 || c == 0xA0 || c == 0x1680 ||
+           (c >= 0x2000 && c <= 0x200A) || c == 0x2028 || c == 0x2029 || c == 0x202F || c == 0x205F || c == 0x3000;
+  };
+  size_t end = text.size();
+  while (end > 0) {
+    size_t begin = end - 1;
+    while (begin > 0 && (text[begin] & 0xC0) == 0x80) begin--;
+    size_t behind = begin;
+    if (!white(next_character(text, behind))) break;
+    end = begin;
+  }
+  return end;
 }
 
 // White space at the end of the context belongs to the continuation, whose tokens are those of both texts together
@@ -30,7 +47,7 @@ inline std::vector<int> encode_text(const Tokenizer& tokenizer, const std::strin
 inline Request make_request(const Tokenizer& tokenizer, const std::string& context, const std::string& continuation) {
   Request request;
   request.bytes = continuation.size();
-  request.context = encode_text(tokenizer, context.substr(0, context.find_last_not_of(" \t\n\r\f\v") + 1));
+  request.context = encode_text(tokenizer, context.substr(0, without_white_space(context)));
   const std::vector<int> both = encode_text(tokenizer, context + continuation);
   request.continuation.assign(both.begin() + long(std::min(request.context.size(), both.size())), both.end());
   if (request.context.empty()) request.context = {tokenizer.end_of_text()};
@@ -49,7 +66,8 @@ inline std::vector<Question> read_questions(const std::string& path, const Token
   std::string text;
   TextInput input(path);
   std::vector<char> buffer(1 << 18);
-  while (const size_t n = input.read(buffer.data(), buffer.size())) text.append(buffer.data(), n);
+  while (input.next())
+    while (const size_t n = input.read(buffer.data(), buffer.size())) text.append(buffer.data(), n);
   std::stringstream lines(text);
   std::vector<Question> questions;
   size_t number = 0;

@@ -2,9 +2,11 @@
 
     python scripts/tokenizer_check.py --tokenizer tokenizer.json --text wiki.txt.xz more.txt
     python scripts/tokenizer_check.py --tokenizer gpt2.json --text owt.txt.xz --ids owt_gpt2_u16.bin
+    python scripts/tokenizer_check.py --tokenizer gpt2.json --split all --only made
 
 Besides the given texts, which may be of any size, it makes its own: every Unicode character in several surroundings,
-bytes that are not UTF-8, and megabytes without a space. --ids: uint16 that somebody else's tokenizer made of the first
+bytes that are not UTF-8, and megabytes without a space. --split: the tokenizer's vocabulary with the way to split text
+of published models instead of its own; "all": one after the other. --ids: uint16 that somebody else's tokenizer made of the first
 text. Needs tokenizers and numpy. Ends with exit code 1 at the first difference.
 """
 
@@ -27,7 +29,47 @@ import numpy as np  # noqa: E402
 from tokenizers import Tokenizer  # noqa: E402
 
 DATA = pathlib.Path(__file__).resolve().parent.parent / os.environ.get("BUILD", "build") / "data"
-END_OF_TEXT = "<|endoftext|>"
+END_OF_TEXT = "<|endoftext|>"  # the separator in text, and the token of most
+ENDS = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<\uff5cend\u2581of\u2581sentence\uff5c>", "[EOS]")
+
+
+def split(*patterns, digits=(), use_regex=False, **options):
+    """A pre_tokenizer: patterns one after the other, Digits at the places `digits`, and ByteLevel at the end."""
+    options = {"behavior": "Isolated", "invert": False, **options}
+    steps = [{"type": "Split", "pattern": {"Regex": pattern}, **options} for pattern in patterns]
+    for place in digits:
+        steps.insert(place, {"type": "Digits", "individual_digits": True})
+    steps.append({"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": use_regex})
+    return {"type": "Sequence", "pretokenizers": steps}
+
+
+CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+END = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+WORD = r"[^\r\n\p{L}\p{N}]?"
+UPPER, LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+LLAMA3 = CONTRACTIONS + "|" + WORD + r"\p{L}+|\p{N}{1,3}|" + END
+SPLITS = {
+    "gpt2": split(use_regex=True),
+    "llama3": split(LLAMA3),
+    "phi4": split(LLAMA3, behavior="Removed", invert=True),
+    "qwen2": split(CONTRACTIONS + "|" + WORD + r"\p{L}+|\p{N}|" + END),
+    "qwen3.5": split(CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*"
+                     r"|\s*[\r\n]+|\s+(?!\S)|\s+"),
+    "o200k": split(f"{WORD}{UPPER}*{LOWER}+{CONTRACTIONS}?|{WORD}{UPPER}+{LOWER}*{CONTRACTIONS}?"
+                   r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"),
+    "deepseek3": split(r"\p{N}{1,3}", "[\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff]+",
+                       r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+|"
+                       r" ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"),
+    "deepseek": split(r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", "[\u4e00-\u9fa5\u0800-\u4e00\uac00-\ud7ff]+",
+                      digits=[4]),
+    "deepseek-coder": split(r"[\r\n]", r"\s?[A-Za-z\u00b5\u00c0-\u00d6\u00d8-\u00f6\u00f8-\u024f]+",
+                            r"\s?[!-/:-~\uff01-\uff0f\uff1a-\uff5e\u2018-\u201f\u3000-\u3002]+", r"\s+$",
+                            "[\u4e00-\u9fa5\u0800-\u4e00\uac00-\ud7ff]+", digits=[5]),
+    "starcoder": split(digits=[0], use_regex=True),  # and SmolLM's
+    "bloom": split(r" ?[^(\s|[.,!?\u2026\u3002\uff0c\u3001\u0964\u06d4\u060c])]+"),
+    "properties": split(r"\p{Mn}+|\p{Mc}+|\P{L}\d|[^\P{S}a]x|\p{Cf}|\p{Nd}+|[\p{No}\p{Nl}]|\h{2}z|^\S|\p{Po}$|\p{^P} "
+                        r"|.\p{Lo}"),
+}
 
 
 def run(*arguments, **options):
@@ -59,7 +101,10 @@ def children_seconds():
 
 
 def shards(folder):
-    parts = [np.fromfile(path, np.uint16)[512:] for path in sorted(pathlib.Path(folder).glob("train_*.bin"))]
+    parts = []
+    for path in sorted(pathlib.Path(folder).glob("train_*.bin")):
+        wide = np.fromfile(path, np.int32, 1)[0] == 20240801
+        parts.append(np.fromfile(path, np.uint32 if wide else np.uint16, offset=1024))
     return np.concatenate(parts)
 
 
@@ -74,7 +119,7 @@ def encode(file, path, folder, *more, **options):
 
 def compare(name, tokenizer, file, texts, path, *options):
     """Encodes `path`, which holds the documents `texts`, here and there, and decodes what was encoded."""
-    end = tokenizer.token_to_id(END_OF_TEXT)
+    end = next(tokenizer.token_to_id(text) for text in ENDS if tokenizer.token_to_id(text) is not None)
     with tempfile.TemporaryDirectory() as folder:
         encode(file, path, folder, *options)
         ours = shards(folder)
@@ -94,7 +139,10 @@ def compare(name, tokenizer, file, texts, path, *options):
         if tokenizer.normalizer is not None:
             text = tokenizer.normalizer.normalize_str(text)
         wanted += ("" if i == 0 else ("" if wanted.endswith("\n") else "\n") + END_OF_TEXT + "\n") + text
-    wanted = wanted.encode("utf-8")
+    # A byte without a token is left out.
+    missing = bytes(b for b in range(256) if tokenizer.token_to_id(BYTES[b]) is None)
+    wanted = wanted.encode("utf-8").translate(None, missing)
+    back = back.translate(None, missing)  # the separator is written, whatever the vocabulary has
     if back != wanted:
         at = first_difference(back, wanted)
         around = slice(max(0, at - 20), at + 20)
@@ -102,6 +150,17 @@ def compare(name, tokenizer, file, texts, path, *options):
     size = sum(len(text.encode("utf-8")) for text in texts)
     print(f"{name}: {len(texts)} documents, {size} bytes, {len(ours)} ids: all equal, and decoded to the same text",
           flush=True)
+
+
+def byte_letters():
+    """byte -> the character that stands for it in a byte-level vocabulary"""
+    letters = {b: chr(b) for b in range(256) if 33 <= b <= 126 or 161 <= b <= 172 or b >= 174}
+    for b in range(256):
+        letters.setdefault(b, chr(256 + sum(c > 255 for c in map(ord, letters.values()))))
+    return letters
+
+
+BYTES = byte_letters()
 
 
 def characters():
@@ -140,11 +199,23 @@ def main():
     parser.add_argument("--text", nargs="+", default=[], help="plain text files; .xz and .gz are unpacked")
     parser.add_argument("--ids", help="headerless uint16 ids that the first text must have")
     parser.add_argument("--only", choices=["texts", "made", "speed"], help="one part of the check")
+    parser.add_argument("--split", choices=[*SPLITS, "all"], help="split text as this model's tokenizer does")
     options = parser.parse_args()
-    tokenizer = Tokenizer.from_file(options.tokenizer)
-    tokenizer.encode_special_tokens = True  # what a text says is text, not a command
-    file = options.tokenizer
+    for name in SPLITS if options.split == "all" else [options.split]:
+        with tempfile.TemporaryDirectory() as folder:
+            file = options.tokenizer
+            if name:
+                print(f"{name}:", flush=True)
+                description = json.loads(read(file))
+                description["pre_tokenizer"] = SPLITS[name]
+                file = folder + "/tokenizer.json"
+                pathlib.Path(file).write_text(json.dumps(description))
+            check(file, options)
 
+
+def check(file, options):
+    tokenizer = Tokenizer.from_file(file)
+    tokenizer.encode_special_tokens = True  # what a text says is text, not a command
     if options.only in (None, "made"):
         with tempfile.TemporaryDirectory() as folder:
             path = folder + "/text"

@@ -60,6 +60,22 @@ check "encode" "$programs/data" encode --input text/input.txt --out text/shards 
 "$programs/data" decode text/shards/train_000.bin >text/decoded 2>err
 same "decode gives the text back" text/decoded text/input.txt
 
+check "encode again" "$programs/data" encode --input text/input.txt --out text/shards --val-fraction 0
+check "says what it replaces" grep -q "note: text/shards holds shards (16 tokens" err
+tar -cf text/archive.tar -C text input.txt input.txt
+check "encode an archive" "$programs/data" encode --input text/archive.tar --out "text/r[1]" --val-fraction 0
+check "4 documents, in a directory with brackets" "$programs/data" info "text/r[1]/train_*.bin"
+check "4 documents" grep -q "4 documents" out
+printf '{"text": "a"}\n{"text": 5}\n' >text/lines.jsonl
+refuse "lines.jsonl, line 2: .*--skip-bad" "$programs/data" encode --input text/lines.jsonl --field text --out text/lines
+refuse "skip-bad.*--field" "$programs/data" encode --input text/lines.jsonl --skip-bad --out text/lines
+check "without bad lines" "$programs/data" encode --input text/lines.jsonl --field text --skip-bad --val-fraction 0 --out text/lines
+check "and how many" grep -q "note: 1 line left out, the first: .*line 2" err
+printf '%%PDF-1.7' >text/paper.pdf
+refuse "paper.pdf: is no text but PDF" "$programs/data" encode --input text/paper.pdf --out text/pdf
+printf x | dd of=text/shards/train_000.bin bs=1 seek=1024 conv=notrunc 2>/dev/null
+refuse "train_000.bin: its content" "$programs/data" info text/shards/train_000.bin
+
 # ---- Another tokenizer, from text to text ----------------------------------------------------------------------------
 "$programs/data" decode data/train_000.bin --tokens 30000 >plain.txt 2>err
 check "encode with BPE" "$programs/data" encode --input plain.txt --tokenizer "$fixtures/tokenizer.json" --out bpe

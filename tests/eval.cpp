@@ -72,7 +72,7 @@ size_t widest_line(const std::string& text) {
 struct Folder : TemporaryDirectory {
   void shard(const std::string& name, const std::vector<uint16_t>& tokens) const {
     std::vector<int32_t> header(shard_header_ints, 0);
-    header[0] = shard_magic, header[1] = shard_version, header[2] = int32_t(tokens.size());
+    header[0] = shard_formats[0].magic, header[1] = shard_formats[0].version, header[2] = int32_t(tokens.size());
     write_file(path + "/" + name, {{header.data(), shard_header_bytes}, {tokens.data(), tokens.size() * 2}});
   }
 };

@@ -66,7 +66,7 @@ void parse_tokenizer(const std::string& directory, std::string bytes) {
   const BpeTokenizer tokenizer(directory + "/tokenizer.json");
   const std::string text =
       "Don't  say\t1234 \xC3\xA9t\xC3\xA9, e\xCC\x81!\n\n\xF0\x9F\x99\x82\xFF<|endoftext|>  aaaaaaaaaaaaaaaaaaaa";
-  std::vector<uint16_t> tokens;
+  std::vector<int> tokens;
   tokenizer.encode(text.data(), text.size(), tokens);
   std::string back;
   for (int token : tokens) tokenizer.decode(token, back);
@@ -97,7 +97,7 @@ void parse_shard(const std::string& directory, std::string bytes) {  // meta.jso
   const auto tokenizer = make_tokenizer(meta.tokenizer, directory);
   if (meta.vocabulary > 0) data.check_tokens(meta.vocabulary);
   const Shard& shard = data.shards()[0];
-  decode_tokens(*tokenizer, shard.tokens(), shard.size(), "<|endoftext|>", [](const std::string&) {});
+  decode_tokens(*tokenizer, shard, 0, shard.size(), "<|endoftext|>", [](const std::string&) {});
   std::vector<int> inputs(8), targets(8);
   for (uint64_t i = 0; i < 3; i++) data.batch(1, i, 4, 2, inputs.data(), targets.data());
 }

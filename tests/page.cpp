@@ -18,7 +18,7 @@ struct HostileTokenizer : Tokenizer {
   std::string name() const override { return "hostile"; }
   int vocabulary() const override { return int(hostile.size()) + 1; }
   int end_of_text() const override { return int(hostile.size()); }
-  void encode(const char*, size_t, std::vector<uint16_t>&) const override {}
+  void encode(const char*, size_t, std::vector<int>&) const override {}
   void decode(int token, std::string& text) const override { text += hostile[token]; }
 };
 

@@ -25,7 +25,7 @@ void scatter(Tiny& model) {  // so large that attention has preferences and posi
 
 Dataset shard_of(const std::vector<int>& tokens, const std::string& path) {
   std::vector<int32_t> header(shard_header_ints, 0);
-  header[0] = shard_magic, header[1] = shard_version, header[2] = int32_t(tokens.size());
+  header[0] = shard_formats[0].magic, header[1] = shard_formats[0].version, header[2] = int32_t(tokens.size());
   const std::vector<uint16_t> stored(tokens.begin(), tokens.end());
   write_file(path, {{header.data(), shard_header_bytes}, {stored.data(), stored.size() * 2}});
   return Dataset(path);
@@ -75,6 +75,14 @@ TEST_CASE("benchmarks: white space before an answer belongs to the answer, and t
     CHECK(r.context == std::vector<int>{256});
     CHECK(text_of(r.continuation) == std::string(empty) + "Ann");
   }
+  // White space is what Python takes for it.
+  for (const char* white : {"\u00a0", "\u3000", "\u2003 ", "\u2028", "\u0085", "\x1f", "\x1c\u205f\u1680"}) {
+    r = make_request(bytes, std::string("\u65e5") + white, "x");
+    CHECK(text_of(r.context) == "\u65e5");
+    CHECK(text_of(r.continuation) == white + std::string("x"));
+  }
+  for (const char* other : {"\u200b", "\u180e", "\ufeff", "\x1b"})
+    CHECK(text_of(make_request(bytes, std::string("a") + other, "x").context) == std::string("a") + other);
   // BPE: the answer's tokens are those of the whole text behind as many as the context alone has.
   const BpeTokenizer bpe("tests/fixtures/tokenizer.json");
   const std::string context = "The fi", answer = "rst seen";
@@ -127,6 +135,11 @@ TEST_CASE("benchmarks: a line that is no question is named") {
   CHECK(contains(error("{\"query\": \"q\", \"choices\": [\"a\", \"b\"], \"gold\": 2}"), "gold is 2"));
   CHECK(contains(error("{\"query\": \"q\", \"choices\": [\"a\", \"b\"], \"gold\": -1}"), "gold is -1"));
   CHECK(contains(error_of([] { read("\n"); }), "no questions"));
+  // An answer that the tokenizer takes into the context's last token.
+  TemporaryDirectory directory;
+  write_text_file(directory / "q", "{\"context\": \" s\", \"continuation\": \"h\"}");
+  const BpeTokenizer bpe("tests/fixtures/tokenizer.json");
+  CHECK(contains(error_of([&] { read_questions(directory / "q", bpe, "", 0); }), "a token holds the end of a context"));
 }
 
 TEST_CASE("benchmarks: scores are those of each answer by itself, for every batch") {

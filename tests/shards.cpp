@@ -2,6 +2,7 @@
 #include "text/shards.h"
 
 #include <doctest/doctest.h>
+#include <sys/resource.h>
 
 #include <filesystem>
 #include <map>
@@ -41,7 +42,7 @@ void encode(CorpusWriter& corpus, const std::string& path, const TextFormat& for
 std::string decoded(const std::string& path, const std::string& separator = "<|endoftext|>") {
   std::string text;
   Shard shard(path);
-  decode_tokens(ByteTokenizer(), shard.tokens(), shard.size(), separator, [&](const std::string& s) { text += s; });
+  decode_tokens(ByteTokenizer(), shard, 0, shard.size(), separator, [&](const std::string& s) { text += s; });
   return text;
 }
 
@@ -73,8 +74,12 @@ TEST_CASE("data: broken shards are refused, each with its reason") {
   CHECK(contains(error_of(open), "too long"));
   write_file(path, shard_bytes(counting(40), 20240521));
   CHECK(contains(error_of(open), "magic 20240521"));
-  write_file(path, shard_bytes(counting(40), 20240520, 2));
-  CHECK(contains(error_of(open), "version 2"));
+  write_file(path, shard_bytes(counting(40), 20240520, 3));
+  CHECK(contains(error_of(open), "version 3"));
+  write_file(path, shard_bytes(counting(40), 20240520, 2));  // of 32 bits, so there is not enough
+  CHECK(contains(error_of(open), "1104 bytes, should be 1184 for the 40 tokens of 4 bytes in its header (version 2)"));
+  write_file(path, shard_bytes(counting(40), 20240801, 1));
+  CHECK(contains(error_of(open), "version 1, should be 7"));
   write_file(path, shard_bytes({}, 20240520, 1, 0));
   CHECK(contains(error_of(open), "0 tokens"));
   write_file(path, shard_bytes(counting(40), 20240520, 1, INT32_MIN));
@@ -82,6 +87,54 @@ TEST_CASE("data: broken shards are refused, each with its reason") {
   write_file(path, shard_bytes(counting(40), 20240520, 1, INT32_MAX));  // claims 4 GB
   CHECK(contains(error_of(open), "truncated"));
   CHECK(contains(error_of([&] { Dataset data(directory / "none_*.bin"); }), "no shard matches"));
+  CHECK(contains(error_of([&] { Dataset data(directory / "none.bin"); }), "none.bin: cannot open shard: No such file"));
+}
+
+TEST_CASE("data: ids beyond 65,535 stand in shards of 32 bits") {
+  TemporaryDirectory directory;
+  const std::vector<uint32_t> tokens = {128000, 7, 65536, 65535, 1, 128255};
+  std::string bytes = shard_bytes({}, 20240801, 7, int32_t(tokens.size()));
+  bytes.append(reinterpret_cast<const char*>(tokens.data()), 4 * tokens.size());
+  write_file(directory / "train_000.bin", bytes);
+  const Dataset data(directory / "train_*.bin");
+  CHECK(data.shards()[0].size() == 6);
+  CHECK(data.shards()[0][0] == 128000);
+  std::vector<int> inputs(2), targets(2);
+  data.window(1, 2, inputs.data(), targets.data());
+  CHECK(inputs == std::vector<int>{65536, 65535});
+  CHECK(targets == std::vector<int>{65535, 1});
+  data.check_tokens(128256);
+  CHECK(contains(error_of([&] { data.check_tokens(128255); }), "token 5 is 128255"));
+  // Written where the vocabulary asks for it, and read back.
+  struct Wide : ByteTokenizer {
+    int vocabulary() const override { return 70000; }
+    int end_of_text() const override { return 69999; }
+  };
+  CorpusWriter corpus(directory / "wide", std::make_unique<Wide>(), 4);
+  corpus.document(false, "abcdefghij");
+  CHECK(corpus.commit().train.tokens == 11);
+  const Dataset wide(directory / "wide/train_*.bin");
+  CHECK(wide.shards().size() == 3);
+  CHECK(wide.shards()[0][0] == 69999);
+  CHECK(wide.shards()[2].size() == 3);
+  CHECK(wide.shards()[2][2] == 'j');
+  CHECK(std::filesystem::file_size(directory / "wide/train_000.bin") == 1024 + 4 * 4);
+  CHECK(read_meta(directory / "wide/train_*.bin").vocabulary == 70000);
+}
+
+TEST_CASE("data: a name means itself where there is such a file or directory, whatever signs it has") {
+  TemporaryDirectory directory;
+  for (const char* name : {"r[1]", "r1", "a*b?"}) std::filesystem::create_directory(directory / name);
+  write_file(directory / "r[1]/train_000.bin", shard_bytes(counting(10)));
+  write_file(directory / "r1/train_000.bin", shard_bytes(counting(20)));
+  write_file(directory / "r1/train_[1].bin", shard_bytes(counting(30)));
+  write_file(directory / "a*b?/x.bin", shard_bytes(counting(40)));
+  auto tokens = [&](const std::string& pattern) { return Dataset(directory / pattern).tokens(); };
+  CHECK(tokens("r[1]/train_*.bin") == 10);
+  CHECK(tokens("r?/train_000.bin") == 20);
+  CHECK(tokens("r[0-9]/train_0*.bin") == 20);
+  CHECK(tokens("r1/train_[1].bin") == 30);
+  CHECK(tokens("a*b?/*.bin") == 40);
 }
 
 TEST_CASE("data: a token outside of the vocabulary is named with its place") {
@@ -193,9 +246,9 @@ TEST_CASE("data: every byte survives encoding and decoding") {
   ByteTokenizer tokenizer;
   std::string all, back;
   for (int i = 0; i < 256; i++) all += char(i);
-  std::vector<uint16_t> tokens;
+  std::vector<int> tokens;
   tokenizer.encode(all.data(), all.size(), tokens);
-  CHECK(tokens == counting(256));
+  CHECK(std::vector<uint16_t>(tokens.begin(), tokens.end()) == counting(256));
   for (int token : tokens) tokenizer.decode(token, back);
   CHECK(back == all);
   tokenizer.decode(tokenizer.end_of_text(), back);
@@ -295,7 +348,7 @@ TEST_CASE("data: compressed text and JSON lines are read like plain text") {
     for (const char* split : {"train_000.bin", "val_000.bin"}) {
       const Shard shard(directory / (name + ".out/" + split));
       if (!back.empty() && name == "lines") back += "<|endoftext|>\n";
-      decode_tokens(BpeTokenizer(directory / (name + ".out/tokenizer.json")), shard.tokens(), shard.size(),
+      decode_tokens(BpeTokenizer(directory / (name + ".out/tokenizer.json")), shard, 0, shard.size(),
                     "<|endoftext|>", [&](const std::string& part) { back += part; });
     }
     CHECK(back == text);
@@ -327,11 +380,13 @@ TEST_CASE("data: a document of any length is encoded in bounded pieces, at place
   encode(corpus, directory / "long", {"", "", 0});
   CHECK(corpus.commit().train.documents == 1);
   const BpeTokenizer tokenizer("tests/fixtures/tokenizer.json");
-  std::vector<uint16_t> want = {uint16_t(tokenizer.end_of_text())};
+  std::vector<int> want = {tokenizer.end_of_text()}, got;
   tokenizer.encode(text.data(), text.size(), want);
   const Shard shard(directory / "out/train_000.bin");
   REQUIRE(shard.size() == want.size());
-  CHECK(std::memcmp(shard.tokens(), want.data(), want.size() * 2) == 0);
+  got.resize(shard.size());
+  shard.read(0, shard.size(), got.data());
+  CHECK(got == want);
   CHECK(place_to_cut("ab cd  e") == 5);
   CHECK(place_to_cut("abcd\xC3\xA9") == 4);
 }
@@ -359,6 +414,122 @@ TEST_CASE("data: many shards, the small last one joined to its neighbour, old on
   CHECK(Dataset(directory / "train_*.bin").tokens() == 349);
   write(10, 100);
   CHECK(directory.files() == Names{"meta.json", "train_000.bin"});
+}
+
+TEST_CASE("data: a corpus is not written beside shards from elsewhere") {
+  TemporaryDirectory directory;
+  write_file(directory / "model.bin", "not a shard");
+  write_stories(directory.path, 1000, 1);
+  write_stories(directory.path, 1000, 2);  // its own may be replaced
+  write_file(directory / "fineweb_train_000001.bin", shard_bytes(counting(4)));
+  CHECK(contains(error_of([&] { write_stories(directory.path, 1000, 3); }), "fineweb_train_000001.bin"));
+}
+
+TEST_CASE("data: more shards than a program may have open files") {
+  TemporaryDirectory directory;
+  struct rlimit before, few;
+  REQUIRE(::getrlimit(RLIMIT_NOFILE, &before) == 0);
+  few = before, few.rlim_cur = 64;
+  REQUIRE(::setrlimit(RLIMIT_NOFILE, &few) == 0);
+  CorpusWriter corpus(directory / "out", std::make_unique<ByteTokenizer>(), 5);
+  corpus.document(false, std::string(1000, 'x'));
+  const std::string error = error_of([&] { corpus.commit(); });
+  ::setrlimit(RLIMIT_NOFILE, &before);
+  CHECK(error == "");
+  const Dataset data(directory / "out/train_*.bin");  // 1,001 tokens: the last joins the shard before
+  CHECK(data.shards().size() == 200);
+  CHECK(data.tokens() == 1001);
+  CHECK(data.shards().back().size() == 6);
+}
+
+TEST_CASE("data: archives, UTF-16 and what is no text") {
+  TemporaryDirectory directory;
+  auto text_of_file = [&](const std::string& bytes) {
+    write_file(directory / "in", bytes);
+    CorpusWriter corpus(directory / "out", std::make_unique<ByteTokenizer>());
+    encode(corpus, directory / "in", {"", "", 0});
+    corpus.commit();
+    return decoded(directory / "out/train_000.bin", "#");
+  };
+  auto utf16 = [](const std::u16string& text, bool big) {
+    std::string bytes;
+    for (char16_t unit : text) {
+      const char high = char(unit >> 8), low = char(unit & 255);
+      bytes += {big ? high : low, big ? low : high};
+    }
+    return bytes;
+  };
+  const std::u16string text = u"\uFEFFa\u00e9\u4e2d\U0001F600\n";
+  for (bool big : {true, false}) {
+    CHECK(text_of_file(utf16(text, big)) == "a\u00e9\u4e2d\U0001F600\n");
+    std::u16string broken = u"\uFEFFa";
+    broken += {char16_t(0xD800), u'b', char16_t(0xDC00), char16_t(0xD83D)};
+    CHECK(text_of_file(utf16(broken, big)) == "a\uFFFDb\uFFFD\uFFFD");
+    std::u16string longer = text;  // more than is read at once, with pairs across every boundary
+    for (int i = 0; i < 50000; i++) longer += u"\U0001F600";
+    const std::string got = text_of_file(utf16(longer, big) + "x");
+    CHECK(got.size() == 11 + 4 * 50000 + 3);
+    CHECK(got.substr(got.size() - 7) == "\U0001F600\uFFFD");
+  }
+  // Each file of an archive is a document; compressed text is text.
+  struct Member {
+    const char *name, *text;
+  };
+  for (auto format : {archive_write_set_format_zip, archive_write_set_format_ustar})
+    for (auto filter : {archive_write_add_filter_none, archive_write_add_filter_bzip2}) {
+      archive* out = archive_write_new();
+      format(out), filter(out);
+      archive_write_open_filename(out, (directory / "archive").c_str());
+      for (const Member& member : {Member{"d/a.txt", "one\ntwo\n"}, Member{"d/._a.txt", "\1\2"}, Member{"b", "three"}}) {
+        archive_entry* entry = archive_entry_new();
+        archive_entry_set_pathname(entry, member.name);
+        archive_entry_set_filetype(entry, AE_IFREG);
+        archive_entry_set_perm(entry, 0644);
+        archive_entry_set_size(entry, la_int64_t(std::strlen(member.text)));
+        archive_write_header(out, entry);
+        archive_write_data(out, member.text, std::strlen(member.text));
+        archive_entry_free(entry);
+      }
+      archive_write_free(out);
+      CHECK(TextInput::size(directory / "archive") == 13);
+      CHECK(text_of_file(read_text_file(directory / "archive")) == "one\ntwo\n#\nthree");
+    }
+  // A .gz in a .tar, and other files that somebody may take for text.
+  for (const std::string& begin : {std::string("PAR1\x15"), std::string("%PDF-1.7"), std::string("7z\xBC\xAF\x27\x1C"),
+                                   std::string("\xFF\xFE\0\0a\0\0\0", 8), shard_bytes(counting(4))}) {
+    CAPTURE(begin);
+    CHECK(contains(error_of([&] { text_of_file(begin); }), directory / "in: is "));
+  }
+  CHECK(text_of_file("BZh, PARIS and PDF") == "BZh, PARIS and PDF");
+}
+
+TEST_CASE("data: lines of JSON that hold no text, and documents longer than what is encoded at once") {
+  TemporaryDirectory directory;
+  TextFormat format;
+  format.field = "text", format.val_fraction = 0;
+  write_file(directory / "in",
+             "{\"text\": \"a\"}\n\n{\"text\": \"\\ud800\"}\n{\"text\": \"b\xFF\"}\n[]\n{\"text\": 5}\n{\"t\": \"x\"}\n{\n"
+             "{\"text\": \"c\"}");
+  auto run = [&](BadLines& bad) {
+    CorpusWriter corpus(directory / "out", std::make_unique<ByteTokenizer>());
+    bad = encode_file(corpus, directory / "in", TextInput::size(directory / "in"), format);
+    return corpus.commit();
+  };
+  BadLines bad;
+  CHECK(contains(error_of([&] { run(bad); }), "in, line 3: no text in \"text\": "));
+  format.skip_bad = true;
+  CHECK(run(bad).train.documents == 2);
+  CHECK(bad.count == 6);
+  CHECK(contains(bad.first, "in, line 3: "));
+  CHECK(decoded(directory / "out/train_000.bin", "#") == "a\n#\nc");
+  std::string text;
+  while (text.size() < most_document * 5 / 2) text += "word" + std::to_string(text.size()) + " ";
+  write_file(directory / "in", "{\"text\": \"" + text + "\"}\n{\"text\": \"c\"}\n");
+  const Meta meta = run(bad);
+  CHECK(bad.count == 0);
+  CHECK(meta.train.documents == 2);
+  CHECK(meta.train.bytes == text.size() + 1);
+  CHECK(decoded(directory / "out/train_000.bin", "#") == text + "\n#\nc");
 }
 
 TEST_CASE("data: nothing is left of a corpus that fails") {

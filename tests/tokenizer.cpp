@@ -1,5 +1,5 @@
 // Byte-level BPE against Hugging Face's library (tests/fixtures/tokenizer_cases.json, by scripts/tokenizer_fixtures.py),
-// and what is refused.
+// what published files have, the dialect of their patterns (text/pattern.h), fingerprints, and what is refused.
 #include "text/tokenizer.h"
 
 #include <doctest/doctest.h>
@@ -30,15 +30,15 @@ std::unique_ptr<BpeTokenizer> with(const nlohmann::json& changes) {
   return std::make_unique<BpeTokenizer>(directory / "tokenizer.json");
 }
 
-std::vector<uint16_t> ids(const Tokenizer& tokenizer, const std::string& text) {
-  std::vector<uint16_t> tokens;
+std::vector<int> ids(const Tokenizer& tokenizer, const std::string& text) {
+  std::vector<int> tokens;
   tokenizer.encode(text.data(), text.size(), tokens);
   return tokens;
 }
 
-std::string text_of(const Tokenizer& tokenizer, const std::vector<uint16_t>& tokens) {
+std::string text_of(const Tokenizer& tokenizer, const std::vector<int>& tokens) {
   std::string text;
-  for (uint16_t token : tokens) tokenizer.decode(token, text);
+  for (int token : tokens) tokenizer.decode(token, text);
   return text;
 }
 
@@ -52,7 +52,7 @@ TEST_CASE("tokenizer: ids are Hugging Face's, and decoding gives the text back")
     for (const nlohmann::json& one : variant.at("cases")) {
       const std::string text = from_hex(one[0].get<std::string>());
       CAPTURE(one[0].get<std::string>());
-      const std::vector<uint16_t> want = one[1].get<std::vector<uint16_t>>();
+      const std::vector<int> want = one[1].get<std::vector<int>>();
       CHECK(ids(*tokenizer, text) == want);
       const std::string valid = valid_utf8(text.data(), text.size());
       CHECK(text_of(*tokenizer, want) == (name == "pythia" && text.find("<e") == std::string::npos ? nfc(valid) : valid));
@@ -65,7 +65,7 @@ TEST_CASE("tokenizer: a megabyte without a space, on several threads") {
   const std::unique_ptr<BpeTokenizer> tokenizer = with({});
   std::string text;
   for (size_t i = 0; i < (1u << 20); i++) text += char('a' + i * i % 23 % 7);
-  std::vector<std::vector<uint16_t>> results(4);
+  std::vector<std::vector<int>> results(4);
 #pragma omp parallel for
   for (size_t i = 0; i < results.size(); i++) results[i] = ids(*tokenizer, text);
   CHECK(text_of(*tokenizer, results[0]) == text);
@@ -91,17 +91,17 @@ TEST_CASE("tokenizer: a megabyte without a space, on several threads") {
     parts[best] += parts[best + 1];
     parts.erase(parts.begin() + long(best) + 1);
   }
-  std::vector<uint16_t> want;
-  for (const std::string& part : parts) want.push_back(model["vocab"][part].get<uint16_t>());
+  std::vector<int> want;
+  for (const std::string& part : parts) want.push_back(model["vocab"][part].get<int>());
   CHECK(ids(*tokenizer, text.substr(0, 500)) == want);
 }
 
 TEST_CASE("tokenizer: the end of text is never made from text") {
   const std::unique_ptr<BpeTokenizer> tokenizer = with({});
-  const std::vector<uint16_t> tokens = ids(*tokenizer, "a<|endoftext|>b");
-  for (uint16_t token : tokens) CHECK(token != tokenizer->end_of_text());
+  const std::vector<int> tokens = ids(*tokenizer, "a<|endoftext|>b");
+  for (int token : tokens) CHECK(token != tokenizer->end_of_text());
   CHECK(text_of(*tokenizer, tokens) == "a<|endoftext|>b");
-  CHECK(text_of(*tokenizer, {uint16_t(tokenizer->end_of_text())}) == "");
+  CHECK(text_of(*tokenizer, {int(tokenizer->end_of_text())}) == "");
   CHECK(tokenizer->vocabulary() == 420);
   CHECK(tokenizer->end_of_text() == 419);
 }
@@ -130,16 +130,29 @@ TEST_CASE("tokenizer: a file that is not understood in full is refused") {
   CHECK(contains(error({{"model", {{"merges", {1}}}}}), "not a tokenizer"));
   CHECK(contains(error({{"model", {{"vocab", Json::object()}}}}), "vocab"));
   CHECK(contains(error({{"model", {{"vocab", {{"a", 0}, {"b", 0}}}}}}), "two tokens"));
-  CHECK(contains(error({{"model", {{"vocab", {{"a", 70000}}}}}}), "70000"));
+  CHECK(contains(error({{"model", {{"vocab", {{"a", 1 << 20}}}}}}), "1048576"));
   CHECK(contains(error({{"model", {{"vocab", {{"a", -1}}}}}}), "-1"));
-  CHECK(contains(error({{"model", {{"vocab", {{"a", 0}}}}}}), "no token for byte 0"));
   CHECK(contains(error({{"normalizer", {{"type", "Lowercase"}}}}), "Lowercase"));
   CHECK(contains(error({{"pre_tokenizer", {{"type", "Whitespace"}}}}), "Whitespace"));
   const Json split = {{"type", "Split"}, {"behavior", "Isolated"}, {"invert", false}, {"pattern", {{"Regex", "(a"}}}};
   CHECK(contains(error({{"pre_tokenizer", split}}), "(a"));
   CHECK(contains(error({{"added_tokens", Json::array()}}), "endoftext"));
-  const Json stripped = {{{"id", 419}, {"content", "<|endoftext|>"}, {"special", true}, {"lstrip", true}}};
+  const Json stripped = {{{"id", 420}, {"content", "<z>"}, {"special", false}, {"lstrip", true}}};
   CHECK(contains(error({{"added_tokens", stripped}}), "lstrip"));
+  // Structures in which the parts of the file mean something else than on their own.
+  const Json level = {{"type", "ByteLevel"}, {"add_prefix_space", false}, {"use_regex", false}};
+  auto sequence = [](const Json& steps) {
+    return Json{{"pre_tokenizer", {{"type", "Sequence"}, {"pretokenizers", steps}}}};
+  };
+  Json space = split;
+  space["pattern"]["Regex"] = " ";
+  CHECK(contains(error(sequence(Json::array())), "no ByteLevel"));
+  CHECK(contains(error(sequence(Json::array({space}))), "no ByteLevel"));
+  CHECK(contains(error(sequence({level, space})), "Split behind ByteLevel"));
+  CHECK(contains(error(sequence({level, level})), "ByteLevel behind ByteLevel"));
+  CHECK(error(sequence({space, level})) == "");
+  space["behavior"] = "MergedWithNext";
+  CHECK(contains(error(sequence({space, level})), "MergedWithNext"));
   CHECK(contains(error({{"model", {{"merges", Json::parse(R"([["zzzz", "a"]])")}}}}), "zzzz"));
   // A file that is cut short, at a good many places.
   TemporaryDirectory directory;
@@ -168,6 +181,87 @@ nlohmann::json byte_level_json() {
 }
 
 }  // namespace
+
+// Ids by Hugging Face's library, 0.23.3.
+TEST_CASE("tokenizer: what published files have beside words and merges") {
+  using Json = nlohmann::json;
+  const Json bytes = byte_level_json();
+  auto token = [](const std::string& content, int id, bool special, bool normalized = false, bool lstrip = false) {
+    return Json{{"id", id}, {"content", content}, {"special", special}, {"normalized", normalized}, {"lstrip", lstrip}};
+  };
+  auto added = [&](std::vector<Json> tokens, Json normalizer = nullptr) {
+    Json file = bytes;
+    for (const Json& one : tokens) file["added_tokens"].push_back(one);
+    file["normalizer"] = normalizer;
+    return file;
+  };
+  using Ids = std::vector<int>;
+  const Json nfc_form = {{"type", "NFC"}};
+  // The id of an added token is the next one, whatever the file says, unless the vocabulary has one.
+  CHECK(ids(*with(added({token("<z>", 266, false), token("<y>", 260, false)})), "<z><y>") == Ids{257, 258});
+  CHECK(ids(*with(added({token("a", 999, false)})), "ba") == Ids{98, 97});
+  CHECK(with(added({token("<z>", 266, false)}))->vocabulary() == 258);
+  // Its text is normalised where it is looked for in normalised text; the first of two that are then the same counts.
+  CHECK(ids(*with(added({token("e\u0301", 257, false, true)}, nfc_form)), "x\u00e9") == Ids{120, 257});
+  CHECK(ids(*with(added({token("e\u0301", 257, false, true), token("\u00e9", 258, false, true)}, nfc_form)),
+            "\u00e9") == Ids{257});
+  // What is special stays text, white space around it as well, but no other begins within it.
+  CHECK(ids(*with(added({token("<m>", 257, true, false, true)})), "a <m>") == Ids{97, 32, 60, 109, 62});
+  CHECK(ids(*with(added({token("<|a|>", 257, true), token("|a|", 258, false)})), "<|a|>|a|") ==
+        Ids{60, 124, 97, 124, 62, 258});
+  auto merged = [&](std::vector<std::string> merges, Json changes = Json::object()) {
+    Json file = bytes;
+    for (const std::string& merge : merges) {
+      std::string both = merge;
+      both.erase(both.find(' '), 1);
+      if (!file["model"]["vocab"].contains(both)) file["model"]["vocab"][both] = file["model"]["vocab"].size();
+    }
+    file["model"]["merges"] = merges;
+    file["model"].update(changes);
+    return file;
+  };
+  // Of a merge that is listed twice the last place counts.
+  CHECK(ids(*with(merged({"a b", "b c", "a b"})), "abc") == Ids{97, 258});
+  // A whole word that is a token is that token, where the file says so.
+  const std::vector<std::string> merges = {"a b", "b c", "c d", "ab cd"};  // so "abc" is never made by merging
+  Json file = merged(merges, {{"ignore_merges", true}});
+  file["model"]["vocab"]["abc"] = 261;
+  CHECK(ids(*with(file), "abc") == Ids{261});
+  file["model"]["ignore_merges"] = false;
+  CHECK(ids(*with(file), "abc") == Ids{257, 99});
+  // Bytes without a token become nothing, so that their neighbours meet; or all the token for what is unknown.
+  file = merged({"a b"});
+  file["model"]["vocab"].erase("x");
+  CHECK(ids(*with(file), "axb\x04x") == Ids{257, 4});
+  CHECK(contains(with(file)->note(), "no token for 1 of"));
+  CHECK(with(bytes)->note() == "");
+  CHECK(with(file)->fingerprint() != with(merged({"a b"}))->fingerprint());
+  file["model"]["unk_token"] = "a";
+  CHECK(ids(*with(file), "bxxb") == Ids{98, 97, 257});
+  file["model"]["unk_token"] = "<unk>";
+  CHECK(contains(error_of([&] { with(file); }), "<unk>"));
+  // A prefix space is ByteLevel's, on each piece of the steps before it.
+  auto steps = [&](const Json& before, bool prefix) {
+    Json one = bytes;
+    const Json level = {{"type", "ByteLevel"}, {"add_prefix_space", prefix}, {"use_regex", false}};
+    one["pre_tokenizer"] = {{"type", "Sequence"}, {"pretokenizers", {before, level}}};
+    return one;
+  };
+  Json digit = {{"type", "Split"}, {"behavior", "Isolated"}, {"invert", false}, {"pattern", {{"Regex", "\\d"}}}};
+  CHECK(ids(*with(steps(digit, true)), "a1 b") == Ids{32, 97, 32, 49, 32, 98});
+  digit["behavior"] = "Removed", digit["invert"] = true;
+  CHECK(ids(*with(steps(digit, false)), "a1 b23") == Ids{49, 50, 51});
+  for (bool individual : {true, false}) {
+    file = steps({{"type", "Digits"}, {"individual_digits", individual}}, true);
+    CHECK(ids(*with(file), "12") == (individual ? Ids{32, 49, 32, 50} : Ids{32, 49, 50}));
+  }
+  // The end of a text is the first of some known names, and ids may need more than 16 bits.
+  file = bytes;
+  file["added_tokens"][0]["content"] = "<|end_of_text|>";
+  file["model"]["vocab"]["zz"] = 128000;
+  CHECK(with(file)->end_of_text() == 258);
+  CHECK(with(file)->vocabulary() == 128001);
+}
 
 TEST_CASE("tokenizer: a fingerprint is that of what it does") {
   const std::string own = with({})->fingerprint(), bytes = ByteTokenizer().fingerprint();
@@ -215,4 +309,48 @@ TEST_CASE("tokenizer: tokens of another one are refused, and what cannot be comp
   CHECK(identity_of(meta, directory / "train_*.bin").fingerprint == with({})->fingerprint());
   meta.tokenizer_fingerprint = "5";
   CHECK(identity_of(meta, directory / "train_*.bin").fingerprint == "5");
+}
+
+TEST_CASE("pattern: Oniguruma's dialect and Unicode 16, whatever PCRE2 has") {
+  auto pieces = [](const std::string& pattern, const std::string& text) {  // matches in brackets
+    pcre2_match_data* match = pcre2_match_data_create(1, nullptr);
+    std::string all;
+    Pattern(pattern).cut(text, match, nullptr, [&](size_t begin, size_t end, bool matches) {
+      all += (matches ? "[" : "") + text.substr(begin, end - begin) + (matches ? "]" : "|");
+    });
+    pcre2_match_data_free(match);
+    return all;
+  };
+  CHECK(pieces("\\h+", "xaF0 y") == "x|[aF0] y|");              // hexadecimal digits; to PCRE2, white space
+  CHECK(pieces("^c|d$", "ac\ncd\nd") == "ac\n|[c][d]\n|[d]");    // begins and ends of lines
+  CHECK(pieces("[a[bc]]+", "abcd]") == "[abc]d]|");              // a class in a class
+  CHECK(pieces("[^a[^bc]]+", "abcd") == "a|[bc]d|");
+  CHECK(pieces("\\v", "a\vb\nc") == "a|[\v]b\nc|");             // one character; to PCRE2, all line ends
+  CHECK(pieces("\\s", "a\u180eb\u3000") == "a\u180eb|[\u3000]");
+  CHECK(pieces("(a(?i)b|c)d", "aBd acd aCd Cd") == "[aBd] |[acd] |[aCd] Cd|");  // (?i) reaches over the |
+  CHECK(pieces("(?i:'s)", "'\u017f'S") == "['\u017f]['S]");
+  CHECK(pieces(".", "\r\n") == "[\r]\n|");
+  CHECK(pieces("\\x41\\x{e9}\\u00e9", "A\u00e9\u00e9") == "[A\u00e9\u00e9]");
+  CHECK(pieces("a*", "baab") == "b|[aa]b|");
+  CHECK(pieces("a{2}b{1,}c{0,1}?", "aabbc") == "[aabb]c|");
+  // Of Unicode 15 and 16: a symbol, a letter, a digit; and U+1171E, a mark that has another kind since 15.
+  CHECK(pieces("\\p{S}", "a\U0001f6dc") == "a|[\U0001f6dc]");
+  CHECK(pieces("\\P{L}+", "\u1c89a1\u1c89") == "\u1c89a|[1]\u1c89|");
+  CHECK(pieces("[^\\P{L}b]+", "\u1c89ab1") == "[\u1c89a]b1|");
+  CHECK(pieces("\\p{^N}", "\U0001ccf0a") == "\U0001ccf0|[a]");
+  CHECK(pieces("\\d\\D", "\U0001ccf0a") == "[\U0001ccf0a]");
+  CHECK(pieces("\\p{Mn}", "\U0001171ea\u0301") == "\U0001171ea|[\u0301]");
+  CHECK(pieces("[\\p{Mn}a]", "\U0001171ea\u0301") == "\U0001171e|[a][\u0301]");
+  CHECK(pieces("\\p{Mc}", "\U0001171e") == "[\U0001171e]");
+  // What has another meaning, or none, here is refused by name.
+  for (const char* pattern :
+       {"\\w", "\\b", "\\R", "\\G", "\\1", "\\x80", "\\x{110000}", "\\u12", "\\p{Han}", "\\p{C}", "\\pL", "\\p{L", "\\",
+        "a**", "a+*", "a{2}?", "a{1,2}+", "a{,2}", "a{", "*a", "(a", "a)", "(?m:a)", "(?<n>a)", "(?#a)", "[a", "[]a]", "[a&&b]",
+        "[[:alpha:]]", "[\\s-a]", "[a-\\s]", "[b-a]", "[a-c-e]", "(?i:ss)", "(?i:fi)", "(?i:\u00e9)", "(?i:[a-z])",
+        "(?i:\\p{L})", "(?i:[^a])"}) {
+    CAPTURE(pattern);
+    CHECK(contains(error_of([&] { Pattern one(pattern); }), pattern));
+  }
+  const std::string deep = std::string(1000, '(') + std::string(1000, ')');
+  CHECK(contains(error_of([&] { Pattern one(deep); }), "this deep"));
 }

@@ -1,8 +1,5 @@
 // Writing text as shards, and reading it back. What data.cpp's commands do, without the command line.
 #pragma once
-#include <archive.h>
-#include <archive_entry.h>
-#include <sys/stat.h>
 #include <unistd.h>
 
 #include <cerrno>
@@ -15,6 +12,7 @@
 #include <string>
 #include <vector>
 
+#include "text/input.h"
 #include "text/shards.h"
 #include "text/stories.h"
 #include "text/tokenizer.h"
@@ -39,28 +37,34 @@ class NewFile {
   const std::string& path() const { return path_; }
 
   void write(const void* data, size_t bytes) {
+    open();
     if (std::fwrite(data, 1, bytes, file_) != bytes) fail("cannot write");
   }
   void write_at(long offset, const void* data, size_t bytes) {
+    open();
     if (std::fseek(file_, offset, SEEK_SET) != 0) fail("cannot write");
     write(data, bytes);
     if (std::fseek(file_, 0, SEEK_END) != 0) fail("cannot write");
   }
   // Reads back from `offset`; the number of bytes read, less than asked for only at the end.
   size_t read_at(long offset, void* data, size_t bytes) {
+    open();
     if (std::fseek(file_, offset, SEEK_SET) != 0) fail("cannot read back");
     size_t got = std::fread(data, 1, bytes, file_);
     if (std::ferror(file_)) fail("cannot read back");
     return got;
   }
-  // Everything on the disk, before the name changes: a crash leaves the old file or the new one.
+  // Everything on the disk, before the name changes: a crash leaves the old file or the new one. The file is closed; what
+  // writes or reads after this opens it again.
   void sync() {
-    if (std::fflush(file_) != 0 || ::fsync(::fileno(file_)) != 0) fail("cannot write");
+    open();
+    std::FILE* file = std::exchange(file_, nullptr);
+    const bool written = std::fflush(file) == 0 && ::fsync(::fileno(file)) == 0;
+    if (std::fclose(file) != 0 || !written) fail("cannot write");
   }
   void commit() {
-    std::FILE* file = file_;
-    file_ = nullptr;
-    if (std::fclose(file) != 0 || std::rename((path_ + ".part").c_str(), path_.c_str()) != 0) fail("cannot write");
+    if (file_) sync();
+    if (std::rename((path_ + ".part").c_str(), path_.c_str()) != 0) fail("cannot write");
     done_ = true;
   }
 
@@ -69,32 +73,41 @@ class NewFile {
   std::FILE* file_;
   bool done_ = false;
 
+  void open() {
+    if (!file_ && (!(file_ = std::fopen((path_ + ".part").c_str(), "r+b")) || std::fseek(file_, 0, SEEK_END) != 0))
+      fail("cannot write");
+  }
   [[noreturn]] void fail(const char* what) const {
     throw UserError(path_ + ": " + what + ": " + std::strerror(errno));
   }
 };
 
-// One split ("train" or "val") as a row of shards DIR/NAME_000.bin, NAME_001.bin, ... of about `shard_tokens` each.
+// One split ("train" or "val") as a row of shards DIR/NAME_000.bin, NAME_001.bin, ... of about `shard_tokens` each. One
+// file is open at a time.
 class ShardWriter {
  public:
-  ShardWriter(std::string directory, std::string name, size_t shard_tokens)
-      : directory_(std::move(directory)), name_(std::move(name)), shard_tokens_(shard_tokens) {}
+  ShardWriter(std::string directory, std::string name, size_t shard_tokens, int vocabulary)
+      : directory_(std::move(directory)),
+        name_(std::move(name)),
+        shard_tokens_(shard_tokens),
+        format_(shard_format_for(vocabulary)) {}
 
   uint64_t tokens() const { return tokens_; }
 
-  void add(const uint16_t* tokens, size_t n) {  // (n)
+  void add(const int* tokens, size_t n) {  // (n)
     tokens_ += n;
     while (n > 0) {
       if (files_.empty() || counts_.back() == shard_tokens_) open();
-      size_t some = std::min(n, shard_tokens_ - counts_.back());
-      files_.back().write(tokens, some * sizeof(uint16_t));
+      const size_t some = std::min(n, shard_tokens_ - counts_.back());
+      if (format_.width == 2) narrow_.assign(tokens, tokens + some);
+      files_.back().write(format_.width == 2 ? static_cast<const void*>(narrow_.data()) : tokens, some * format_.width);
       counts_.back() += some;
       tokens += some;
       n -= some;
     }
   }
 
-  // Fills in the headers, and says the fingerprint of each file. Nothing has its final name yet.
+  // Ends the last shard, and says the fingerprint of each file. Nothing has its final name yet.
   void finish(std::map<std::string, std::string>& fingerprints) {
     // A last shard of a few tokens would be too short for any context: what is less than half full joins its neighbour.
     if (files_.size() > 1 && counts_.back() < shard_tokens_ / 2) {
@@ -111,12 +124,9 @@ class ShardWriter {
       counts_.pop_back();
       counts_.back() += moved;
     }
-    for (size_t i = 0; i < files_.size(); i++) {
-      int32_t header[3] = {shard_magic, shard_version, int32_t(counts_[i])};
-      files_[i].write_at(0, header, sizeof header);
-      files_[i].sync();
+    if (!files_.empty()) end();
+    for (size_t i = 0; i < files_.size(); i++)
       fingerprints[std::filesystem::path(path(i)).filename()] = Shard(path(i) + ".part").fingerprint();
-    }
   }
 
   // Gives the shards their names, and removes those of an earlier, longer corpus: a pattern would match them as well.
@@ -129,9 +139,11 @@ class ShardWriter {
  private:
   std::string directory_, name_;
   size_t shard_tokens_;
+  ShardFormat format_;
   uint64_t tokens_ = 0;
   std::vector<NewFile> files_;
   std::vector<size_t> counts_;  // tokens in each file
+  std::vector<uint16_t> narrow_;
 
   std::string path(size_t i) const {
     std::string number = std::to_string(i);
@@ -140,10 +152,18 @@ class ShardWriter {
   }
 
   void open() {
+    if (!files_.empty()) end();
     const int32_t zeros[shard_header_ints] = {};
     files_.emplace_back(path(files_.size()));
     counts_.push_back(0);
     files_.back().write(zeros, sizeof zeros);
+  }
+
+  // Fills in the header of the last shard and closes it.
+  void end() {
+    const int32_t header[3] = {format_.magic, format_.version, int32_t(counts_.back())};
+    files_.back().write_at(0, header, sizeof header);
+    files_.back().sync();
   }
 };
 
@@ -166,14 +186,15 @@ class CorpusWriter {
                size_t shard_tokens = default_shard_tokens)
       : directory_(directory),
         tokenizer_(std::move(tokenizer)),
-        train_{ShardWriter(directory, "train", shard_tokens), {}},
-        val_{ShardWriter(directory, "val", shard_tokens), {}} {
+        train_{ShardWriter(directory, "train", shard_tokens, tokenizer_->vocabulary()), {}},
+        val_{ShardWriter(directory, "val", shard_tokens, tokenizer_->vocabulary()), {}} {
     if (shard_tokens < 1 || shard_tokens > most_shard_tokens)
       throw UserError("--shard-tokens " + std::to_string(shard_tokens) + ": should be 1 to " +
                       std::to_string(most_shard_tokens));
     std::error_code error;
     std::filesystem::create_directories(directory, error);
     if (error) throw UserError(directory + ": cannot make the directory: " + error.message());
+    refuse_others();
   }
 
   // Adds a document, or with `opens` false more of the last one of this split. One without text is left out.
@@ -219,7 +240,7 @@ class CorpusWriter {
   struct Piece {
     bool val, opens;
     std::string text;
-    std::vector<uint16_t> tokens;
+    std::vector<int> tokens;
   };
   std::string directory_;
   std::unique_ptr<Tokenizer> tokenizer_;
@@ -227,13 +248,28 @@ class CorpusWriter {
   std::vector<Piece> waiting_;
   size_t waiting_bytes_ = 0;
 
+  // A meta.json describes all shards of its directory, so there must be none from elsewhere.
+  void refuse_others() const {
+    std::error_code error;
+    for (const auto& entry : std::filesystem::directory_iterator(directory_, error)) {
+      const std::string name = entry.path().filename();
+      if (entry.path().extension() != ".bin" || name.rfind("train_", 0) == 0 || name.rfind("val_", 0) == 0) continue;
+      try {
+        Shard shard(entry.path());
+      } catch (const UserError&) {
+        continue;
+      }
+      throw UserError(directory_ + ": holds a shard from elsewhere, " + name + "; name another directory");
+    }
+  }
+
   void encode_waiting() {
     std::exception_ptr problem;
 #pragma omp parallel for schedule(dynamic)
     for (size_t i = 0; i < waiting_.size(); i++) {
       Piece& piece = waiting_[i];
       try {
-        if (piece.opens) piece.tokens.push_back(uint16_t(tokenizer_->end_of_text()));
+        if (piece.opens) piece.tokens.push_back(tokenizer_->end_of_text());
         tokenizer_->encode(piece.text.data(), piece.text.size(), piece.tokens);
       } catch (...) {
 #pragma omp critical
@@ -252,70 +288,22 @@ class CorpusWriter {
   }
 };
 
-// Text from a file or, for "-", from standard input; what gzip, xz or zstd compressed is unpacked on the way (libarchive).
-class TextInput {
- public:
-  explicit TextInput(const std::string& path) : name_(path == "-" ? "standard input" : path), archive_(archive_read_new()) {
-    struct stat status;
-    if (path != "-" && ::stat(path.c_str(), &status) != 0)
-      throw UserError("--input " + path + ": cannot open text: " + std::strerror(errno));
-    if (path != "-" && !S_ISREG(status.st_mode))
-      throw UserError("--input " + path + ": not a regular file; a text file is wanted");
-    if (path != "-") size_ = uint64_t(status.st_size);
-    archive_read_support_filter_gzip(archive_.get());
-    archive_read_support_filter_xz(archive_.get());
-    archive_read_support_filter_zstd(archive_.get());
-    archive_read_support_format_raw(archive_.get());
-    archive_read_support_format_empty(archive_.get());
-    archive_entry* entry;
-    const int opened = archive_read_open_filename(archive_.get(), path == "-" ? nullptr : path.c_str(), 1 << 18);
-    if (opened != ARCHIVE_OK) fail();
-    const int next = archive_read_next_header(archive_.get(), &entry);
-    if (next == ARCHIVE_EOF) empty_ = true;
-    else if (next != ARCHIVE_OK) fail();
-  }
-
-  // The next bytes of text, at most n; 0 at the end.
-  size_t read(char* to, size_t n) {
-    if (empty_) return 0;
-    const la_ssize_t got = archive_read_data(archive_.get(), to, n);
-    if (got < 0) fail();
-    return size_t(got);
-  }
-  // Bytes of text in a file, which is read through for it if it is compressed; 0 for standard input.
-  static uint64_t size(const std::string& path) {
-    if (path == "-") return 0;
-    TextInput input(path);
-    if (archive_filter_count(input.archive_.get()) == 1) return input.size_;
-    uint64_t size = 0;
-    std::vector<char> buffer(1 << 18);
-    while (const size_t n = input.read(buffer.data(), buffer.size())) size += n;
-    return size;
-  }
-
- private:
-  struct Free {
-    void operator()(archive* a) const { archive_read_free(a); }
-  };
-  std::string name_;
-  std::unique_ptr<archive, Free> archive_;
-  uint64_t size_ = 0;
-  bool empty_ = false;
-
-  [[noreturn]] void fail() const {
-    const char* message = archive_error_string(archive_.get());
-    throw UserError(name_ + ": cannot read text: " + (message ? message : "unknown error"));
-  }
-};
-
 // How a file of text holds documents.
 struct TextFormat {
   std::string separator = "<|endoftext|>";  // a line of this alone stands between documents; empty: one document
   std::string field;                        // not empty: every line is a JSON object, and this key holds its text
   double val_fraction = 0.05;               // for validation: the last part of each file; 1: all of it
+  bool skip_bad = false;                    // lines without such an object are left out and counted
+};
+
+// Lines of JSON that were left out, and why the first of them was.
+struct BadLines {
+  uint64_t count = 0;
+  std::string first;
 };
 
 constexpr size_t most_document = 16u << 20;  // bytes of a document that are encoded as a whole
+constexpr size_t most_line = 1u << 30;       // bytes of a line of JSON
 
 // Where a document that is too long may be cut without changing a token: before a space behind a letter or digit. Without
 // any such place, before the last character that begins in it.
@@ -329,21 +317,29 @@ inline size_t place_to_cut(const std::string& text) {
 
 // Adds the documents of one file of `size` bytes of text. The last `val_fraction` of them, from the next start of a line
 // on, goes to the validation split, so a file that is one long document is split as well; of standard input, whose size
-// is not known (0), every so many documents. Memory does not grow with the file. `progress` hears the bytes done.
-inline void encode_file(CorpusWriter& corpus, const std::string& path, uint64_t size, const TextFormat& format,
-                        const std::function<void(uint64_t)>& progress = {}) {
+// is not known (0), every so many documents. A file within an archive ends a document. Memory does not grow with the
+// file, but for a line of JSON. `progress` hears the bytes done.
+inline BadLines encode_file(CorpusWriter& corpus, const std::string& path, uint64_t size, const TextFormat& format,
+                            const std::function<void(uint64_t)>& progress = {}) {
   TextInput input(path);
-  const std::string name = path == "-" ? "standard input" : path;
   const double first_val = size > 0 && format.val_fraction > 0 ? double(size) * (1 - format.val_fraction) : HUGE_VAL;
   std::vector<char> buffer(1 << 16);
   std::string text;  // of the document that is being read
   size_t line = 0;   // where in it the last line begins; npos: before what is left of it
   uint64_t documents = 0, lines = 0, position = 0;  // position: bytes of text read
-  bool val = format.val_fraction >= 1, opens = true;
+  bool val = format.val_fraction >= 1, opens = true, too_long = false;
+  BadLines bad;
   auto add = [&](std::string part) {
     if (part.empty()) return;
     corpus.document(val, std::move(part), opens);
     opens = false;
+  };
+  auto add_up_to = [&](size_t cut) {
+    std::string rest = text.substr(cut);
+    text.resize(cut);
+    line = line == std::string::npos || line < cut ? std::string::npos : line - cut;
+    add(std::move(text));
+    text = std::move(rest);
   };
   auto end_document = [&] {
     add(std::move(text));
@@ -354,19 +350,39 @@ inline void encode_file(CorpusWriter& corpus, const std::string& path, uint64_t 
     if (size == 0)
       val = std::floor(double(documents + 1) * format.val_fraction) > std::floor(double(documents) * format.val_fraction);
   };
+  const std::string longest = "longer than " + std::to_string(most_line >> 30) + " GiB";
+  auto leave_out = [&](const std::string& why) {
+    const std::string what = input.name() + ", line " + std::to_string(lines) + ": " + why;
+    if (!format.skip_bad) throw UserError(what + "; --skip-bad leaves such lines out");
+    if (bad.count++ == 0) bad.first = what;
+    text.clear();
+  };
+  auto end_json = [&] {  // a line that is an object
+    const std::string object = std::move(text);
+    text.clear();
+    line = 0;
+    if (too_long) return leave_out(longest);
+    if (object.find_first_not_of(" \t\r\n") == std::string::npos) return;
+    try {
+      text = nlohmann::json::parse(object).at(format.field).get<std::string>();
+    } catch (const nlohmann::json::exception& e) {
+      return leave_out("no text in \"" + format.field + "\": " + std::string(e.what()).substr(0, 150));
+    }
+    size_t begin = 0;
+    while (text.size() - begin > most_document) {
+      const std::string part = text.substr(begin, most_document + 1);
+      const size_t cut = place_to_cut(part);
+      add(part.substr(0, cut));
+      begin += cut;
+    }
+    text.erase(0, begin);
+    end_document();
+  };
   auto end_line = [&] {
     lines++;
     if (!format.field.empty()) {
-      std::string object = std::move(text);
-      text.clear();
-      line = 0;
-      if (object.find_first_not_of(" \t\r\n") == std::string::npos) return;
-      try {
-        text = nlohmann::json::parse(object).at(format.field).get<std::string>();
-      } catch (const nlohmann::json::exception& e) {
-        throw UserError(name + ", line " + std::to_string(lines) + ": no text in \"" + format.field + "\": " + e.what());
-      }
-      end_document();
+      end_json();
+      too_long = false;
       val = val || double(position) >= first_val;
       return;
     }
@@ -384,48 +400,51 @@ inline void encode_file(CorpusWriter& corpus, const std::string& path, uint64_t 
       val = true;
     }
   };
-  while (const size_t n = input.read(buffer.data(), buffer.size())) {
-    for (size_t i = 0; i < n;) {
-      const void* newline = std::memchr(&buffer[i], '\n', n - i);
-      const size_t end = newline ? size_t(static_cast<const char*>(newline) - buffer.data()) + 1 : n;
-      const bool late = !val && !newline && format.field.empty() && double(position) >= first_val;  // a line without end
-      text.append(&buffer[i], end - i);
-      position += end - i;
-      i = end;
-      if (newline) end_line();
-      if (text.size() <= most_document && !late) continue;
-      if (!format.field.empty())
-        throw UserError(name + ", line " + std::to_string(lines + 1) + ": longer than " +
-                        std::to_string(most_document >> 20) + " MiB");
-      const size_t cut = place_to_cut(text);
-      std::string rest = text.substr(cut);
-      text.resize(cut);
-      line = line == std::string::npos || line < cut ? std::string::npos : line - cut;
-      if (late) {
-        end_document();
-        val = true;
-        line = std::string::npos;
-      } else {
-        add(std::move(text));
+  while (input.next()) {
+    while (const size_t n = input.read(buffer.data(), buffer.size())) {
+      for (size_t i = 0; i < n;) {
+        const void* newline = std::memchr(&buffer[i], '\n', n - i);
+        const size_t end = newline ? size_t(static_cast<const char*>(newline) - buffer.data()) + 1 : n;
+        const bool late = !val && !newline && double(position) >= first_val;  // a line without end
+        if (!too_long) text.append(&buffer[i], end - i);
+        position += end - i;
+        i = end;
+        if (newline) end_line();
+        if (!format.field.empty()) {
+          too_long = too_long || text.size() > most_line;
+          if (too_long && !format.skip_bad) lines++, leave_out(longest);
+          if (too_long) text.clear();
+        } else if (late) {
+          std::string rest = text.substr(place_to_cut(text));
+          text.resize(text.size() - rest.size());
+          end_document();
+          val = true;
+          line = std::string::npos;
+          text = std::move(rest);
+        } else if (text.size() > most_document) {
+          add_up_to(place_to_cut(text));
+        }
       }
-      text = std::move(rest);
+      if (progress) progress(position);
     }
-    if (progress) progress(position);
+    if (!text.empty() || too_long) end_line();
+    end_document();
+    lines = 0;
   }
-  if (!text.empty()) end_line();
-  end_document();
+  return bad;
 }
 
-// Tokens to text, with a separator line before every document but one at the very start: the inverse of encode_file.
-// Calls write(bytes) with pieces. The ids are below the tokenizer's vocabulary (Shard::check_tokens).
-inline void decode_tokens(const Tokenizer& tokenizer, const uint16_t* tokens, size_t n, const std::string& separator,
-                          const std::function<void(const std::string&)>& write) {  // (n)
+// Tokens [begin, end) of a shard to text, with a separator line before every document but one at the very start: the
+// inverse of encode_file. Calls write(bytes) with pieces. The ids are below the tokenizer's vocabulary
+// (Shard::check_tokens).
+inline void decode_tokens(const Tokenizer& tokenizer, const Shard& shard, size_t begin, size_t end,
+                          const std::string& separator, const std::function<void(const std::string&)>& write) {
   std::string text;
   bool line_start = true;
-  for (size_t i = 0; i < n; i++) {
-    if (tokens[i] != tokenizer.end_of_text())
-      tokenizer.decode(tokens[i], text);
-    else if (i > 0)
+  for (size_t i = begin; i < end; i++) {
+    if (int(shard[i]) != tokenizer.end_of_text())
+      tokenizer.decode(int(shard[i]), text);
+    else if (i > begin)
       text += (line_start ? "" : "\n") + separator + "\n";
     if (!text.empty()) line_start = text.back() == '\n';
     if (text.size() > 1 << 16) {

@@ -27,11 +27,18 @@
 #include "text/fingerprint.h"
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Shards. llm.c's format: 256 int32 of header (magic, version, number of tokens, zeros), then the tokens as uint16.
-// Little-endian, as every machine this runs on.
+// Shards. llm.c's formats: 256 int32 of header (magic, version, number of tokens, zeros), then the tokens, as uint16 where
+// the vocabulary has at most 65,536 and as uint32 where it has more. Little-endian, as every machine this runs on.
 
-constexpr int32_t shard_magic = 20240520, shard_version = 1;
+struct ShardFormat {
+  int32_t magic, version;
+  size_t width;  // bytes of a token
+};
+constexpr ShardFormat shard_formats[] = {{20240520, 1, 2}, {20240801, 7, 4}, {20240520, 2, 4}};  // the last is only read
 constexpr size_t shard_header_ints = 256, shard_header_bytes = shard_header_ints * sizeof(int32_t);
+constexpr int most_vocabulary = 1 << 20;
+
+inline const ShardFormat& shard_format_for(int vocabulary) { return shard_formats[vocabulary > 65536]; }
 
 // One shard, memory-mapped and read-only: opening costs nothing whatever its size, and the page cache is shared.
 // The constructor throws UserError for a file that is missing, empty, of another format or of the wrong length.
@@ -64,6 +71,7 @@ class Shard {
     std::swap(path_, other.path_);
     std::swap(map_, other.map_);
     std::swap(bytes_, other.bytes_);
+    std::swap(width_, other.width_);
     return *this;
   }
   Shard(const Shard&) = delete;
@@ -71,57 +79,77 @@ class Shard {
   ~Shard() { unmap(); }
 
   const std::string& path() const { return path_; }
-  size_t size() const { return (bytes_ - shard_header_bytes) / sizeof(uint16_t); }  // tokens
-  const uint16_t* tokens() const {                                                  // (size())
-    return reinterpret_cast<const uint16_t*>(static_cast<const char*>(map_) + shard_header_bytes);
+  size_t size() const { return (bytes_ - shard_header_bytes) / width_; }  // tokens
+  uint32_t operator[](size_t i) const { return width_ == 2 ? as<uint16_t>()[i] : as<uint32_t>()[i]; }
+  // Copies tokens [begin, begin + n).
+  void read(size_t begin, size_t n, int* to) const {  // (n)
+    if (width_ == 2) std::copy_n(as<uint16_t>() + begin, n, to);
+    else std::copy_n(as<uint32_t>() + begin, n, to);
   }
-  uint16_t operator[](size_t i) const { return tokens()[i]; }
 
   // Of the whole file. Reads it.
   std::string fingerprint() const { return Fingerprint().add(map_, bytes_).text(); }
 
   // Throws UserError if any token is not below `vocabulary`, naming the first such. Reads the whole shard.
   void check_tokens(int vocabulary) const {
-    const uint16_t* token = tokens();
-    const size_t n = size(), block = 1 << 14;
-    for (size_t start = 0; start < n; start += block) {
-      // The maximum of a block first: a loop without an exit, which the compiler turns into vector instructions.
-      size_t end = std::min(n, start + block);
-      uint16_t largest = 0;
-      for (size_t i = start; i < end; i++) largest = std::max(largest, token[i]);
-      if (largest < vocabulary) continue;
-      for (size_t i = start; i < end; i++)
-        if (token[i] >= vocabulary)
-          throw UserError(path_ + ": token " + std::to_string(i) + " is " + std::to_string(token[i]) +
-                          ", not below the vocabulary of " + std::to_string(vocabulary));
-    }
+    if (width_ == 2) check<uint16_t>(vocabulary);
+    else check<uint32_t>(vocabulary);
   }
 
  private:
   std::string path_;
   void* map_ = nullptr;
-  size_t bytes_ = 0;
+  size_t bytes_ = 0, width_ = 2;
 
-  void check_header() const {
+  template <class Token>
+  const Token* as() const {  // (size())
+    return reinterpret_cast<const Token*>(static_cast<const char*>(map_) + shard_header_bytes);
+  }
+
+  template <class Token>
+  void check(int vocabulary) const {
+    const Token* token = as<Token>();
+    const size_t n = size(), block = 1 << 14;
+    for (size_t start = 0; start < n; start += block) {
+      // The maximum of a block first: a loop without an exit, which the compiler turns into vector instructions.
+      const size_t end = std::min(n, start + block);
+      Token largest = 0;
+      for (size_t i = start; i < end; i++) largest = std::max(largest, token[i]);
+      if (largest < unsigned(vocabulary)) continue;
+      for (size_t i = start; i < end; i++)
+        if (token[i] >= unsigned(vocabulary))
+          throw UserError(path_ + ": token " + std::to_string(i) + " is " + std::to_string(token[i]) +
+                          ", not below the vocabulary of " + std::to_string(vocabulary));
+    }
+  }
+
+  void check_header() {
     if (bytes_ < shard_header_bytes)
       throw UserError(path_ + ": truncated shard: " + std::to_string(bytes_) + " bytes, the header alone has " +
                       std::to_string(shard_header_bytes));
     int32_t header[3];  // the rest is reserved
     std::memcpy(header, map_, sizeof header);
-    if (header[0] != shard_magic)
+    width_ = 0;
+    std::string versions;
+    for (const ShardFormat& format : shard_formats) {
+      if (header[0] != format.magic) continue;
+      if (header[1] == format.version) width_ = format.width;
+      versions += (versions.empty() ? "" : " or ") + std::to_string(format.version);
+    }
+    if (versions.empty())
       throw UserError(path_ + ": not a token shard: magic " + std::to_string(header[0]) + ", should be " +
-                      std::to_string(shard_magic));
-    if (header[1] != shard_version)
-      throw UserError(path_ + ": shard version " + std::to_string(header[1]) + ", only " +
-                      std::to_string(shard_version) + " is known");
+                      std::to_string(shard_formats[0].magic) + " or " + std::to_string(shard_formats[1].magic));
+    if (width_ == 0)
+      throw UserError(path_ + ": shard version " + std::to_string(header[1]) + ", should be " + versions);
     if (header[2] <= 0)
       throw UserError(path_ + ": the shard's header says " + std::to_string(header[2]) +
                       " tokens, should be 1 or more");
-    size_t wanted = shard_header_bytes + size_t(header[2]) * sizeof(uint16_t);
+    size_t wanted = shard_header_bytes + size_t(header[2]) * width_;
     if (bytes_ != wanted)
       throw UserError(path_ + (bytes_ < wanted ? ": truncated shard: " : ": the shard is too long: ") +
                       std::to_string(bytes_) + " bytes, should be " + std::to_string(wanted) + " for the " +
-                      std::to_string(header[2]) + " tokens in its header");
+                      std::to_string(header[2]) + " tokens of " + std::to_string(width_) +
+                      " bytes in its header (version " + std::to_string(header[1]) + ")");
   }
 
   void unmap() {
@@ -159,13 +187,7 @@ class Dataset {
  public:
   // Opens all shards and checks their headers. UserError if nothing matches, or for a broken shard.
   explicit Dataset(const std::string& pattern) : pattern_(pattern) {
-    glob_t found;
-    int status = ::glob(pattern.c_str(), 0, nullptr, &found);
-    std::vector<std::string> paths;
-    if (status == 0) paths.assign(found.gl_pathv, found.gl_pathv + found.gl_pathc);
-    ::globfree(&found);
-    if (paths.empty()) throw UserError(pattern + ": no shard matches; write some with `data stories` or `data encode`");
-    for (const std::string& path : paths) {
+    for (const std::string& path : paths_of(pattern)) {
       shards_.emplace_back(path);
       tokens_ += shards_.back().size();
     }
@@ -209,11 +231,8 @@ class Dataset {
         i -= here;
         continue;
       }
-      const uint16_t* token = shard.tokens() + i * size_t(T);
-      for (int t = 0; t < T; t++) {
-        inputs[t] = token[t];
-        targets[t] = token[t + 1];
-      }
+      shard.read(i * size_t(T), size_t(T), inputs);
+      shard.read(i * size_t(T) + 1, size_t(T), targets);
       return;
     }
     throw std::out_of_range("Dataset::window: no such window");
@@ -232,6 +251,25 @@ class Dataset {
   }
 
  private:
+  // A file or directory of just this name is meant, whatever signs its name has; otherwise *, ? and [] stand for others.
+  static std::vector<std::string> paths_of(const std::string& pattern) {
+    if (::access(pattern.c_str(), F_OK) == 0 || pattern.find_first_of("*?[") == std::string::npos) return {pattern};
+    const size_t name = pattern.rfind('/') == std::string::npos ? 0 : pattern.rfind('/');
+    std::string quoted;
+    if (::access(pattern.substr(0, name).c_str(), F_OK) == 0)
+      for (size_t i = 0; i < name; i++)
+        quoted += (std::strchr("*?[\\", pattern[i]) ? "\\" : "") + std::string(1, pattern[i]);
+    else
+      quoted = pattern.substr(0, name);
+    glob_t found;
+    std::vector<std::string> paths;
+    if (::glob((quoted + pattern.substr(name)).c_str(), 0, nullptr, &found) == 0)
+      paths.assign(found.gl_pathv, found.gl_pathv + found.gl_pathc);
+    ::globfree(&found);
+    if (paths.empty()) throw UserError(pattern + ": no shard matches; write some with `data stories` or `data encode`");
+    return paths;
+  }
+
   std::string pattern_;
   std::vector<Shard> shards_;
   size_t tokens_ = 0;
@@ -293,8 +331,9 @@ inline Meta read_meta(const std::string& pattern) {
     meta.tokenizer = json.at("tokenizer").get<std::string>();
     meta.tokenizer_fingerprint = json.value("tokenizer_fingerprint", "");
     if (json.contains("shards")) meta.shards = json["shards"].get<std::map<std::string, std::string>>();
-    if (!json.at("vocabulary").is_number_unsigned() || json["vocabulary"] > 65536)
-      throw UserError(path + ": vocabulary is " + json["vocabulary"].dump() + ", should be 0 to 65536");
+    if (!json.at("vocabulary").is_number_unsigned() || json["vocabulary"] > most_vocabulary)
+      throw UserError(path + ": vocabulary is " + json["vocabulary"].dump() + ", should be 0 to " +
+                      std::to_string(most_vocabulary));
     meta.vocabulary = json["vocabulary"].get<int>();
     if (json.contains("train")) read(json["train"], meta.train);
     if (json.contains("val")) read(json["val"], meta.val);

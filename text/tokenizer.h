@@ -5,26 +5,25 @@
 // BPE in four steps, each a function below:
 //   1. normalise      where the file asks for it, Unicode's composed form (NFC)
 //   2. added tokens   strings that are always one id, such as Pythia's runs of spaces, are cut out first
-//   3. split          a regular expression cuts the rest into words; no token reaches across two of them
+//   3. split          regular expressions cut the rest into words; no token reaches across two of them
 //   4. merge          the bytes of a word are joined pair by pair, always the pair that stands first in the list of merges
-#define PCRE2_CODE_UNIT_WIDTH 8
 #include <omp.h>
-#include <pcre2.h>
-#include <utf8proc.h>
 
 #include <algorithm>
 #include <array>
 #include <cstdint>
-#include <cstring>
 #include <memory>
 #include <nlohmann/json.hpp>
 #include <queue>
+#include <set>
 #include <string>
 #include <unordered_map>
 #include <vector>
 
 #include "run/files.h"
 #include "text/fingerprint.h"
+#include "text/pattern.h"
+#include "text/unicode.h"
 
 struct Tokenizer {
   virtual ~Tokenizer() = default;
@@ -32,7 +31,7 @@ struct Tokenizer {
   virtual int vocabulary() const = 0;    // ids are 0..vocabulary-1
   virtual int end_of_text() const = 0;   // stands before every document
   virtual std::string file() const { return ""; }  // what it was read from, and what goes with shards and models
-  // Of what it does: the same one, the same ids for every text (but for what is not UTF-8), and the same text for every id.
+  // Of what it does: the same one, the same ids for every text in UTF-8, and the same text for every id.
   std::string fingerprint() const {
     Fingerprint all;
     for (int id = 0; id < vocabulary(); id++) {
@@ -42,10 +41,11 @@ struct Tokenizer {
     }
     return all.add(uint64_t(end_of_text())).add(rules()).text();
   }
+  virtual std::string note() const { return ""; }  // what its user should know
   // How text becomes ids, in words of the tokenizer's own; empty: every byte by itself.
   virtual std::string rules() const { return ""; }
   // Appends the ids of one document's text; never end_of_text, whatever the text says. Threads may call it together.
-  virtual void encode(const char* text, size_t bytes, std::vector<uint16_t>& tokens) const = 0;
+  virtual void encode(const char* text, size_t bytes, std::vector<int>& tokens) const = 0;
   // Appends the bytes of one id; nothing for end_of_text and for what is no id.
   virtual void decode(int token, std::string& text) const = 0;
 };
@@ -55,7 +55,7 @@ struct ByteTokenizer : Tokenizer {
   std::string name() const override { return "bytes"; }
   int vocabulary() const override { return 257; }
   int end_of_text() const override { return 256; }
-  void encode(const char* text, size_t bytes, std::vector<uint16_t>& tokens) const override {
+  void encode(const char* text, size_t bytes, std::vector<int>& tokens) const override {
     for (size_t i = 0; i < bytes; i++) tokens.push_back(static_cast<unsigned char>(text[i]));
   }
   void decode(int token, std::string& text) const override {
@@ -64,95 +64,10 @@ struct ByteTokenizer : Tokenizer {
 };
 
 // ---------------------------------------------------------------------------------------------------------------------
-// UTF-8
 
-// Length in bytes of the valid character at text[i], or 0; then `bad` says how many bytes to skip: the longest beginning
-// of a valid character, at least one (what Unicode recommends for U+FFFD, and what Python's errors="replace" does).
-inline size_t utf8_length(const char* text, size_t bytes, size_t i, size_t& bad) {
-  auto byte = [&](size_t k) { return i + k < bytes ? static_cast<unsigned char>(text[i + k]) : 0u; };
-  const unsigned first = byte(0);
-  bad = 1;
-  if (first < 0x80) return 1;
-  const size_t length = first < 0xC2 ? 0 : first < 0xE0 ? 2 : first < 0xF0 ? 3 : first < 0xF5 ? 4 : 0;
-  if (length == 0) return 0;
-  // The second byte's range excludes overlong forms, surrogates and what lies beyond U+10FFFF.
-  const unsigned low = first == 0xE0 ? 0xA0 : first == 0xF0 ? 0x90 : 0x80;
-  const unsigned high = first == 0xED ? 0x9F : first == 0xF4 ? 0x8F : 0xBF;
-  if (byte(1) < low || byte(1) > high) return 0;
-  for (size_t k = 2; k < length; k++)
-    if ((byte(k) & 0xC0) != 0x80) return bad = k, 0;
-  return length;
-}
-
-// The text with everything that is not UTF-8 replaced by U+FFFD.
-inline std::string valid_utf8(const char* text, size_t bytes) {
-  std::string valid;
-  valid.reserve(bytes);
-  for (size_t i = 0, bad = 0; i < bytes;) {
-    const size_t length = utf8_length(text, bytes, i, bad);
-    if (length) valid.append(text + i, length), i += length;
-    else valid += "\xEF\xBF\xBD", i += bad;
-  }
-  return valid;
-}
-
-// Combining characters newer than Unicode 9, from which Hugging Face's library has its tables: it leaves them alone.
-inline bool newer_than_unicode_9(unsigned code) {
-  static const unsigned ranges[][2] = {
-      {0x7FD, 0x7FD},     {0x898, 0x89F},     {0x8CA, 0x8D3},     {0x9FE, 0x9FE},     {0xC3C, 0xC3C},
-      {0xD3B, 0xD3C},     {0xEBA, 0xEBA},     {0x1715, 0x1715},   {0x1ABF, 0x1ACE},   {0x1DF6, 0x1DFA},
-      {0xA82C, 0xA82C},   {0x10D24, 0x10D27}, {0x10EAB, 0x10EAC}, {0x10EFD, 0x10EFF}, {0x10F46, 0x10F50},
-      {0x10F82, 0x10F85}, {0x11070, 0x11070}, {0x1133B, 0x1133B}, {0x1145E, 0x1145E}, {0x11839, 0x1183A},
-      {0x11930, 0x11930}, {0x11935, 0x11935}, {0x11938, 0x11938}, {0x1193D, 0x1193E}, {0x11943, 0x11943},
-      {0x119E0, 0x119E0}, {0x11A34, 0x11A34}, {0x11A47, 0x11A47}, {0x11A99, 0x11A99}, {0x11D42, 0x11D42},
-      {0x11D44, 0x11D45}, {0x11D97, 0x11D97}, {0x11F41, 0x11F42}, {0x16FF0, 0x16FF1}, {0x1E08F, 0x1E08F},
-      {0x1E130, 0x1E136}, {0x1E2AE, 0x1E2AE}, {0x1E2EC, 0x1E2EF}, {0x1E4EC, 0x1E4EF}};
-  for (const unsigned* range : ranges)
-    if (code >= range[0] && code <= range[1]) return true;
-  return false;
-}
-
-// Unicode's composed form of valid UTF-8. Characters below U+0300 are composed already and never join what stands before
-// them, so only runs of others, with the one character before them, go through the library.
-inline std::string nfc(const std::string& text) {
-  auto character = [&](size_t i, unsigned& code) {  // its length
-    const unsigned first = static_cast<unsigned char>(text[i]);
-    const size_t length = first < 0x80 ? 1 : first < 0xE0 ? 2 : first < 0xF0 ? 3 : 4;
-    code = length == 1 ? first : first & (0x7Fu >> length);
-    for (size_t k = 1; k < length; k++) code = code << 6 | (static_cast<unsigned char>(text[i + k]) & 0x3Fu);
-    return length;
-  };
-  std::string composed;
-  composed.reserve(text.size());
-  size_t written = 0, last = 0;  // bytes of text that are in `composed`; where the character before i begins
-  for (size_t i = 0; i < text.size();) {
-    unsigned code = 0;
-    const size_t length = character(i, code);
-    if (code < 0x300 || newer_than_unicode_9(code)) {
-      last = code < 0x300 ? i : i + length;
-      i += length;
-      continue;
-    }
-    composed.append(text, written, last - written);
-    for (size_t next = length; code >= 0x300 && !newer_than_unicode_9(code);) {
-      i += next;
-      if (i == text.size()) break;
-      next = character(i, code);
-    }
-    utf8proc_uint8_t* run = nullptr;
-    const utf8proc_ssize_t size =
-        utf8proc_map(reinterpret_cast<const utf8proc_uint8_t*>(text.data() + last), utf8proc_ssize_t(i - last), &run,
-                     utf8proc_option_t(UTF8PROC_STABLE | UTF8PROC_COMPOSE));
-    if (size < 0) throw std::runtime_error(std::string("utf8proc: ") + utf8proc_errmsg(size));
-    composed.append(reinterpret_cast<char*>(run), size_t(size));
-    std::free(run);
-    written = last = i;
-  }
-  composed.append(text, written);
-  return composed;
-}
-
-// ---------------------------------------------------------------------------------------------------------------------
+// Strings that stand between documents, the first that a file has as an added token. Models call it eos.
+inline constexpr const char* known_ends_of_text[] = {"<|endoftext|>", "<|end_of_text|>", "</s>",
+                                                     "<\uFF5Cend\u2581of\u2581sentence\uFF5C>", "[EOS]"};
 
 class BpeTokenizer : public Tokenizer {
  public:
@@ -171,9 +86,12 @@ class BpeTokenizer : public Tokenizer {
   int end_of_text() const override { return end_of_text_; }
   // Without merges and strings to cut out, every byte is its own token however the text is split.
   std::string rules() const override {
-    if (merges_.empty() && added_.empty() && raw_added_.empty() && !normalise_ && !prefix_space_) return "";
+    bool bytes = merges_.empty() && whole_words_.empty() && raw_added_.empty() && added_.empty() && !normalise_;
+    for (const Step& step : steps_) bytes = bytes && !step.prefix_space && !step.matches_only;
+    for (int b = 0; b < 256; b++) bytes = bytes && id_of_byte_[size_t(b)] >= 0 && id_of_byte_[size_t(b)] != unknown_;
+    if (bytes) return "";
     std::vector<std::array<uint64_t, 3>> merges;
-    for (const auto& [pair, merge] : merges_) merges.push_back({uint64_t(merge.rank), pair, merge.id});
+    for (const auto& [pair, merge] : merges_) merges.push_back({uint64_t(merge.rank), pair, uint64_t(merge.id)});
     std::sort(merges.begin(), merges.end());
     Fingerprint all;
     for (const auto& [rank, pair, id] : merges) all.add(pair).add(id);
@@ -181,10 +99,20 @@ class BpeTokenizer : public Tokenizer {
       for (const Added& added : *list) all.add(added.text).add(uint64_t(added.id));
       all.add(uint64_t(list->size()));
     }
-    return all.text() + (normalise_ ? " NFC" : "") + (prefix_space_ ? " prefix" : "") + splits_;
+    for (int id : id_of_byte_) all.add(uint64_t(id));
+    return all.text() + (whole_words_.empty() ? "" : " whole") + (normalise_ ? " NFC" : "") + splits_;
   }
 
-  void encode(const char* text, size_t bytes, std::vector<uint16_t>& tokens) const override {
+  std::string note() const override {
+    int missing = 0;
+    for (int b = 0; b < 256; b++)  // 0xC0, 0xC1 and those from 0xF5 on are in no UTF-8
+      missing += b != 0xC0 && b != 0xC1 && b < 0xF5 && (id_of_byte_[size_t(b)] < 0 || id_of_byte_[size_t(b)] == unknown_);
+    if (missing == 0) return "";
+    return path_ + " has no token for " + std::to_string(missing) + " of the 243 bytes of UTF-8; they " +
+           (unknown_ < 0 ? "are left out" : "all become one token") + ", as Hugging Face's library does it";
+  }
+
+  void encode(const char* text, size_t bytes, std::vector<int>& tokens) const override {
     const std::string valid = valid_utf8(text, bytes);
     cut_out(raw_added_, valid, tokens, [&](const std::string& part) {
       cut_out(added_, normalise_ ? nfc(part) : part, tokens, [&](const std::string& words) { split(words, 0, tokens); });
@@ -198,42 +126,46 @@ class BpeTokenizer : public Tokenizer {
  private:
   struct Added {
     std::string text;
-    uint16_t id;
+    int id;  // -1: special; what a text says is text, not a command
   };
   struct Merge {
-    int rank = 0;
-    uint16_t id = 0;
+    int rank = 0, id = 0;
+  };
+  struct Step {  // of splitting, each on the pieces of the one before
+    std::unique_ptr<Pattern> pattern;  // none: no cut
+    bool prefix_space = false;         // a piece that begins without a space gets one
+    bool matches_only = false;         // what lies between matches is left out
   };
   // What a thread keeps: space for matches, and words that it has merged before.
   struct Scratch {
-    std::vector<pcre2_match_data*> matches;  // one per pattern
+    pcre2_match_data* match = nullptr;
     pcre2_match_context* context = nullptr;
     pcre2_jit_stack* stack = nullptr;
-    std::unordered_map<std::string, std::vector<uint16_t>> words;
+    std::unordered_map<std::string, std::vector<int>> words;
     Scratch() = default;
     Scratch(const Scratch&) = delete;
     ~Scratch() {
-      for (pcre2_match_data* match : matches) pcre2_match_data_free(match);
+      if (match) pcre2_match_data_free(match);
       if (context) pcre2_match_context_free(context);
       if (stack) pcre2_jit_stack_free(stack);
     }
   };
   static constexpr size_t kCachedWords = 1 << 17, kCachedLength = 64;
+  static constexpr int kMostIds = 1 << 20;  // of published vocabularies the largest have some 260,000
 
   std::string path_;
   std::vector<std::string> bytes_of_;  // by id
-  std::array<uint16_t, 256> id_of_byte_{};
-  std::unordered_map<uint32_t, Merge> merges_;  // by left << 16 | right
-  std::vector<Added> raw_added_, added_;        // longest first; looked for before and after normalising
-  struct FreePattern {
-    void operator()(pcre2_code* code) const { pcre2_code_free(code); }
-  };
-  using Pattern = std::unique_ptr<pcre2_code, FreePattern>;
-  std::vector<Pattern> patterns_;               // applied one after the other, each to the pieces of the one before
-  std::string splits_;                          // their text, as in the file
-  bool normalise_ = false, prefix_space_ = false;
-  int end_of_text_ = -1;
+  std::array<int, 256> id_of_byte_{};  // -1: such a byte becomes nothing
+  std::unordered_map<uint64_t, Merge> merges_;        // by left << 32 | right
+  std::unordered_map<std::string, int> whole_words_;  // those that are a token as they are, without merging
+  std::vector<Added> raw_added_, added_;              // longest first; looked for before and after normalising
+  std::vector<Step> steps_;
+  std::string splits_;                                // their text, as in the file
+  bool normalise_ = false;
+  int end_of_text_ = -1, unknown_ = -1;
   mutable std::vector<Scratch> threads_;
+
+  static uint64_t pair_of(int left, int right) { return uint64_t(uint32_t(left)) << 32 | uint32_t(right); }
 
   [[noreturn]] void fail(const std::string& what) const { throw UserError(path_ + ": " + what); }
 
@@ -242,14 +174,16 @@ class BpeTokenizer : public Tokenizer {
   void load(const nlohmann::json& file) {
     const nlohmann::json& model = file.at("model");
     if (model.value("type", "BPE") != "BPE") fail("model.type is " + model["type"].dump() + "; only \"BPE\" is known here");
-    for (const char* key : {"dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback", "ignore_merges"})
+    for (const char* key : {"dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback"})
       if (model.contains(key) && !model[key].is_null() && model[key] != "" && model[key] != false && model[key] != 0)
         fail(std::string("model.") + key + " is " + model[key].dump() + ", which byte-level BPE here does not do");
-    load_vocabulary(model.at("vocab"), file.value("added_tokens", nlohmann::json::array()));
+    load_vocabulary(model);
     load_merges(model.at("vocab"), model.at("merges"));
     load_normaliser(file.value("normalizer", nlohmann::json()));
-    load_pre_tokenizer(file.value("pre_tokenizer", nlohmann::json()), true);
-    if (end_of_text_ < 0) fail("has no added token <|endoftext|>");
+    bool byte_level = false;
+    load_pre_tokenizer(file.value("pre_tokenizer", nlohmann::json()), byte_level);
+    if (!byte_level) fail("is not byte-level: its pre_tokenizer has no ByteLevel");
+    load_added(model.at("vocab"), file.value("added_tokens", nlohmann::json::array()));
   }
 
   // Byte-level vocabularies write a byte as a printable character: itself, or one from U+0100 on. This is the inverse,
@@ -275,47 +209,74 @@ class BpeTokenizer : public Tokenizer {
     return true;
   }
 
-  uint16_t id_of(const nlohmann::json& id, const std::string& text) const {
-    if (!id.is_number_unsigned() || id.get<uint64_t>() > 65535)
-      fail("token \"" + text + "\" has the id " + id.dump() + "; shards hold ids from 0 to 65535");
-    return id.get<uint16_t>();
+  int id_of(const nlohmann::json& id, const std::string& text) const {
+    if (!id.is_number_unsigned() || id.get<uint64_t>() >= uint64_t(kMostIds))
+      fail("token \"" + text + "\" has the id " + id.dump() + "; known here are ids from 0 to " +
+           std::to_string(kMostIds - 1));
+    return id.get<int>();
   }
 
-  void load_vocabulary(const nlohmann::json& vocab, const nlohmann::json& added) {
+  void place(int id, const std::string& bytes) {
+    if (size_t(id) >= bytes_of_.size()) bytes_of_.resize(size_t(id) + 1);
+    bytes_of_[size_t(id)] = bytes;
+  }
+
+  void load_vocabulary(const nlohmann::json& model) {
+    const nlohmann::json& vocab = model.at("vocab");
     if (!vocab.is_object() || vocab.empty()) fail("model.vocab is not a table of tokens");
-    std::vector<bool> taken;
-    auto place = [&](uint16_t id) {
-      if (id >= taken.size()) taken.resize(size_t(id) + 1), bytes_of_.resize(size_t(id) + 1);
-    };
+    const bool whole = model.value("ignore_merges", false);
+    std::set<int> taken;
+    id_of_byte_.fill(-1);
     for (const auto& [key, value] : vocab.items()) {
-      const uint16_t id = id_of(value, key);
-      place(id);
-      if (taken[id]) fail("two tokens have the id " + std::to_string(id));
-      taken[id] = true;
-      if (!bytes_of_key(key, bytes_of_[id])) bytes_of_[id] = key;  // an added token's own text
+      const int id = id_of(value, key);
+      if (!taken.insert(id).second) fail("two tokens have the id " + std::to_string(id));
+      std::string bytes;
+      if (!bytes_of_key(key, bytes)) bytes = key;  // an added token's own text
+      else if (bytes.size() == 1) id_of_byte_[static_cast<unsigned char>(bytes[0])] = id;
+      else if (whole) whole_words_[bytes] = id;
+      place(id, bytes);
     }
-    for (int b = 0; b < 256; b++) {
-      if (b == 0xC0 || b == 0xC1 || b > 0xF4) continue;  // never in UTF-8, so Pythia's vocabulary lacks them
-      const std::string byte(1, char(b));
-      const auto found = std::find(bytes_of_.begin(), bytes_of_.end(), byte);
-      if (found == bytes_of_.end()) fail("is not byte-level: no token for byte " + std::to_string(b));
-      id_of_byte_[size_t(b)] = uint16_t(found - bytes_of_.begin());
+    if (const nlohmann::json unknown = model.value("unk_token", nlohmann::json()); !unknown.is_null() && !note().empty()) {
+      const std::string text = unknown.get<std::string>();
+      if (!vocab.contains(text)) fail("neither model.unk_token \"" + text + "\" nor all bytes are in the vocabulary");
+      if (model.value("fuse_unk", false)) fail("model.fuse_unk is true, which byte-level BPE here does not do");
+      unknown_ = vocab[text].get<int>();
+      std::replace(id_of_byte_.begin(), id_of_byte_.end(), -1, unknown_);
     }
-    for (const nlohmann::json& token : added) {
+  }
+
+  // An added token has the id of the vocabulary's entry of its text, otherwise the next one, whatever the file says.
+  void load_added(const nlohmann::json& vocab, const nlohmann::json& list) {
+    int next = int(vocab.size());
+    std::unordered_map<std::string, int> id_of_text;
+    for (const nlohmann::json& token : list) {
       const std::string text = token.at("content").get<std::string>();
-      const uint16_t id = id_of(token.at("id"), text);
-      place(id);
-      bytes_of_[id] = text;
-      if (text.empty()) fail("an added token has no text");
+      if (text.empty() || id_of_text.count(text)) continue;
+      const int id = vocab.contains(text) ? vocab[text].get<int>() : next;
+      if (id >= next) next = id + 1;
+      if (!vocab.contains(text) && size_t(id) < bytes_of_.size() && !bytes_of_[size_t(id)].empty())
+        fail("added token \"" + text + "\" gets the id " + std::to_string(id) + ", which another token has");
+      place(id, text);
+      id_of_text[text] = id;
+      const bool special = token.value("special", false), normalized = token.value("normalized", !special);
       for (const char* key : {"single_word", "lstrip", "rstrip"})
-        if (token.value(key, false)) fail("added token \"" + text + "\" is marked " + key + ", which is not known here");
-      if (text == "<|endoftext|>") end_of_text_ = id;
-      if (token.value("special", false)) continue;  // what a text says is text, not a command
-      (token.value("normalized", true) ? added_ : raw_added_).push_back({text, id});
+        if (!special && token.value(key, false))
+          fail("added token \"" + text + "\" is marked " + key + ", which is not known here");
+      if (normalized) added_.push_back({normalise_ ? nfc(text) : text, special ? -1 : id});
+      else raw_added_.push_back({text, special ? -1 : id});
     }
-    for (std::vector<Added>* list : {&raw_added_, &added_})
-      std::stable_sort(list->begin(), list->end(),
+    for (std::vector<Added>* added : {&raw_added_, &added_}) {
+      if (std::all_of(added->begin(), added->end(), [](const Added& one) { return one.id < 0; })) added->clear();
+      std::stable_sort(added->begin(), added->end(),
                        [](const Added& a, const Added& b) { return a.text.size() > b.text.size(); });
+    }
+    for (const char* text : known_ends_of_text)
+      if (end_of_text_ < 0 && id_of_text.count(text)) end_of_text_ = id_of_text[text];
+    if (end_of_text_ < 0) {
+      std::string all;
+      for (const char* text : known_ends_of_text) all += std::string(all.empty() ? "" : ", ") + text;
+      fail("has none of the added tokens that end a text: " + all);
+    }
   }
 
   void load_merges(const nlohmann::json& vocab, const nlohmann::json& merges) {
@@ -327,13 +288,13 @@ class BpeTokenizer : public Tokenizer {
       } else {
         const std::string both = merge.get<std::string>();
         const size_t space = both.find(' ');
-        if (space == std::string::npos) fail("merge \"" + both + "\" is not a pair");
+        if (space == std::string::npos || both.find(' ', space + 1) != std::string::npos)
+          fail("merge \"" + both + "\" is not a pair");
         left = both.substr(0, space), right = both.substr(space + 1);
       }
       for (const std::string& part : {left, right, left + right})
         if (!vocab.contains(part)) fail("merge \"" + left + " " + right + "\": \"" + part + "\" is not in the vocabulary");
-      const uint32_t pair = vocab[left].get<uint32_t>() << 16 | vocab[right].get<uint32_t>();
-      merges_.insert({pair, {rank++, vocab[left + right].get<uint16_t>()}});
+      merges_[pair_of(vocab[left].get<int>(), vocab[right].get<int>())] = {rank++, vocab[left + right].get<int>()};
     }
   }
 
@@ -348,83 +309,57 @@ class BpeTokenizer : public Tokenizer {
       fail("normalizer " + type + " is not known here; NFC is");
   }
 
-  // `regex`: a ByteLevel brings its own pattern, unless it says otherwise.
-  void load_pre_tokenizer(const nlohmann::json& pre, bool outermost) {
+  // Its parts work one after the other. ByteLevel ends with letters for bytes, and what cut those would mean something
+  // else; here bytes stay bytes, so nothing may follow it.
+  void load_pre_tokenizer(const nlohmann::json& pre, bool& byte_level) {
     const std::string type = pre.is_null() ? "none" : pre.at("type").get<std::string>();
-    if (type == "Sequence" && outermost) {
-      for (const nlohmann::json& one : pre.at("pretokenizers")) load_pre_tokenizer(one, false);
-    } else if (type == "Split") {
-      if (pre.at("behavior") != "Isolated" || pre.value("invert", false) || !pre.at("pattern").contains("Regex"))
-        fail("pre_tokenizer Split: only a Regex with the behaviour Isolated is known here");
-      add_pattern(pre["pattern"]["Regex"].get<std::string>());
+    if (type == "Sequence") {
+      for (const nlohmann::json& one : pre.at("pretokenizers")) load_pre_tokenizer(one, byte_level);
+      return;
+    }
+    if (byte_level) fail("pre_tokenizer: " + type + " behind ByteLevel is not known here");
+    if (type == "Split") {
+      const bool matches_only = pre.at("behavior") == "Removed" && pre.value("invert", false);
+      if (!matches_only && (pre.at("behavior") != "Isolated" || pre.value("invert", false)))
+        fail("pre_tokenizer Split: behavior " + pre.at("behavior").dump() +
+             (pre.value("invert", false) ? ", inverted," : "") + " is not known here; Isolated is");
+      if (!pre.at("pattern").contains("Regex")) fail("pre_tokenizer Split: only a Regex is known here");
+      add_step(pre["pattern"]["Regex"].get<std::string>(), false, matches_only);
+    } else if (type == "Digits") {
+      // Numbers, to the Rust language those of Unicode 17: thirteen more than to Oniguruma.
+      add_step(std::string("[\\p{N}\\x{11DE0}-\\x{11DE9}\\x{16FF4}-\\x{16FF6}]") +
+                   (pre.value("individual_digits", false) ? "" : "+"), false, false);
     } else if (type == "ByteLevel") {
-      prefix_space_ = prefix_space_ || pre.value("add_prefix_space", true);
+      byte_level = true;
+      const bool prefix_space = pre.value("add_prefix_space", true);
       if (pre.value("use_regex", true))  // GPT-2's: contractions; letters, digits or others behind a space; white space
-        add_pattern("'s|'t|'re|'ve|'m|'ll|'d| ?\\p{L}+| ?\\p{N}+| ?[^\\s\\p{L}\\p{N}]+|\\s+(?!\\S)|\\s+");
+        add_step("'s|'t|'re|'ve|'m|'ll|'d| ?\\p{L}+| ?\\p{N}+| ?[^\\s\\p{L}\\p{N}]+|\\s+(?!\\S)|\\s+", prefix_space,
+                 false);
+      else if (prefix_space)
+        add_step("", prefix_space, false);
     } else {
-      fail("pre_tokenizer " + type + " is not known here; ByteLevel and Split are");
+      fail("pre_tokenizer " + type + " is not known here; ByteLevel, Split and Digits are");
     }
   }
 
-  // The pattern with classes that hold what they hold in Hugging Face's library. PCRE2's \s has U+180E, which Unicode's
-  // White_Space has not; and letters and numbers that came with Unicode 15 and 16 are none to a PCRE2 before 10.45.
-  static std::string with_unicode_16(const std::string& pattern) {
-    const std::string spaces =
-        "\\t-\\r \\x{85}\\x{A0}\\x{1680}\\x{2000}-\\x{200A}\\x{2028}\\x{2029}\\x{202F}\\x{205F}\\x{3000}";
-    const std::string letters =
-        "\\p{L}"
-        "\\x{1C89}-\\x{1C8A}\\x{A7CB}-\\x{A7CD}\\x{A7DA}-\\x{A7DC}\\x{105C0}-\\x{105F3}\\x{10D4A}-\\x{10D65}"
-        "\\x{10D6F}-\\x{10D85}\\x{10EC2}-\\x{10EC4}\\x{1123F}-\\x{11240}\\x{11380}-\\x{11389}\\x{1138B}"
-        "\\x{1138E}\\x{11390}-\\x{113B5}\\x{113B7}\\x{113D1}\\x{113D3}\\x{11BC0}-\\x{11BE0}\\x{11F02}"
-        "\\x{11F04}-\\x{11F10}\\x{11F12}-\\x{11F33}\\x{1342F}\\x{13441}-\\x{13446}\\x{13460}-\\x{143FA}"
-        "\\x{16100}-\\x{1611D}\\x{16D40}-\\x{16D6C}\\x{18CFF}\\x{1B132}\\x{1B155}\\x{1DF25}-\\x{1DF2A}"
-        "\\x{1E030}-\\x{1E06D}\\x{1E4D0}-\\x{1E4EB}\\x{1E5D0}-\\x{1E5ED}\\x{1E5F0}\\x{2B739}"
-        "\\x{2EBF0}-\\x{2EE5D}\\x{31350}-\\x{323AF}";
-    const std::string numbers =
-        "\\p{N}"
-        "\\x{10D40}-\\x{10D49}\\x{116D0}-\\x{116E3}\\x{11BF0}-\\x{11BF9}\\x{11F50}-\\x{11F59}"
-        "\\x{16130}-\\x{16139}\\x{16D70}-\\x{16D79}\\x{1CCF0}-\\x{1CCF9}\\x{1D2C0}-\\x{1D2D3}"
-        "\\x{1E4F0}-\\x{1E4F9}\\x{1E5F1}-\\x{1E5FA}";
-    std::string out;
-    bool in_class = false;
-    for (size_t i = 0; i < pattern.size(); i++) {
-      const char c = pattern[i], next = i + 1 < pattern.size() ? pattern[i + 1] : 0;
-      auto put = [&](const std::string& members, size_t length) {
-        out += in_class ? members : "[" + members + "]";
-        i += length - 1;
-      };
-      if (c == '\\' && next == 's') put(spaces, 2);
-      else if (c == '\\' && next == 'S' && !in_class) put("^" + spaces, 2);
-      else if (pattern.compare(i, 5, "\\p{L}") == 0) put(letters, 5);
-      else if (pattern.compare(i, 5, "\\p{N}") == 0) put(numbers, 5);
-      else if (c == '\\') out += {c, next}, i++;
-      else out += c, in_class = c == '[' || (in_class && c != ']');
+  void add_step(const std::string& pattern, bool prefix_space, bool matches_only) {
+    Step step;
+    step.prefix_space = prefix_space, step.matches_only = matches_only;
+    try {
+      if (!pattern.empty()) step.pattern = std::make_unique<Pattern>(pattern);
+    } catch (const UserError& e) {
+      fail(std::string("pre_tokenizer: ") + e.what());
     }
-    return out;
-  }
-
-  void add_pattern(const std::string& pattern) {
-    const std::string text = with_unicode_16(pattern);
-    splits_ += " split " + pattern;
-    int error = 0;
-    PCRE2_SIZE at = 0;
-    pcre2_code* code = pcre2_compile(reinterpret_cast<PCRE2_SPTR>(text.data()), text.size(), PCRE2_UTF | PCRE2_UCP, &error,
-                                     &at, nullptr);
-    if (!code) {
-      PCRE2_UCHAR message[200];
-      pcre2_get_error_message(error, message, sizeof message);
-      fail("pre_tokenizer: pattern " + pattern + ": " + reinterpret_cast<char*>(message));
-    }
-    pcre2_jit_compile(code, PCRE2_JIT_COMPLETE);  // where there is no just-in-time compiler, pcre2_match interprets
-    patterns_.emplace_back(code);
+    steps_.push_back(std::move(step));
+    splits_ += std::string(prefix_space ? " prefix" : "") + (matches_only ? " match " : " split ") + pattern;
   }
 
   // ---- Encoding
 
   // Calls rest(part) for the text between the added tokens, and appends the ids of those. Of several that match at a
-  // place the longest counts, as the list is sorted.
+  // place the longest counts, as the list is sorted. One that is special stays text, but none begins within it.
   template <class Rest>
-  static void cut_out(const std::vector<Added>& list, const std::string& text, std::vector<uint16_t>& tokens, Rest rest) {
+  static void cut_out(const std::vector<Added>& list, const std::string& text, std::vector<int>& tokens, Rest rest) {
     if (list.empty()) return rest(text);
     bool starts[256] = {};
     for (const Added& added : list) starts[static_cast<unsigned char>(added.text[0])] = true;
@@ -433,10 +368,12 @@ class BpeTokenizer : public Tokenizer {
       if (!starts[static_cast<unsigned char>(text[i])]) continue;
       for (const Added& added : list)
         if (text.compare(i, added.text.size(), added.text) == 0) {
-          if (i > begin) rest(text.substr(begin, i - begin));
-          tokens.push_back(added.id);
-          begin = i + added.text.size();
-          i = begin - 1;
+          if (added.id >= 0) {
+            if (i > begin) rest(text.substr(begin, i - begin));
+            tokens.push_back(added.id);
+            begin = i + added.text.size();
+          }
+          i += added.text.size() - 1;
           break;
         }
     }
@@ -444,54 +381,34 @@ class BpeTokenizer : public Tokenizer {
     if (begin < text.size()) rest(text.substr(begin));
   }
 
-  // Cuts the text into words by pattern number `level` and those behind it, and merges each.
-  void split(const std::string& text, size_t level, std::vector<uint16_t>& tokens) const {
+  // Cuts the text into words by step number `level` and those behind it, and merges each.
+  void split(const std::string& text, size_t level, std::vector<int>& tokens) const {
     if (text.empty()) return;
-    if (level == 0 && prefix_space_ && text[0] != ' ') return split_at(" " + text, 0, tokens);
-    split_at(text, level, tokens);
-  }
-  void split_at(const std::string& text, size_t level, std::vector<uint16_t>& tokens) const {
     Scratch& scratch = threads_[size_t(omp_get_thread_num()) % threads_.size()];
-    if (level == patterns_.size()) return merge(scratch, text.data(), text.size(), tokens);
-    if (!scratch.context) {
+    if (level == steps_.size()) return merge(scratch, text.data(), text.size(), tokens);
+    const Step& step = steps_[level];
+    const std::string prefixed = step.prefix_space && text[0] != ' ' ? " " + text : "";
+    const std::string& whole = prefixed.empty() ? text : prefixed;
+    if (!step.pattern) return split(whole, level + 1, tokens);
+    if (!scratch.match) {
+      scratch.match = pcre2_match_data_create(1, nullptr);
       scratch.context = pcre2_match_context_create(nullptr);
       scratch.stack = pcre2_jit_stack_create(32 << 10, 16 << 20, nullptr);
       pcre2_jit_stack_assign(scratch.context, nullptr, scratch.stack);
-      for (const Pattern& pattern : patterns_)
-        scratch.matches.push_back(pcre2_match_data_create_from_pattern(pattern.get(), nullptr));
     }
-    const bool last = level + 1 == patterns_.size();
-    auto piece = [&](size_t begin, size_t end) {
-      if (end == begin) return;
-      if (last) merge(scratch, text.data() + begin, end - begin, tokens);
-      else split_at(text.substr(begin, end - begin), level + 1, tokens);
-    };
-    pcre2_match_data* match = scratch.matches[level];
-    size_t done = 0;
-    for (size_t at = 0; at < text.size();) {
-      const int found = pcre2_match(patterns_[level].get(), reinterpret_cast<PCRE2_SPTR>(text.data()), text.size(), at,
-                                    PCRE2_NO_UTF_CHECK, match, scratch.context);
-      if (found == PCRE2_ERROR_NOMATCH) break;
-      if (found < 0) {
-        PCRE2_UCHAR message[200];
-        pcre2_get_error_message(found, message, sizeof message);
-        fail(std::string("pre_tokenizer: matching fails: ") + reinterpret_cast<char*>(message));
-      }
-      const PCRE2_SIZE* range = pcre2_get_ovector_pointer(match);
-      const size_t begin = range[0], end = range[1];
-      piece(done, begin);
-      piece(begin, end);
-      done = end;
-      at = end;
-      if (end == begin)  // an empty match: go on behind the next character
-        do at++;
-        while (at < text.size() && (text[at] & 0xC0) == 0x80);
+    try {
+      step.pattern->cut(whole, scratch.match, scratch.context, [&](size_t begin, size_t end, bool matches) {
+        if (!matches && step.matches_only) return;
+        if (level + 1 == steps_.size()) merge(scratch, whole.data() + begin, end - begin, tokens);
+        else split(whole.substr(begin, end - begin), level + 1, tokens);
+      });
+    } catch (const UserError& e) {
+      fail(std::string("pre_tokenizer: ") + e.what());
     }
-    piece(done, text.size());
   }
 
   // Appends the ids of one word.
-  void merge(Scratch& scratch, const char* word, size_t length, std::vector<uint16_t>& tokens) const {
+  void merge(Scratch& scratch, const char* word, size_t length, std::vector<int>& tokens) const {
     if (length > kCachedLength) return merge_anew(word, length, tokens);
     if (scratch.words.size() >= kCachedWords) scratch.words.clear();
     auto [entry, fresh] = scratch.words.try_emplace(std::string(word, length));
@@ -501,44 +418,50 @@ class BpeTokenizer : public Tokenizer {
 
   // Joins neighbours until no pair is in the list of merges: always the pair of lowest rank, and of those the leftmost. A
   // queue holds the pairs that may be joined; one whose parts have changed since is passed over. O(n log n).
-  void merge_anew(const char* word, size_t length, std::vector<uint16_t>& tokens) const {
+  void merge_anew(const char* word, size_t length, std::vector<int>& tokens) const {
+    if (!whole_words_.empty())
+      if (const auto found = whole_words_.find(std::string(word, length)); found != whole_words_.end())
+        return tokens.push_back(found->second);
     struct Symbol {
       int id, previous, next;  // id -1: joined to the one before
     };
     struct Candidate {
-      int rank, left, right;
-      uint16_t left_id, right_id;
+      int rank, left, right, left_id, right_id;
       bool operator<(const Candidate& other) const {  // the queue's first is the largest
         return rank != other.rank ? rank > other.rank : left > other.left;
       }
     };
-    std::vector<Symbol> symbols(length);
+    std::vector<Symbol> symbols;
+    symbols.reserve(length);
     std::vector<Candidate> memory;
     memory.reserve(length);  // a word may have megabytes: without this, growing takes twice of what is needed
     std::priority_queue<Candidate> queue({}, std::move(memory));
     auto consider = [&](int left, int right) {
       if (left < 0 || right < 0) return;
-      const auto found = merges_.find(uint32_t(symbols[size_t(left)].id) << 16 | uint32_t(symbols[size_t(right)].id));
-      if (found != merges_.end())
-        queue.push({found->second.rank, left, right, uint16_t(symbols[size_t(left)].id),
-                    uint16_t(symbols[size_t(right)].id)});
+      const int left_id = symbols[size_t(left)].id, right_id = symbols[size_t(right)].id;
+      const auto found = merges_.find(pair_of(left_id, right_id));
+      if (found != merges_.end()) queue.push({found->second.rank, left, right, left_id, right_id});
     };
-    for (size_t i = 0; i < length; i++)
-      symbols[i] = {id_of_byte_[static_cast<unsigned char>(word[i])], int(i) - 1, i + 1 < length ? int(i) + 1 : -1};
-    for (size_t i = 0; i + 1 < length; i++) consider(int(i), int(i) + 1);
+    for (size_t i = 0; i < length; i++) {
+      const int id = id_of_byte_[static_cast<unsigned char>(word[i])], n = int(symbols.size());
+      if (id >= 0) symbols.push_back({id, n - 1, n + 1});
+    }
+    if (symbols.empty()) return;
+    symbols.back().next = -1;
+    for (size_t i = 0; i + 1 < symbols.size(); i++) consider(int(i), int(i) + 1);
     while (!queue.empty()) {
       const Candidate c = queue.top();
       queue.pop();
       Symbol &left = symbols[size_t(c.left)], &right = symbols[size_t(c.right)];
       if (left.id != c.left_id || right.id != c.right_id || left.next != c.right) continue;
-      left.id = merges_.at(uint32_t(c.left_id) << 16 | uint32_t(c.right_id)).id;
+      left.id = merges_.at(pair_of(c.left_id, c.right_id)).id;
       left.next = right.next;
       right.id = -1;
       if (right.next >= 0) symbols[size_t(right.next)].previous = c.left;
       consider(left.previous, c.left);
       consider(c.left, left.next);
     }
-    for (int i = 0; i >= 0; i = symbols[size_t(i)].next) tokens.push_back(uint16_t(symbols[size_t(i)].id));
+    for (int i = 0; i >= 0; i = symbols[size_t(i)].next) tokens.push_back(symbols[size_t(i)].id);
   }
 };
 
