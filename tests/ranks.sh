@@ -152,7 +152,7 @@ disagree() { # disagree PATTERN COMMAND0 -- COMMAND1: both end with exit code 2,
 two="WORLD_SIZE=2"
 disagree "rank 1 on .* is one of 3 ranks" RANK=0 $two $train --lanes 4 --steps 5 -- RANK=1 WORLD_SIZE=3 $train --lanes 4 --steps 5
 disagree "rank 1 on .*: lr is 0.5 but 0.003 on rank 0" RANK=0 $two $train --lanes 4 --steps 5 -- RANK=1 $two $train --lanes 4 --steps 5 --lr 0.5
-disagree "rank 1 on .*: train_missing.bin: no shard" RANK=0 $two $train --lanes 4 --steps 5 -- RANK=1 $two $train --lanes 4 --steps 5 --data train_missing.bin
+disagree "rank 1 on .*: train_missing.bin: cannot open shard" RANK=0 $two $train --lanes 4 --steps 5 -- RANK=1 $two $train --lanes 4 --steps 5 --data train_missing.bin
 cp "$programs/train" other && echo >>other
 disagree "rank 1 on .* runs another program" RANK=0 $two $train --lanes 4 --steps 5 -- RANK=1 $two ./other --data "data/train_*.bin" --steps 5
 port=$((port + 1))
