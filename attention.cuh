@@ -142,22 +142,28 @@ void attention_forward(Cpu&, Real* out, Acc<Real>* lse, const Real* qkv, Attenti
 #pragma omp parallel for schedule(dynamic)
   for (int bh = 0; bh < s.B * s.NH; ++bh) {
     const int b = bh / s.NH, h = bh % s.NH;
-    const Real* sequence = qkv + size_t(b) * s.T * stride;
-    static thread_local std::vector<Real> k_memory, v_memory, p_memory;
+    const Real* sequence = qkv + size_t(b) * s.T * stride;               // (T, heads, HS)
+    static thread_local std::vector<Real> k_memory, v_memory, p_memory;  // kept from call to call
+    // Packed once for all queries of the head. Query heads of a group pack the same keys, each for itself: that takes
+    // little beside the products.
     const Packed<Real> k_transposed =
         pack(k_memory, transposed(sequence + (s.NH + h / group) * s.HS, stride), s.HS, s.T);
     const Packed<Real> v = pack(v_memory, row_major(sequence + (s.NH + s.NKV + h / group) * s.HS, stride), s.T, s.HS);
     p_memory.resize(size_t(kQueryBlock) * p_stride);
-    Real* p = p_memory.data();
+    Real* p = p_memory.data();  // (kQueryBlock, T): scores, then probabilities
     for (int t0 = s.first; t0 < s.T; t0 += kQueryBlock) {
-      const int t1 = std::min(t0 + kQueryBlock, s.T), n = t1 - t0;
-      const Real* q = sequence + size_t(t0) * stride + h * s.HS;
-      Real* o = out + (size_t(b) * s.T + t0) * s.NH * s.HS + h * s.HS;
+      const int t1 = std::min(t0 + kQueryBlock, s.T), n = t1 - t0;      // queries t0 .. t1-1
+      const Real* q = sequence + size_t(t0) * stride + h * s.HS;        // (n, HS), rows `stride` apart
+      Real* o = out + (size_t(b) * s.T + t0) * s.NH * s.HS + h * s.HS;  // (n, HS), rows NH * HS apart
       Real sums[kQueryBlock];
+      // Pass 1, scores without 1/sqrt(HS): p (n, t1) = q k^T. Keys from t1 on are in the future of all these queries;
+      // of the others, each query masks those beyond itself.
       multiply_packed<Real>(p, p_stride, nullptr, 0, row_major(q, stride), k_transposed, n, t1, s.HS);
       for (int i = 0; i < n; ++i) {
         Real* row = p + size_t(i) * p_stride;
         const int t = t0 + i;
+        // Passes 2 and 3, the row's maximum, then its exponentials and their sum. p stays without its denominator: to
+        // divide the HS outputs takes less than to divide the t + 1 probabilities.
         Real highest = row[0];
         double sum = 0;
 #pragma omp simd reduction(max : highest)
@@ -176,6 +182,7 @@ void attention_forward(Cpu&, Real* out, Acc<Real>* lse, const Real* qkv, Attenti
         sums[i] = Real(sum);
         lse[size_t(bh) * s.T + t] = highest * scale + std::log(sums[i]);
       }
+      // Pass 4, out = p v.
       multiply_packed<Real>(o, s.NH * s.HS, nullptr, 0, row_major<Real>(p, p_stride), v, n, s.HS, t1);
       for (int i = 0; i < n; ++i)
         for (int c = 0; c < s.HS; ++c) o[size_t(i) * s.NH * s.HS + c] /= sums[i];
@@ -200,22 +207,25 @@ void attention_backward(Cpu&, Real* dqkv, Acc<Real>* D, const Real* dout, const 
     const int b = task / s.NKV, hkv = task % s.NKV;
     const Real* sequence = qkv + size_t(b) * s.T * stride;
     Real* dsequence = dqkv + size_t(b) * s.T * stride;
-    const int k_at = (s.NH + hkv) * s.HS, v_at = (s.NH + s.NKV + hkv) * s.HS;
+    const int k_at = (s.NH + hkv) * s.HS, v_at = (s.NH + s.NKV + hkv) * s.HS;  // within a token
+    // What follows adds to dK and dV, but gradients of activations are assigned.
     for (int t = 0; t < s.T; ++t)
       for (int c = 0; c < s.HS; ++c)
         dsequence[size_t(t) * stride + k_at + c] = dsequence[size_t(t) * stride + v_at + c] = 0;
+    // Everything that is read as the right side of a product: K^T and V^T for scores and dP, K itself for dQ.
     static thread_local std::vector<Real> kt_memory, vt_memory, k_memory, q_memory, do_memory, p_memory;
     const Packed<Real> k_transposed = pack(kt_memory, transposed(sequence + k_at, stride), s.HS, s.T);
     const Packed<Real> v_transposed = pack(vt_memory, transposed(sequence + v_at, stride), s.HS, s.T);
     const Packed<Real> k = pack(k_memory, row_major(sequence + k_at, stride), s.T, s.HS);
     p_memory.resize(2 * size_t(kQueryBlock) * p_stride);
-    Real *p = p_memory.data(), *dp = p + size_t(kQueryBlock) * p_stride;
+    Real *p = p_memory.data(), *dp = p + size_t(kQueryBlock) * p_stride;  // P, and dP, which becomes dS
     for (int h = hkv * group; h < (hkv + 1) * group; ++h)
       for (int t0 = 0; t0 < s.T; t0 += kQueryBlock) {
         const int t1 = std::min(t0 + kQueryBlock, s.T), n = t1 - t0;
         const size_t head_at = (size_t(b) * s.T + t0) * out_stride + h * s.HS;
         const Strided<Real> q = row_major(sequence + size_t(t0) * stride + h * s.HS, stride);
         const Strided<Real> d_o = row_major(dout + head_at, out_stride);
+        // In the forward pass S = Q K^T and out = P V; of the latter, dP = dO V^T.
         multiply_packed<Real>(p, p_stride, nullptr, 0, q, k_transposed, n, t1, s.HS);
         multiply_packed<Real>(dp, p_stride, nullptr, 0, d_o, v_transposed, n, t1, s.HS);
         for (int i = 0; i < n; ++i) {
@@ -224,18 +234,23 @@ void attention_backward(Cpu&, Real* dqkv, Acc<Real>* D, const Real* dout, const 
           const Real *do_row = d_o.at(i, 0), *o_row = out + head_at + i * out_stride;
           Real *p_row = p + size_t(i) * p_stride, *dp_row = dp + size_t(i) * p_stride;
           const Real row_lse = lse[row_at];
+          // In the forward pass p = softmax(S), which couples the scores of a row: dS_j = p_j (dP_j - sum_s p_s dP_s).
+          // That sum is dO . out, over channels instead of positions.
           Real d = 0;
 #pragma omp simd reduction(+ : d)
           for (int c = 0; c < s.HS; ++c) d += do_row[c] * o_row[c];
           D[row_at] = d;
 #pragma omp simd
           for (int j = 0; j <= t; ++j) {
+            // P again, from the scores and the log of their denominator, which is all that was kept.
             p_row[j] = exp_(p_row[j] * scale - row_lse);
             dp_row[j] = p_row[j] * (dp_row[j] - d) * scale;  // now dS
           }
-          for (int j = t + 1; j < t1; ++j) p_row[j] = dp_row[j] = 0;
+          for (int j = t + 1; j < t1; ++j) p_row[j] = dp_row[j] = 0;  // the future has no part in it
         }
         Real *dq = dsequence + size_t(t0) * stride + h * s.HS, *dk = dsequence + k_at, *dv = dsequence + v_at;
+        // In the forward pass S = Q K^T, so dQ = dS K and dK = dS^T Q; out = P V, so dV = P^T dO. dQ is complete, dK
+        // and dV go on with the next queries.
         multiply_packed<Real>(dq, stride, nullptr, 0, row_major<Real>(dp, p_stride), k, n, s.HS, t1);
         multiply_packed<Real>(dk, stride, dk, stride, transposed<Real>(dp, p_stride), pack(q_memory, q, n, s.HS), t1,
                               s.HS, n);
@@ -254,11 +269,12 @@ void qk_norm_rope_forward(Cpu&, Real* qkv, Real* qk_raw, Acc<Real>* qk_rstd, con
   const int R = table.R, heads = s.NH + s.NKV, rows = s.T - s.first;
 #pragma omp parallel for
   for (int n = 0; n < s.B * rows; ++n) {
-    const size_t at = size_t(n / rows) * s.T + s.first + n % rows;
-    for (int h = 0; h < heads; ++h) {
+    const size_t at = size_t(n / rows) * s.T + s.first + n % rows;  // the token, of all B*T
+    for (int h = 0; h < heads; ++h) {  // queries, then keys; values stay as they are
       Real* x = qkv + (at * (heads + s.NKV) + h) * s.HS;
       Real* raw = qk_raw + (at * heads + h) * s.HS;
       const Real* weight = h < s.NH ? q_weight : k_weight;
+      // The norm's input is overwritten here, but its backward pass needs it.
       Real sum = 0;
       for (int c = 0; c < s.HS; ++c) {
         raw[c] = x[c];
@@ -288,13 +304,17 @@ void qk_norm_rope_backward(Cpu&, Real* dqkv, Acc<Real>* dq_weight, Acc<Real>* dk
         const Real* weight = h < s.NH ? q_weight : k_weight;
         Acc<Real>* dweight = dweights + (h < s.NH ? 0 : s.HS);
         const Real rstd = qk_rstd[size_t(n) * heads + h];
+        // In the forward pass the norm came first, then the rotation; so the rotation is undone first, which leaves in
+        // dx the gradient of the norm's output.
         rope_rotate_head(dx, table.cos_sin + size_t(n % s.T) * R, R, table.pairs, Real(-1));
         Real dot = 0;  // mean over channels of (gradient of the normalised value) * (normalised value)
         for (int c = 0; c < s.HS; ++c) {
+          // y = xhat weight with xhat = raw rstd: so dweight = dy xhat, and the gradient of xhat is dy weight.
           dweight[c] += dx[c] * raw[c] * rstd;
           dot += dx[c] * weight[c] * raw[c] * rstd;
         }
         dot /= s.HS;
+        // Every channel is in rstd as well: what it does to all others by that way is -xhat times the mean.
         for (int c = 0; c < s.HS; ++c) dx[c] = rstd * (dx[c] * weight[c] - raw[c] * rstd * dot);
       }
   });
@@ -323,6 +343,7 @@ __device__ __forceinline__ void stage_row(float* to, const Real* row, int HS) {
 // Dot product of a staged row with a row of the tensor, by one thread.
 template <class Real>
 __device__ __forceinline__ float dot_row(const float* staged, const Real* row, int HS) {
+  // 16 bytes a time where bf16 rows begin at such addresses; the same sum in the same order either way.
   float sum = 0;
   if (HS % 8 == 0 && reinterpret_cast<uintptr_t>(row) % 16 == 0)
     for (int c = 0; c < HS; c += 8) {
@@ -341,7 +362,7 @@ struct AttentionPlace {
   int b, h, row;
 };
 __device__ __forceinline__ AttentionPlace attention_place(int heads, int rows) {
-  const size_t id = blockIdx.x * size_t(kAttentionWarps) + threadIdx.x / 32;
+  const size_t id = blockIdx.x * size_t(kAttentionWarps) + threadIdx.x / 32;  // of the warp, in the whole grid
   return {int(id / rows / heads), int(id / rows % heads), int(id % rows)};
 }
 
@@ -356,7 +377,7 @@ __global__ void __launch_bounds__(kAttentionWarps * 32)
     attention_forward_kernel(Real* out, float* lse, const Real* qkv, AttentionShape s, float scale) {
   __shared__ float shared[kAttentionWarps][CHANNELS];
   const AttentionPlace at = attention_place(s.NH, s.T - s.first);
-  if (at.b >= s.B) return;
+  if (at.b >= s.B) return;  // the last block may have warps too many; no barrier of the block follows
   const int lane = threadIdx.x % 32, t = s.first + at.row, HS = s.HS;
   const size_t stride = size_t(s.NH + 2 * s.NKV) * HS;
   const Real* sequence = qkv + size_t(at.b) * s.T * stride;
@@ -364,17 +385,20 @@ __global__ void __launch_bounds__(kAttentionWarps * 32)
   const Real* values = keys + s.NKV * HS;
   float* q = shared[threadIdx.x / 32];
   stage_row(q, sequence + t * stride + at.h * HS, HS);
-  __syncwarp();
+  __syncwarp();  // all lanes read all of q
 
-  float highest = -INFINITY, o[CHANNELS / 32] = {};
-  double sum = 0;
+  float highest = -INFINITY, o[CHANNELS / 32] = {};  // of this lane: its channels of out, not yet divided by the sum
+  double sum = 0;                                    // and its keys' exponentials
   for (int j0 = 0; j0 <= t; j0 += 32) {
     const int j = j0 + lane;
+    // A lane is a key: 32 scores at once.
     const float score = j <= t ? dot_row(q, keys + j * stride, HS) * scale : -INFINITY;
     const float higher = fmaxf(highest, warp_max(score));
+    // What was summed so far was relative to a lower maximum; at first there is nothing, and e^-inf = 0.
     const float rescale = __expf(highest - higher), p = __expf(score - higher);  // 0 for a masked key
     highest = higher;
     sum = sum * rescale + p;
+    // Now a lane is some channels: each key's probability goes round, and all lanes read its value row together.
     float part[CHANNELS / 32] = {};
     for (int i = 0; i < min(32, t + 1 - j0); ++i) {
       const float p_i = __shfl_sync(~0u, p, i);
@@ -385,6 +409,7 @@ __global__ void __launch_bounds__(kAttentionWarps * 32)
 #pragma unroll
     for (int k = 0; k < CHANNELS / 32; ++k) o[k] = o[k] * rescale + part[k];
   }
+  // Each lane summed its own keys.
   const float row_sum = warp_sum(float(sum));
   Real* to = out + ((size_t(at.b) * s.T + t) * s.NH + at.h) * HS;
 #pragma unroll
@@ -408,9 +433,10 @@ __global__ void __launch_bounds__(kAttentionWarps * 32)
   const Real* keys = qkv + size_t(at.b) * s.T * stride + (s.NH + at.h / (s.NH / s.NKV)) * HS;
   const Real* values = keys + s.NKV * HS;
   float *q = shared[threadIdx.x / 32][0], *d_o = shared[threadIdx.x / 32][1];
-  stage_row(q, qkv + query_at, HS);
+  stage_row(q, qkv + query_at, HS);  // q meets every key, dO every value
   stage_row(d_o, dout + out_at, HS);
   __syncwarp();
+  // D = dO . out = sum_s p_s dP_s: see attention_backward() on the CPU.
   float d = 0;
   for (int c = lane; c < HS; c += 32) d += d_o[c] * float(out[out_at + c]);
   d = warp_sum(d);
@@ -421,11 +447,13 @@ __global__ void __launch_bounds__(kAttentionWarps * 32)
     const int j = j0 + lane;
     float ds = 0;
     if (j <= t) {
+      // P again, then dP = dO . v and dS.
       const float p = __expf(dot_row(q, keys + j * stride, HS) * scale - lse[row_at]);
       ds = p * (dot_row(d_o, values + j * stride, HS) - d) * scale;
     }
     float part[CHANNELS / 32] = {};
     for (int i = 0; i < min(32, t + 1 - j0); ++i) {
+      // In the forward pass score_j = q . k_j scale, so dq = sum_j dS_j k_j.
       const float ds_i = __shfl_sync(~0u, ds, i);
 #pragma unroll
       for (int k = 0; k < CHANNELS / 32; ++k)
@@ -451,19 +479,21 @@ __global__ void __launch_bounds__(kAttentionWarps * 32)
   const size_t stride = size_t(s.NH + 2 * s.NKV) * HS, out_stride = size_t(s.NH) * HS;
   const size_t key_at = (size_t(at.b) * s.T + at.row) * stride + (s.NH + at.h) * HS, value_at = key_at + s.NKV * HS;
   float *k_row = shared[threadIdx.x / 32][0], *v_row = shared[threadIdx.x / 32][1];
-  stage_row(k_row, qkv + key_at, HS);
+  stage_row(k_row, qkv + key_at, HS);  // k meets every later query, v every later dO
   stage_row(v_row, qkv + value_at, HS);
   __syncwarp();
 
-  float dk[CHANNELS / 32] = {}, dv[CHANNELS / 32] = {};
+  float dk[CHANNELS / 32] = {}, dv[CHANNELS / 32] = {};  // a lane's channels, over all query heads of the group
   for (int h = at.h * group; h < (at.h + 1) * group; ++h) {
     const Real* queries = qkv + size_t(at.b) * s.T * stride + h * HS;
     const Real* douts = dout + size_t(at.b) * s.T * out_stride + h * HS;
     const size_t row_at = (size_t(at.b) * s.NH + h) * s.T;
+    // Queries before this key's position do not see it.
     for (int t0 = at.row; t0 < s.T; t0 += 32) {
       const int t = t0 + lane;
       float p = 0, ds = 0;
       if (t < s.T) {
+        // The same p and dS as in the kernel above: computed twice, so that no two warps ever add to the same number.
         p = __expf(dot_row(k_row, queries + t * stride, HS) * scale - lse[row_at + t]);
         ds = p * (dot_row(v_row, douts + t * out_stride, HS) - D[row_at + t]) * scale;
       }
@@ -473,6 +503,7 @@ __global__ void __launch_bounds__(kAttentionWarps * 32)
 #pragma unroll
         for (int k = 0; k < CHANNELS / 32; ++k)
           if (lane + 32 * k < HS) {
+            // Forward, score_t = q_t . k scale and out_t = sum_k p v, so dk = sum_t dS_t q_t and dv = sum_t p_t dO_t.
             dk_part[k] += ds_i * float(queries[(t0 + i) * stride + lane + 32 * k]);
             dv_part[k] += p_i * float(douts[(t0 + i) * out_stride + lane + 32 * k]);
           }
@@ -613,6 +644,7 @@ __global__ void __launch_bounds__(256)
   Real* x = qkv + (at * (heads + s.NKV) + h) * s.HS;
   Real* raw = qk_raw + (at * heads + h) * s.HS;
   const Real* weight = h < unsigned(s.NH) ? q_weight : k_weight;
+  // The whole head in registers: it is read from memory once, for its norm and for what is normalised.
   float v[Lanes::kVectors][W] = {}, w[W], sum = 0;
 #pragma unroll
   for (int p = 0; p < Lanes::kVectors; ++p) {
@@ -623,6 +655,7 @@ __global__ void __launch_bounds__(256)
 #pragma unroll
     for (int k = 0; k < W; ++k) sum += v[p][k] * v[p][k];
   }
+  // Lanes that have no channel added 0.
   const float rstd = rsqrtf(Lanes::sum(sum) / s.HS + eps);
   if (inside && Lanes::channel(0) == 0) qk_rstd[at * heads + h] = rstd;
 #pragma unroll
@@ -665,6 +698,7 @@ __global__ void __launch_bounds__(256, 4)
       load<W>(dy[p], dx + c);
       load<W>(xhat[p], raw + c);
     }
+    // In the forward pass the rotation came last, so it is undone first.
     Lanes::turn(dy, y, table, n % s.T, -1);
 #pragma unroll
     for (int p = 0; p < Lanes::kVectors; ++p) {
@@ -672,6 +706,7 @@ __global__ void __launch_bounds__(256, 4)
       load<W>(w, weight + Lanes::channel(p));
 #pragma unroll
       for (int k = 0; k < W; ++k) {
+        // y = xhat weight, xhat = raw rstd. A lane's sums of dweight go on over all heads that it meets.
         xhat[p][k] *= rstd;
         const float dweight = dy[p][k] * xhat[p][k];
         dweights[0][p][k] += query ? dweight : 0;
@@ -680,6 +715,7 @@ __global__ void __launch_bounds__(256, 4)
         dot += dy[p][k] * xhat[p][k];
       }
     }
+    // Through rstd every channel is in every output: hence the mean over the head.
     dot = Lanes::sum(dot) / s.HS;
 #pragma unroll
     for (int p = 0; p < Lanes::kVectors; ++p) {
@@ -689,6 +725,7 @@ __global__ void __launch_bounds__(256, 4)
       store<W>(dx + Lanes::channel(p), dy[p]);
     }
   }
+  // The heads of the block that share channels add up, in order, by way of shared memory.
   for (int which = 0; which < 2; ++which) {
     __syncthreads();
 #pragma unroll

@@ -9,8 +9,10 @@ enum class Schedule { cosine, linear, constant };
 
 // Learning rate of step (0, 1, ...): linear warm-up over `warmup` steps to lr, then down to min_lr at the last step.
 inline double learning_rate(Schedule schedule, int step, int steps, int warmup, double lr, double min_lr) {
+  // From lr / warmup, not from 0: the first step is to do something.
   if (step < warmup) return lr * (step + 1) / warmup;
   if (schedule == Schedule::constant) return lr;
+  // The last step, steps - 1, is to have min_lr.
   const double done = steps - 1 > warmup ? double(step - warmup) / (steps - 1 - warmup) : 1.0;
   const double share = schedule == Schedule::linear ? 1 - done : 0.5 * (1 + std::cos(M_PI * done));
   return min_lr + (lr - min_lr) * (done > 1 ? 0 : share);
@@ -58,16 +60,20 @@ void adamw(Cpu&, Real* parameters, Acc<Real>* master, const Acc<Real>* gradients
            const Acc<Real>* norm, size_t n, const AdamW& a) {
   using T = Acc<Real>;
   if (!std::isfinite(norm[0])) return;
+  // torch's formula, with its 1e-6; a norm below the limit changes nothing.
   const T clip = a.clip > 0 ? T(std::min(1.0, a.clip / (double(norm[0]) + 1e-6))) : T(1);
   const T beta1 = T(a.beta1), beta2 = T(a.beta2), eps = T(a.eps);
+  // m and v start at 0, so they are too small by 1 - beta^step at first: the corrections, as factors for all elements.
   const T step_size = T(a.lr / (1 - std::pow(a.beta1, a.step)));
   const T correction2 = T(1 / std::sqrt(1 - std::pow(a.beta2, a.step)));
-  const T keep = T(1 - a.lr * a.weight_decay);
+  const T keep = T(1 - a.lr * a.weight_decay);  // in double first: 1 less 1e-5 has few digits in fp32
 #pragma omp parallel for simd
   for (size_t i = 0; i < n; ++i) {
     const T g = gradients[i] * clip;
+    // Running means of the gradient and of its square; the step goes by their ratio, so not by the gradient's scale.
     m[i] = beta1 * m[i] + (1 - beta1) * g;
     v[i] = beta2 * v[i] + (1 - beta2) * g * g;
+    // Decay acts on the weight itself, not by way of the gradient: that is the W of AdamW.
     master[i] = master[i] * keep - step_size * m[i] / (std::sqrt(v[i]) * correction2 + eps);
     parameters[i] = Real(master[i]);
   }
@@ -93,6 +99,7 @@ static __global__ void __launch_bounds__(256) squares_kernel(double* partial, co
     sum += g[0] * g[0] + g[1] * g[1] + g[2] * g[2] + g[3] * g[3];
   }
   if (id < n % 4) sum += gradients[n - 1 - id] * gradients[n - 1 - id];
+  // One number per block, added up by a second kernel: the order does not depend on which block is ready first.
   const double total = block_sum(sum);
   if (threadIdx.x == 0) partial[blockIdx.x] = total;
 }
@@ -122,10 +129,12 @@ struct AdamWStep {
 template <class Real, int W>
 __global__ void __launch_bounds__(256) adamw_kernel(Real* parameters, float* master, const float* gradients, float* m,
                                                     float* v, const float* norm, size_t n, AdamWStep a) {
-  const size_t i = (blockIdx.x * size_t(256) + threadIdx.x) * W;
+  const size_t i = (blockIdx.x * size_t(256) + threadIdx.x) * W;  // of its W parameters the first
   const float total = norm[0];
+  // All threads see the same norm: either all of the weights change or none.
   if (i >= n || !isfinite(total)) return;
   const float clip = a.clip > 0 ? fminf(1.0f, a.clip / (total + 1e-6f)) : 1.0f;
+  // Four arrays are read and four written: the kernel is as fast as memory, whatever it computes.
   float w[W], g[W], first[W], second[W];
   load<W>(w, master + i);
   load<W>(g, gradients + i);
@@ -136,11 +145,13 @@ __global__ void __launch_bounds__(256) adamw_kernel(Real* parameters, float* mas
     g[k] *= clip;
     first[k] = a.beta1 * first[k] + (1 - a.beta1) * g[k];
     second[k] = a.beta2 * second[k] + (1 - a.beta2) * g[k] * g[k];
+    // As on the CPU; the two corrections are in step_size and correction2.
     w[k] = w[k] * a.keep - a.step_size * first[k] / (sqrtf(second[k]) * a.correction2 + a.eps);
   }
   store<W>(master + i, w);
   store<W>(m + i, first);
   store<W>(v + i, second);
+  // bf16: the model's copy is made here, while the new weight is at hand.
   if (static_cast<void*>(parameters) != master) store<W>(parameters + i, w);
 }
 

@@ -49,6 +49,7 @@ struct Cpu {
 
   // Memory is zeroed, at a multiple of 64 bytes.
   void* allocate(size_t bytes) {
+    // 64: a cache line, and the widest vector; aligned_alloc wants a multiple of it.
     size_t padded = (bytes + 63) / 64 * 64;
     void* p = std::aligned_alloc(64, padded ? padded : 64);
     if (!p)
@@ -91,9 +92,11 @@ void for_row_chunks(int N, Work work) {
 inline float exp_(float x) {
   x = x < -87.0f ? -87.0f : x;
   x = x > 88.0f ? 88.0f : x;
+  // x = n ln2 + r. ln2 in two pieces, of which the first has few bits: n times it is exact.
   float n = std::nearbyint(x * 1.44269504f);
   float r = x - n * 0.693359375f;
   r = r - n * -2.12194440e-4f;
+  // e^r by Horner's rule, from the highest power down.
   float p = 1.0f / 5040;
   p = p * r + 1.0f / 720;
   p = p * r + 1.0f / 120;
@@ -298,6 +301,7 @@ __device__ inline double block_sum(double x) {
   __shared__ double sums[1024];
   __syncthreads();  // another sum may still be read
   sums[threadIdx.x] = x;
+  // Halves are folded onto each other, so the order is that of the threads' numbers.
   for (int half = blockDim.x / 2; half > 0; half /= 2) {
     __syncthreads();
     if (threadIdx.x < half) sums[threadIdx.x] += sums[threadIdx.x + half];
@@ -320,6 +324,7 @@ template <class... Parameters, class... Arguments>
 void launch(Cuda& be, const char* name, void (*kernel)(Parameters...), dim3 blocks, int threads, size_t shared_bytes,
             Arguments... arguments) {
   if (blocks.x == 0) return;
+  // More than 48 KiB has to be asked for, kernel by kernel.
   if (shared_bytes > 48 * 1024)
     check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes)), name);
   kernel<<<blocks, threads, shared_bytes, be.stream>>>(arguments...);
@@ -332,6 +337,7 @@ static __global__ void __launch_bounds__(1024)
     add_rows_kernel(float* to, const float* partial, int rows, int columns, int stride) {
   __shared__ float sums[32][33];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, c = blockIdx.x * 32 + lane;
+  // A lane is a column and a warp takes every 32nd row: neighbouring lanes read neighbouring numbers.
   float sum = 0;
   if (c < columns)
     for (int r = warp; r < rows; r += 32) sum += partial[size_t(r) * stride + c];
@@ -339,6 +345,7 @@ static __global__ void __launch_bounds__(1024)
   __syncthreads();
   if (warp > 0 || c >= columns) return;
   sum = 0;
+  // The first warp adds up what the 32 have; rows of 33 keep its reads in distinct banks.
   for (int w = 0; w < 32; ++w) sum += sums[w][lane];
   to[c] += sum;
 }

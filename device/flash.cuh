@@ -77,9 +77,11 @@ struct Tile {
 template <int THREADS, int ROWS, int HS>
 __device__ __forceinline__ void load_tile(Tile<ROWS, HS> tile, const bf16* source, size_t stride, int first, int T) {
 #if __CUDA_ARCH__ >= 800
+  // A thread copies the same 16 bytes of every kStep-th row, past the registers and the L1 cache.
   constexpr int kChunks = HS / 8, kStep = THREADS / kChunks;
   static_assert(ROWS % kStep == 0);
   const int row = threadIdx.x / kChunks, chunk = threadIdx.x % kChunks;
+  // cp.async goes past registers, and with .cg past the L1 cache: what is loaded once would only push other things out.
   const bf16* from = source + (first + row) * stride + chunk * 8;
 #pragma unroll
   for (int n = 0; n < ROWS; n += kStep, from += kStep * stride)
@@ -462,7 +464,7 @@ constexpr size_t forward_bytes() {
 template <int HS, class C>
 __global__ __launch_bounds__(C::kThreads, C::kBlocks) void forward_kernel(bf16* out, float* lse, const bf16* qkv, int T,
                                                                           int NH, int NKV, float scale) {
-  constexpr int M = C::kTile, N = C::kN;
+  constexpr int M = C::kTile, N = C::kN;  // queries of the block, keys of a tile
   const Place at = place((T + M - 1) / M, NH);
   const int q0 =
       ((T + M - 1) / M - 1 - at.tile) * M;  // the longest rows first: the short ones fill the gaps at the end
@@ -485,7 +487,7 @@ __global__ __launch_bounds__(C::kThreads, C::kBlocks) void forward_kernel(bf16* 
 
   const float scale2 = scale * kLog2e, slack = 8 / scale2;  // exponentials are powers of two from here on
   float S[N / 8][4], O[HS / 8][4] = {}, m[2] = {-INFINITY, -INFINITY}, l[2] = {0, 0}, factor[2];
-  uint32_t P[N / 16][4];
+  uint32_t P[N / 16][4];  // the weights of the tile before, as an A operand
 
   // S to exp(S - m), with m and l brought up to date. m is subtracted to keep exp in range, and need not be the maximum
   // for that: it follows the maximum only when exp has grown by a factor of 2^8, so that O is rarely rescaled. True if
@@ -498,11 +500,13 @@ __global__ __launch_bounds__(C::kThreads, C::kBlocks) void forward_kernel(bf16* 
         for (int i = 0; i < 4; ++i)
           if (j * N + n * 8 + lane() % 4 * 2 + i % 2 > row + i / 2 * 8) S[n][i] = -INFINITY;
     }
+    // A thread has columns of two rows, g and g + 8: two maxima, two sums.
     float top[2] = {S[0][0], S[0][2]};
 #pragma unroll
     for (int n = 0; n < N / 8; ++n)
 #pragma unroll
       for (int i = 0; i < 4; ++i) top[i / 2] = fmaxf(top[i / 2], S[n][i]);
+    // All of the warp or none, since the reduction below needs all of its lanes.
     const bool rescale = __any_sync(~0u, top[0] > m[0] + slack || top[1] > m[1] + slack);
     if (rescale) {
 #pragma unroll
@@ -510,10 +514,10 @@ __global__ __launch_bounds__(C::kThreads, C::kBlocks) void forward_kernel(bf16* 
         float grown = fmaxf(m[h], row_max(top[h]));  // finite: every row sees key 0, in the first tile
         factor[h] = exp2_((m[h] - grown) * scale2);
         m[h] = grown;
-        l[h] *= factor[h];
+        l[h] *= factor[h];  // O follows when its product is done
       }
     }
-    const float shift[2] = {m[0] * scale2, m[1] * scale2};
+    const float shift[2] = {m[0] * scale2, m[1] * scale2};  // so that each exponent is one multiply-add
 #pragma unroll
     for (int n = 0; n < N / 8; ++n)
 #pragma unroll
@@ -524,6 +528,7 @@ __global__ __launch_bounds__(C::kThreads, C::kBlocks) void forward_kernel(bf16* 
     return rescale;
   };
 
+  // The queries and the first keys, then, while S is computed, their values and the next keys.
   load_tile<C::kThreads>(q_tile, q, stride, q0, T);
   load(-1);
   wait_loads();
@@ -539,6 +544,7 @@ __global__ __launch_bounds__(C::kThreads, C::kBlocks) void forward_kernel(bf16* 
   for (int j = 0; j < mine - 1; ++j) {
     wait_loads();
     load(j + 1);
+    // Two products are under way from here: that of the scores is waited for first.
     Q.template times<N>(S, k_tile(j + 1));
     multiply<N, HS>(O, P, v_tile(j));
     wait_products<1>(S);
@@ -563,6 +569,7 @@ __global__ __launch_bounds__(C::kThreads, C::kBlocks) void forward_kernel(bf16* 
   float* lse_row = lse + (size_t(at.b) * NH + at.head) * T;
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
+    // Each thread has summed its own columns; rescaling was the same for all four, so their sums just add up.
     l[h] = row_sum(l[h]);
     if (lane() % 4 == 0 && row + 8 * h < T) lse_row[row + 8 * h] = m[h] * scale + log2f(l[h]) * kLn2;
   }
@@ -609,6 +616,7 @@ __global__ __launch_bounds__(C::kThreads, C::kBlocks) void query_kernel(bf16* dq
 
   const int row0 = q0 + group() * kRows, row = row0 + own_row();
   const float scale2 = scale * kLog2e;
+  // D = rowsum(dO out), from the tiles as A operands: any layout does, if it is the same for both.
   float D[2] = {0, 0}, lse2[2];
 #pragma unroll
   for (int n = 0; n < HS / 16; ++n) {
@@ -632,7 +640,7 @@ __global__ __launch_bounds__(C::kThreads, C::kBlocks) void query_kernel(bf16* dq
   }
   const Operand<C::kRegisters, M, HS> Q(q_tile, group() * kRows), dO(do_tile, group() * kRows);
   float dQ[HS / 8][4] = {};
-  __syncthreads();  // out_tile is done with
+  __syncthreads();  // out_tile is done with: the keys' tiles lie in the same place
 
   const int tiles = (min(q0 + M, T) + N - 1) / N;
   if (C::kStages == 2) load(tiles - 1, 0);
@@ -647,6 +655,7 @@ __global__ __launch_bounds__(C::kThreads, C::kBlocks) void query_kernel(bf16* dq
       float S[N / 8][4], dP[N / 8][4];
       Q.template times<N>(S, k_tile(stage));
       dO.template times<N>(dP, v_tile(stage));
+      // P = exp(S - lse), while dP = dO V^T is still on its way.
       wait_products<1>(S);
 #pragma unroll
       for (int n = 0; n < N / 8; ++n)
@@ -663,9 +672,11 @@ __global__ __launch_bounds__(C::kThreads, C::kBlocks) void query_kernel(bf16* dq
 #pragma unroll
       for (int n = 0; n < N / 8; ++n)
 #pragma unroll
+        // In the forward pass P = softmax(S): dS = P (dP - D). Its scale comes last, with dQ.
         for (int i = 0; i < 4; ++i) S[n][i] *= dP[n][i] - D[i / 2];
       uint32_t dS[N / 16][4];
       to_operand<N>(dS, S);
+      // In the forward pass S = scale Q K^T, so dQ = scale dS K.
       multiply<N, HS>(dQ, dS, k_tile(stage));
       wait_products<0>(dQ);
     }
@@ -703,6 +714,7 @@ __global__ __launch_bounds__(C::kThreads, C::kBlocks) void key_kernel(bf16* dqkv
   auto do_tile = [&](int stage) { return Tile<N, HS>{q_tile(stage).at + Tile<N, HS>::kBytes}; };
 
   // Steps: the heads of the group, and of each the tiles of queries from the diagonal on.
+  // Queries before the first key of the tile see none of it.
   const int first = k0 / N, per_head = (T + N - 1) / N - first, steps = heads * per_head;
   auto load = [&](int step, int stage) {
     int head = at.head * heads + step / per_head, q0 = (first + step % per_head) * N;
@@ -743,6 +755,7 @@ __global__ __launch_bounds__(C::kThreads, C::kBlocks) void key_kernel(bf16* dqkv
           reinterpret_cast<const float*>(shared_memory + (statistics - shared_start())) + stage * 2 * N;
 #pragma unroll
       for (int n = 0; n < N / 8; ++n) {
+        // Rows are keys here, so each column, a query, has its own lse.
         float2 x = *reinterpret_cast<const float2*>(lse_tile + n * 8 + lane() % 4 * 2);
         float lse2[2] = {x.x * kLog2e, x.y * kLog2e};
 #pragma unroll
@@ -758,6 +771,7 @@ __global__ __launch_bounds__(C::kThreads, C::kBlocks) void key_kernel(bf16* dqkv
       uint32_t P[N / 16][4], dS[N / 16][4];
       if (DV) {
         to_operand<N>(P, S);
+        // In the forward pass out = P V, so dV = P^T dO; P^T is what is at hand.
         multiply<N, HS>(dV, P, do_tile(stage));
       }
       if (DK) {
@@ -770,6 +784,7 @@ __global__ __launch_bounds__(C::kThreads, C::kBlocks) void key_kernel(bf16* dqkv
           for (int i = 0; i < 4; ++i) S[n][i] *= dP[n][i] - d[i % 2];
         }
         to_operand<N>(dS, S);
+        // In the forward pass S = scale Q K^T, so dK = scale dS^T Q.
         multiply<N, HS>(dK, dS, q_tile(stage));
         wait_products<0>(dK);
       }

@@ -257,23 +257,26 @@ __global__ void GEMM_CLUSTER __launch_bounds__(kThreads, 1)
            const __grid_constant__ CUtensorMap out, int M, int N, int K, Epilogue epilogue) {
 #if GEMM_HOPPER
   extern __shared__ uint8_t memory[];
+  // The 128-byte swizzle counts from multiples of 1024.
   const uint32_t slots = (uint32_t(__cvta_generic_to_shared(memory)) + 1023) / 1024 * 1024;
   const uint32_t tile = slots + kSlots * kBytesSlice, full = tile + kBytesTile, empty = full + 8 * kSlots,
                  ready = empty + 8 * kSlots, free = ready + 8;
+  // The shuffle tells the compiler that all lanes of a warp agree.
   const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0), rank = blockIdx.x % kCluster;
   const int rows = (M + kCluster * kM - 1) / (kCluster * kM), columns = (N + kN - 1) / kN;
   const int slices = (K + kK - 1) / kK, first_tile = blockIdx.x / kCluster, tiles_apart = gridDim.x / kCluster;
   if (threadIdx.x == 0) {
     for (int i = 0; i < kSlots; ++i) {
-      init_barrier(full + 8 * i, 1);
-      init_barrier(empty + 8 * i, 2 * kCluster);
+      init_barrier(full + 8 * i, 1);              // the producer arrives, and says how many bytes are still to come
+      init_barrier(empty + 8 * i, 2 * kCluster);  // both consumers of both blocks: B's halves go to both
     }
-    init_barrier(ready, 256);
-    init_barrier(free, 1);
+    init_barrier(ready, 256);  // all threads of the consumers have written their part of the tile
+    init_barrier(free, 1);     // one finisher, for all of them, has seen the copy engine take it
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }
-  cluster_barrier();
+  cluster_barrier();  // nobody may write to the other block, or arrive there, before its barriers exist
 
+  // The producer and the finishers need few registers, the consumers 128 for their sums alone: so registers move.
   if (warp < 4) {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
     if (threadIdx.x == 0) {  // the producer
@@ -282,8 +285,9 @@ __global__ void GEMM_CLUSTER __launch_bounds__(kThreads, 1)
         const Place at = tile_place(epilogue, t, rows, columns, N, rank);
         for (int k = 0; k < slices; ++k) {
           const uint32_t slice = slots + slot * kBytesSlice;
+          // Both blocks of the cluster must be done with the slot: the other writes its half of B here, too.
           wait_barrier(empty + 8 * slot, parity);
-          expect_bytes(full + 8 * slot, kBytesSlice);
+          expect_bytes(full + 8 * slot, kBytesSlice);  // A's box, and both halves of B, of which one comes from outside
           load_box(slice, a, k * kK, at.row, full + 8 * slot);
           load_box_for_both(slice + kBytesA + rank * (kBytesB / 2), b, k * kK, rank ? at.second_half : at.first_half,
                             full + 8 * slot);
@@ -302,6 +306,7 @@ __global__ void GEMM_CLUSTER __launch_bounds__(kThreads, 1)
             store_box(out, epilogue.panel_column(at, i % 4, N), at.row + i / 4 * 64, tile + i * kBytesPanel);
           commit_stores();
         }
+        // While the copy engine takes the tile away, its numbers are read again here.
         epilogue.finish(tile, at, thread, M, N);
         finishers_barrier();
         if (thread == 0) {
@@ -320,6 +325,7 @@ __global__ void GEMM_CLUSTER __launch_bounds__(kThreads, 1)
         const uint32_t slice = slots + slot * kBytesSlice;
         const uint64_t rows_of_a = descriptor(slice + consumer * (kBytesA / 2)),
                        rows_of_b = descriptor(slice + kBytesA);
+        // Both blocks' boxes have arrived.
         wait_barrier(full + 8 * slot, parity);
         asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 #pragma unroll

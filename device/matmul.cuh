@@ -66,8 +66,10 @@ void multiply_tile(Real* c, size_t c_stride, const Real* start, size_t start_str
                    int rows, int columns, int K) {
   constexpr int kLanes = kVectorBytes / int(sizeof(Real));
   typedef Real Vector __attribute__((vector_size(kVectorBytes)));
-  const Real* a_row[kTileRows];
+  const Real* a_row[kTileRows];  // pointers that the loop only adds to
   for (int i = 0; i < kTileRows; ++i) a_row[i] = a.at(std::min(i, rows - 1), 0);  // rows past the edge: any, not kept
+  // The loop in which training on a CPU spends most of its time: two loads of b, then for each row a number of a,
+  // spread over a vector, and two multiply-adds. The sums stay in registers to the end.
   Vector sum[kTileRows][2] = {};
   for (int k = 0; k < K; ++k) {
     Vector b0, b1;
@@ -79,6 +81,7 @@ void multiply_tile(Real* c, size_t c_stride, const Real* start, size_t start_str
       sum[i][1] += x * b1;
     }
   }
+  // A whole tile goes out vector by vector.
   if (rows == kTileRows && columns == 2 * kLanes) {
     for (int i = 0; i < kTileRows; ++i)
       for (int v = 0; v < 2; ++v) {
@@ -89,6 +92,7 @@ void multiply_tile(Real* c, size_t c_stride, const Real* start, size_t start_str
       }
     return;
   }
+  // At the edge of c a part of the tile, number by number.
   Real tile[kTileRows][2 * kLanes];
   std::memcpy(tile, sum, sizeof tile);
   for (int i = 0; i < rows; ++i)
@@ -112,10 +116,11 @@ size_t packed_elements(int K, int N) { return size_t(K) * round_up(N, kTileColum
 template <class Real>
 void pack_panels(Real* packed, Strided<Real> b, int K, int N, int first, int last) {
   constexpr int kColumns = kTileColumns<Real>, kLine = 64 / int(sizeof(Real));
-  const int depth = depth_of_slices(K), width = round_up(N, kColumns);
+  const int depth = depth_of_slices(K), width = round_up(N, kColumns);  // of a slice
   for (int k0 = 0; k0 < K; k0 += depth)
     for (int panel = first; panel < last; ++panel) {
       const int slice = std::min(depth, K - k0), columns = std::min(kColumns, N - panel * kColumns);
+      // Panels of the slices before this one lie in front, each slice as wide as all panels together.
       const Real* from = b.at(k0, panel * kColumns);
       Real* to = packed + size_t(k0) * width + size_t(panel) * kColumns * slice;
       int k = 0;
@@ -127,7 +132,7 @@ void pack_panels(Real* packed, Strided<Real> b, int K, int N, int first, int las
             for (int i = 0; i < kLine; ++i) to[i * kColumns + j] = column[i];
           }
       for (; k < slice; ++k, to += kColumns) {
-        __builtin_prefetch(from + (k + 8) * b.row);
+        __builtin_prefetch(from + (k + 8) * b.row);  // rows lie far apart: the hardware does not see them coming
         if (columns == kColumns && b.column == 1)
           std::memcpy(to, from + k * b.row, kColumns * sizeof(Real));
         else
@@ -149,7 +154,8 @@ void multiply_packed(Real* c, size_t c_stride, const Real* start, size_t start_s
                      int M, int N, int K) {
   constexpr int kColumns = kTileColumns<Real>;
   static thread_local std::vector<Real> packed_a;
-  const int depth = depth_of_slices(b.K), width = round_up(b.N, kColumns);
+  const int depth = depth_of_slices(b.K), width = round_up(b.N, kColumns);  // as b was packed, not as it is used
+  // For weight gradients, a = dout^T: neighbours in k are a row of memory apart.
   const bool pack_a = a.column != 1 && K > 64;
   if (pack_a) packed_a.resize(size_t(round_up(M, kTileRows)) * depth);
   for (int k0 = 0; k0 < std::max(K, 1); k0 += depth) {  // K = 0 is one slice of nothing: c = start
@@ -167,8 +173,10 @@ void multiply_packed(Real* c, size_t c_stride, const Real* start, size_t start_s
         }
       }
     for (int j = 0; j < N; j += kColumns)
+      // All rows before the next panel: the panel of b stays in the L1 cache, the rows of a in the L2 cache.
       for (int i = 0; i < M; i += kTileRows) {
         Real* tile = c + i * c_stride + j;
+        // The first slice starts from `start`, the others from what the one before left.
         const Real* from = k0 ? tile : start ? start + i * start_stride + j : nullptr;
         const Strided<Real> rows = pack_a ? Strided<Real>{&packed_a[size_t(i) * slice], 1, kTileRows}
                                           : Strided<Real>{a.at(i, k0), a.row, a.column};
@@ -197,9 +205,11 @@ void matmul(Real* c, const Real* start, size_t start_stride, Strided<Real> a, St
   }
   // All threads pack a slab of b; then a task is kRowBlock rows of c, or fewer where threads would be idle.
   static thread_local std::vector<Real> packed;
+  // A slab is packed by all and read by all, so that it is packed once.
   const size_t slab = packed_elements<Real>(std::min(K, kSlabDepth), std::min(N, kSlabColumns));
   if (packed.size() < slab) packed.resize(slab);
   Real* panels = packed.data();  // the calling thread's, shared by all
+  // At least two tasks per thread: one that is late must not keep the others waiting for long.
   const int row_block = std::min(kRowBlock, round_up(M / (2 * omp_get_max_threads()) + 1, kTileRows));
 #pragma omp parallel
   for (int k = 0; k < std::max(K, 1); k += kSlabDepth)
@@ -211,6 +221,7 @@ void matmul(Real* c, const Real* start, size_t start_stride, Strided<Real> a, St
 #pragma omp for schedule(dynamic)
       for (int i = 0; i < M; i += row_block) {
         Real* part = c + size_t(i) * N + j;
+        // The first slab starts from `start`, the others add to what is there.
         const Real* from = k ? part : start ? start + i * start_stride + j : nullptr;
         multiply_packed(part, N, from, k ? size_t(N) : start_stride, Strided<Real>{a.at(i, k), a.row, a.column},
                         Packed<Real>{panels, depth, columns}, std::min(row_block, M - i), columns, depth);
@@ -256,6 +267,7 @@ __global__ void __launch_bounds__(256) hash_kernel(unsigned long long* sum, cons
   using Bits = std::conditional_t<sizeof(T) == 2, uint16_t, uint32_t>;
   unsigned long long here = 0;
   for (size_t i = blockIdx.x * size_t(256) + threadIdx.x; i < n; i += gridDim.x * size_t(256)) {
+    // The element's place is mixed in: two numbers that changed places are another result.
     unsigned long long z = i * 0x9E3779B97F4A7C15ull ^ reinterpret_cast<const Bits*>(x)[i] * 0xBF58476D1CE4E5B9ull;
     z = (z ^ z >> 31) * 0x94D049BB133111EBull;
     here += z ^ z >> 29;
@@ -282,8 +294,10 @@ int fastest_of_same_bits(Cuda& be, const Out* out, size_t n, int count, Start st
     be.zero(hash.data, sizeof bits);
     launch(be, "hash", hash_kernel<Out>, 8 * be.multiprocessors, 256, 0, hash.as<unsigned long long>(), out, n);
     be.download(&bits, hash.data, sizeof bits);
+    // The first that works says which bits are right; it is what cuBLASLt itself would take.
     if (best < 0) first = bits, best = i;
     if (bits != first) continue;
+    // The best of four: a clock that runs slowly at first, or another program, must not decide.
     for (int turn = 0; turn < 4; ++turn) {
       float ms = 0;
       check(cudaEventRecord(begin, be.stream), "cudaEventRecord");
@@ -337,6 +351,7 @@ std::vector<cublasLtMatmulAlgo_t> make_plan(Cuda& be, ProductPlan& plan, const P
   };
   set(CUBLASLT_MATMUL_DESC_TRANSA, p.transpose_a ? CUBLAS_OP_T : CUBLAS_OP_N);
   set(CUBLASLT_MATMUL_DESC_TRANSB, p.transpose_b ? CUBLAS_OP_T : CUBLAS_OP_N);
+  // A bias is one number per row of cuBLASLt's out, a column of ours; it is added before the rounding to Out.
   if (p.bias) set(CUBLASLT_MATMUL_DESC_EPILOGUE, CUBLASLT_EPILOGUE_BIAS);
   if (p.bias) set(CUBLASLT_MATMUL_DESC_BIAS_POINTER, (const void*)p.bias);
   auto layout = [&](cublasLtMatrixLayout_t& to, cudaDataType_t type, int rows, int columns) {
@@ -352,6 +367,7 @@ std::vector<cublasLtMatmulAlgo_t> make_plan(Cuda& be, ProductPlan& plan, const P
           "cublasLtMatmulPreferenceSetAttribute");
   };
   prefer(CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, Cuda::kWorkspaceBytes);
+  // Partial products in fp32, added up in order; none with atomics, none rounded to bf16 in between.
   prefer(CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, uint32_t(CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE));
   prefer(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, uint32_t(alignment(a)));
   prefer(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES, uint32_t(alignment(b)));
