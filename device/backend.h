@@ -155,7 +155,7 @@ struct Cuda {
       throw UserError("--device cuda: " + std::string(properties.name) + " has compute capability " +
                       std::to_string(properties.major) + "." + std::to_string(properties.minor) +
                       "; 7.5 or newer is needed; use --device cpu");
-    // Memory brings the L2 cache a sector of 32 bytes, not two, of which partial RoPE would not read the second: 6 of 64
+    // Memory brings the L2 cache a sector of 32 bytes, not two, of which partial RoPE would not read one: 6 of 64
     // channels, 65,536 tokens x 24 heads, then take 0.078 ms instead of 0.090 (H100). A hint; all 64 take the same.
     cudaDeviceSetLimit(cudaLimitMaxL2FetchGranularity, 32);
     cudaGetLastError();  // GPUs before sm_80 do not know it
@@ -406,7 +406,7 @@ inline void check_device_and_dtype(const std::string& device, const std::string&
 }
 
 // Calls work(backend, real) for what --device auto|cpu|cuda and --dtype auto|fp32|bf16 say: auto is the GPU where there
-// is one, and bf16 where it can. `real` is a value of the model's number type; `gpu` is the number of the GPU. UserError
+// is one, and bf16 where it can. `real` is a value of the model's number type; `gpu` is the GPU's number. UserError
 // for what this machine or build cannot do.
 template <class Work>
 void with_backend(const std::string& device, const std::string& dtype, Work work, [[maybe_unused]] int gpu = 0) {
