@@ -552,9 +552,6 @@ void linear_backward(Cuda& be, Real* dinp, Acc<Real>* dweight, Acc<Real>* dbias,
   add_rows(be, dbias, partial, rows, OC, OC);
 }
 
-// The fast division is within 2 ulp, far below what is rounded away in bf16; 0 where e^-x passes 2^126.
-__device__ __forceinline__ float sigmoid(float x) { return __fdividef(1, 1 + __expf(-x)); }
-
 // A thread works out W of the F channels of one row.
 template <class Real, int W>
 __global__ void swiglu_forward_kernel(Real* out, const Real* gate_up, int N, int F) {

@@ -401,14 +401,4 @@ bool ladder() {
 
 }  // namespace
 
-int main() {
-  try {
-    Cuda cuda;
-    be = &cuda;
-    if (be->capability < 80) throw UserError("tensor cores multiply bf16 from compute capability 8.0 on");
-    return ladder() ? 0 : 1;
-  } catch (const std::exception& e) {
-    std::fprintf(stderr, "error: %s\n", e.what());
-    return 2;
-  }
-}
+int main() { return run_ladder(ladder); }

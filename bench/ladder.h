@@ -81,6 +81,20 @@ inline bool climb(const char* title, const std::vector<LargeShape>& shapes, cons
   return all;
 }
 
+// The body of a ladder's main(): 1 if a rung is wrong, 2 if it cannot be climbed here.
+template <class Ladder>
+int run_ladder(Ladder ladder) {
+  try {
+    Cuda cuda;
+    be = &cuda;
+    if (be->capability < 80) throw UserError("tensor cores multiply bf16 from compute capability 8.0 on");
+    return ladder() ? 0 : 1;
+  } catch (const std::exception& e) {
+    std::fprintf(stderr, "error: %s\n", e.what());
+    return 2;
+  }
+}
+
 // Rows first .. first+ROWS-1 of a matrix (T, HS), `stride` elements from row to row, to a tile, by THREADS threads, by
 // way of their registers, 16 bytes at a time; rows from T on become zeros. flash::load_tile() does it without
 // registers.

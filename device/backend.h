@@ -296,6 +296,9 @@ __device__ __forceinline__ float warp_max(float x) {
   return x;
 }
 
+// 1 / (1 + e^-x). The fast division is within 2 ulp, no more than __expf is off by itself; 0 where e^-x passes 2^126.
+__device__ __forceinline__ float sigmoid(float x) { return __fdividef(1, 1 + __expf(-x)); }
+
 // Sum over the block, whose number of threads is a power of two, in double and in a fixed order.
 __device__ inline double block_sum(double x) {
   __shared__ double sums[1024];

@@ -232,7 +232,7 @@ struct SwiGlu {
       read_chunk(gate, chunk_address(tile, row, chunk));
       read_chunk(up, chunk_address(tile, row, chunk + 16));
 #pragma unroll
-      for (int k = 0; k < 8; ++k) up[k] *= gate[k] * __fdividef(1, 1 + __expf(-gate[k]));
+      for (int k = 0; k < 8; ++k) up[k] *= gate[k] * sigmoid(gate[k]);
       *reinterpret_cast<uint4*>(act + size_t(r) * F + c) = packed_chunk(up);
     }
 #endif
