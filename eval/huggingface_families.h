@@ -571,9 +571,11 @@ inline void write_rotation(const Family& family, const Config& c, nlohmann::orde
   std::vector<double> x;
   if (colon < c.rope_scaling.size()) x = parse_list("--rope-scaling", c.rope_scaling.substr(colon + 1));
   nlohmann::ordered_json rope = {{"rope_type", "default"}};
-  // Versions that do not know of a fraction in Phi3 refuse lists that are not of HS/2 factors.
-  const bool guard = phi3 && R > 0 && R < c.head_size;
-  if (R == 0 || (type == "none" && plain && !guard)) {
+  // Phi3's class counts its factors by width / heads, so it refuses them where the head size is another one. Where it is
+  // not, they are also a guard: versions that do not know of a fraction refuse lists that are not of HS/2 factors.
+  const bool takes_factors = !phi3 || c.head_size * c.heads == c.width;
+  const bool guard = phi3 && takes_factors && R > 0 && R < c.head_size;
+  if (R == 0 || !takes_factors || (type == "none" && plain && !guard)) {
   } else if (plain && !phi3 && type == "linear") {
     rope = {{"rope_type", type}, {"factor", x[0]}};
   } else if (plain && !phi3 && type == "llama3") {

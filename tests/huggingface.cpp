@@ -124,6 +124,7 @@ TEST_CASE("huggingface: what is done to the frequencies, and which layers turn, 
     return d;
   };
   Config part = small(), full = small();
+  part.width = 40;  // heads of width / heads channels, as Phi3 counts them
   full.rotary_dim = 10;
   for (const char* scaling : {"linear:4", "llama3:8,1,4,16", "yarn:4,8,1.25,16,2", "yarn:4,8"}) {
     full.rope_scaling = part.rope_scaling = scaling;
@@ -136,6 +137,8 @@ TEST_CASE("huggingface: what is done to the frequencies, and which layers turn, 
   there_and_back(part, "phi3", "longrope");
   part.rope_frequencies = "10,20,300.5";
   there_and_back(part, "phi3", "longrope");
+  part.width = 24;  // here its class would refuse the list
+  there_and_back(part, "glm4_moe", "longrope");
   full.rope_scaling = "none";
   for (const char* layers : {"nope:2", "10,0", "0,10", "0,0", "10,10"}) {
     full.rotary_layers = layers;
@@ -153,7 +156,10 @@ TEST_CASE("huggingface: what is done to the frequencies, and which layers turn, 
 
 TEST_CASE("huggingface: versions of Transformers without a fraction in Phi3 refuse it") {
   // They ask for three keys with lists of HS/2 factors; those that know the fraction, for R/2.
-  const nlohmann::json partial = exported_config(family_named("phi3"), small());
+  Config c = small();
+  CHECK(!exported_config(family_named("phi3"), c).contains("rope_scaling"));  // no version takes it: 24 / 4 is not 10
+  c.width = 40;
+  const nlohmann::json partial = exported_config(family_named("phi3"), c);
   CHECK(partial["rope_scaling"].size() == 3);
   CHECK(partial["rope_scaling"]["short_factor"] == nlohmann::json({1.0, 1.0, 1.0}));
   CHECK(partial["rope_scaling"]["long_factor"] == partial["rope_scaling"]["short_factor"]);
