@@ -68,6 +68,9 @@ inline bool all_finite(const float* values, size_t n) {
 // ---------------------------------------------------------------------------------------------------------------------
 // config.json
 
+// --rope-scaling of our own class: rope_scaling has another meaning in their library, which looks into it.
+inline constexpr const char* kOwnScaling = "frequency_scaling";
+
 // Our configuration from their config.json, and the family that it is of (null: our own class). UserError, naming the
 // key, for whatever our model would compute otherwise, and for what nobody here knows.
 inline Described imported_config(const std::string& path, const nlohmann::json& json, const Family*& family) try {
@@ -79,10 +82,13 @@ inline Described imported_config(const std::string& path, const nlohmann::json& 
   if (type == "partial_rope") {
     Settings s;
     const nlohmann::ordered_json needed = settings_json(s, {"Model"});
-    const std::set<std::string> later = {"rope_frequencies", "rope_scaling", "rotary_layers"};  // older exports lack them
+    const std::set<std::string> later = {"rope_frequencies", "rope_scaling", "rotary_layers", "norm_eps",
+                                         "shared_norm",      "qkv_bias",     "head_bias"};  // older exports lack them
     for (const auto& [key, value] : needed.items())
       if (!json.contains(key) && !later.count(key)) throw UserError("has no " + key);
-    d.c = settings_from_json(path, json).model;
+    nlohmann::json flags = json;
+    if (json.contains(kOwnScaling)) flags["rope_scaling"] = json[kOwnScaling];
+    d.c = settings_from_json(path, flags).model;
     resolve(d.c);
     return d;
   }
@@ -153,7 +159,9 @@ inline nlohmann::ordered_json exported_config_with_code(const Config& c) {
   Settings s;
   s.model = c;
   nlohmann::ordered_json json = settings_json(s, {"Model"});
-  json.update({{"architectures", {"PartialRopeForCausalLM"}},
+  json.erase("rope_scaling");
+  json.update({{kOwnScaling, c.rope_scaling},
+               {"architectures", {"PartialRopeForCausalLM"}},
                {"model_type", "partial_rope"},
                {"auto_map", {{"AutoConfig", "modeling_partial_rope.PartialRopeConfig"},
                              {"AutoModelForCausalLM", "modeling_partial_rope.PartialRopeForCausalLM"}}},

@@ -16,8 +16,11 @@ from transformers.modeling_outputs import CausalLMOutput
 from .reference import Block, Config, make_norm, rope_table, rotary_dims
 
 
+KEYS = {"rope_scaling": "frequency_scaling"}  # other names than a run's: Transformers looks into its own rope_scaling
+
+
 class PartialRopeConfig(PretrainedConfig):
-    """The keys of a run's config.json, and the names that others look for."""
+    """The keys of a run's config.json, those of KEYS under another name, and the names that others look for."""
 
     model_type = "partial_rope"
     attribute_map = {"vocab_size": "vocab", "hidden_size": "width", "num_hidden_layers": "layers",
@@ -29,14 +32,18 @@ class PartialRopeForCausalLM(PreTrainedModel, GenerationMixin):
 
     def __init__(self, config):
         super().__init__(config)
-        self.ours = c = Config(**{field.name: getattr(config, field.name, field.default)
-                                    for field in dataclasses.fields(Config)})
+        self.ours = c = Config(**{field.name: getattr(config, KEYS.get(field.name, field.name), field.default)
+                                  for field in dataclasses.fields(Config)})
         self.embedding = nn.Embedding(c.vocab, c.width)
         self.layers = nn.ModuleList(Block(c) for _ in range(c.layers))
         self.final_norm = make_norm(c, c.width)
         if not c.tied:
             self.head = nn.Linear(c.width, c.vocab, bias=c.head_bias)
         self.post_init()
+
+    def prepare_inputs_for_generation(self, input_ids, attention_mask=None, **unused):
+        """All tokens every time: some versions take for granted that a model keeps what it has seen."""
+        return {"input_ids": input_ids, "attention_mask": attention_mask}
 
     def forward(self, input_ids, attention_mask=None, labels=None, **unused):
         """input_ids (B, T) -> logits (B, T, V); with labels (B, T) also the mean loss of all but the first, in nats."""

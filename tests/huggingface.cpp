@@ -408,6 +408,9 @@ TEST_CASE("huggingface: a config.json that would mean another model is refused, 
   CHECK(error("use_sliding_window", false, smol) == "");
   CHECK(contains(error("layer_types", {"sliding_attention", "full_attention"}, smol), "layer_types"));
   const Json own = exported_config_with_code(small());
+  CHECK(own["frequency_scaling"] == "none");
+  CHECK(!own.contains("rope_scaling"));  // their library would look into it
+  CHECK(contains(error("frequency_scaling", "linear:x", own), "--rope-scaling"));
   CHECK(error("vocab", 264, own) == "");
   CHECK(contains(error("block", "sideways", own), "block sideways"));
   CHECK(contains(error("rotary_dim", 11, own), "11"));
