@@ -8,7 +8,7 @@
 
 #include <list>
 
-#include "eval/huggingface_families.h"
+#include "eval/huggingface_rope.h"
 #include "eval/source.h"
 #include "python.h"  // made by the Makefile: files of scripts/ as strings
 #include "run/checkpoint.h"
@@ -37,7 +37,7 @@ inline std::vector<TensorPart> tensor_parts(const Family* family, const Describe
   for (const TensorRow& row : family->tensors) {
     const bool per_layer = row.ours.find('#') != std::string::npos;
     const std::string layer_name = row.ours.substr(row.ours.rfind('.') + 1);
-    const bool linear = layer_name.find("norm") == std::string::npos;
+    const bool linear = per_layer && layer_name.find("norm") == std::string::npos;
     for (int l = 0; l < (per_layer ? d.c.layers : 1); ++l)
       for (const char* kind : {".weight", ".bias"}) {
         const std::string ours = numbered(row.ours, l) + kind;
@@ -76,7 +76,8 @@ inline constexpr const char* kOwnScaling = "frequency_scaling";
 inline Described imported_config(const std::string& path, const nlohmann::json& json, const Family*& family) try {
   if (!json.is_object()) throw UserError("not a model's configuration");
   if (!json.contains("model_type")) throw UserError("has no model_type");
-  const std::string type = json["model_type"].is_string() ? json["model_type"].get<std::string>() : shown(json["model_type"]);
+  const nlohmann::json& named = json["model_type"];
+  const std::string type = named.is_string() ? named.get<std::string>() : shown(named);
   Described d;
   family = nullptr;
   if (type == "partial_rope") {
@@ -107,25 +108,28 @@ inline Described imported_config(const std::string& path, const nlohmann::json& 
   std::set<std::string> names = {"rope_parameters", "rope_scaling", "original_max_position_embeddings"};
   names.insert(fraction_keys.begin(), fraction_keys.end());
   names.insert(base_keys.begin(), base_keys.end());
+  if (family->rotation.dimension_key) names.insert(family->rotation.dimension_key);
   for (const Key& key : family->keys) {
     names.insert(key.name);
-    const nlohmann::json& value = !json.contains(key.name) ? key.missing : json[key.name].is_null() ? key.null : json[key.name];
+    const auto said = json.find(key.name);
+    const bool missing = said == json.end();
+    const nlohmann::json& value = missing ? key.missing : said->is_null() ? key.null : *said;
     if (value.is_null()) continue;
-    if (!json.contains(key.name) && value.is_discarded()) throw UserError("has no " + key.name);
+    if (missing && value.is_discarded()) throw UserError("has no " + key.name);
     const std::string problem = value.is_discarded() ? "it must be a value" : key.read(d, value);
-    if (!problem.empty())
-      throw UserError(key.name + " is " + (json.contains(key.name) ? shown(json[key.name]) : "missing") + "; " + problem);
+    if (!problem.empty()) throw UserError(key.name + " is " + (missing ? "missing" : shown(*said)) + "; " + problem);
   }
   for (const auto& [name, value] : json.items())
     if (!names.count(name) && !harmless(name, value))
-      throw UserError(name + " is " + shown(value) + "; that is not known here, so the model may compute something else");
+      throw UserError(name + " is " + shown(value) + "; that is not known here and may change what is computed");
   if (!d.c.head_size) {
     if (d.c.width % d.c.heads)
       throw UserError("num_attention_heads " + std::to_string(d.c.heads) + " does not divide hidden_size " +
                       std::to_string(d.c.width));
     d.c.head_size = d.c.width / d.c.heads;
   }
-  d.c.bias = !d.biases.empty();
+  d.c.qkv_bias = d.biases == std::set<std::string>{"qkv"};
+  d.c.bias = !d.biases.empty() && !d.c.qkv_bias;
   read_rotation(*family, json, d);
   resolve(d.c);
   return d;
@@ -143,6 +147,7 @@ inline nlohmann::ordered_json exported_config(const Family& family, const Config
                                  {"initializer_range", 0.02}};
   Described d;
   d.c = c;
+  if (c.qkv_bias) d.biases = {"qkv"};
   if (c.bias) d.biases = {"qkv", "proj", "up", "down"};
   for (const Key& key : family.keys) {
     const nlohmann::json value = key.write(d);
@@ -208,7 +213,10 @@ inline std::vector<std::string> misfits(const Family& family, const Config& c, c
     bool same = std::fabs(angles.attention - read.attention) < 1e-12;
     for (size_t i = 0; i < angles.theta.size(); ++i)
       same = same && std::fabs(angles.theta[i] / read.theta[i] - 1) < 1e-12;
-    if (!same) add(c.rope_base != d.c.rope_base ? "rope_base" : c.rope_scaling != "none" ? "rope_scaling" : "rope_frequencies");
+    if (!same)
+      add(c.rope_base != d.c.rope_base ? "rope_base"
+          : c.rope_scaling != "none"   ? "rope_scaling"
+                                       : "rope_frequencies");
   }
   if (!flags.empty()) return flags;
   for (const ParameterRow& row : tensors_without_part(tensor_parts(&family, d), c)) {
@@ -419,6 +427,10 @@ inline Settings import_model(const std::string& from, const std::string& run_dir
   const Described d = imported_config(from + "/config.json", config, family);
   Settings s;
   s.model = d.c;
+  const int positions = config.value("max_position_embeddings", s.model.context);
+  if (s.model.context < positions)
+    std::fprintf(stderr, "note: up to %d positions, not %d: for longer texts its RoPE has other factors, which are not "
+                 "known here\n", s.model.context, positions);
 
   // One file of tensors, or several with an index.
   std::vector<std::string> names = {"model.safetensors"};
@@ -438,8 +450,8 @@ inline Settings import_model(const std::string& from, const std::string& run_dir
   else if (!std::filesystem::exists(from + "/" + names[0]))
     for (const char* pickle : {"/pytorch_model.bin", "/pytorch_model.bin.index.json"})
       if (std::filesystem::exists(from + pickle))
-        throw UserError(from + pickle + ": only safetensors are read; in Python, AutoModelForCausalLM.from_pretrained(\"" +
-                        from + "\").save_pretrained(\"NEW\") writes them");
+        throw UserError(from + pickle + ": only safetensors are read; in Python, " +
+                        "AutoModelForCausalLM.from_pretrained(\"" + from + "\").save_pretrained(\"NEW\") writes them");
   std::list<SafeTensors> files;
   std::map<std::string, std::pair<const SafeTensors::Tensor*, std::string>> theirs;  // tensor, file
   for (const std::string& name : names) {

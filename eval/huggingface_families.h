@@ -101,11 +101,21 @@ inline Key biases(const char* name, std::set<std::string> which, bool missing) {
 
 inline Key norm_eps(const char* name) {
   return {name, refused, refused,
-          [](Described&, const nlohmann::json& value) {
-            const bool same = value.is_number() && value.get<float>() == float(Config().norm_eps);  // some files print fp32
-            return same ? "" : "only " + nlohmann::json(Config().norm_eps).dump() + " can be imported";
+          [](Described& d, const nlohmann::json& value) {
+            if (value.is_number()) d.c.norm_eps = value.get<double>();
+            return value.is_number() && value >= 0 && value <= 1 ? "" : "it must be a number from 0 to 1";
           },
-          [](const Described&) { return Config().norm_eps; }};
+          [](const Described& d) { return d.c.norm_eps; }};
+}
+
+// CodeGen's heads come in four groups.
+inline Key heads_of_four(const char* name) {
+  Key key = whole(name, &Config::heads);
+  key.read = [read = key.read](Described& d, const nlohmann::json& value) {
+    const std::string problem = read(d, value);
+    return problem.empty() && d.c.heads % 4 ? "it must be a multiple of 4" : problem;
+  };
+  return key;
 }
 
 // Attention to the last so many positions only; here it sees all. Read after max_position_embeddings.
@@ -214,6 +224,7 @@ struct Rotation {
   bool none = true;     // false: where nothing is to be turned, the class fails
   const char *fraction_key = "partial_rotary_factor", *base_key = "rope_theta";  // outside of rope_parameters
   double base = 10000;
+  const char* dimension_key = nullptr;  // where a class has a number of channels instead, and the one base
 };
 
 struct Family {
@@ -243,12 +254,32 @@ inline std::vector<Key> size_keys() {
 inline Key kv_heads(nlohmann::json missing = refused) {
   return whole("num_key_value_heads", &Config::kv_heads, missing, nullptr);
 }
-inline Key head_dim() { return whole("head_dim", &Config::head_size, nullptr, nullptr); }
+inline Key head_dim(nlohmann::json missing = nullptr) {
+  return whole("head_dim", &Config::head_size, missing, nullptr);
+}
 inline Key silu() { return choice<MlpKind>("hidden_act", &Config::mlp, {{"silu", MlpKind::swiglu}}, "silu"); }
 inline Key tied(bool missing = false) { return truth("tie_word_embeddings", &Config::tied, missing); }
 
-inline std::vector<Key> llama_keys(bool tied_missing = false) {
-  return size_keys() + std::vector<Key>{head_dim(), silu(), norm_eps("rms_norm_eps"), tied(tied_missing)};
+inline Key not_tied() { return fixed("tie_word_embeddings", false); }  // where the head has a bias
+
+inline Key gelu(const char* name, const char* missing) {
+  return choice<MlpKind>(name, &Config::mlp, {{"gelu", MlpKind::gelu},
+                                              {"gelu_new", MlpKind::gelu_tanh},
+                                              {"gelu_fast", MlpKind::gelu_tanh},
+                                              {"gelu_pytorch_tanh", MlpKind::gelu_tanh}},
+                         missing);
+}
+
+inline std::vector<Key> llama_keys(bool tied_missing = false, nlohmann::json head_dim_missing = nullptr) {
+  return size_keys() +
+         std::vector<Key>{head_dim(head_dim_missing), silu(), norm_eps("rms_norm_eps"), tied(tied_missing)};
+}
+// Those of GPT-J and CodeGen.
+inline std::vector<Key> gptj_keys(Key heads) {
+  return {whole("vocab_size", &Config::vocab), whole("n_embd", &Config::width),
+          whole("n_inner", &Config::mlp_hidden, nullptr, nullptr), whole("n_layer", &Config::layers), heads,
+          whole("n_positions", &Config::context), gelu("activation_function", "gelu_new"),
+          norm_eps("layer_norm_epsilon"), not_tied(), unused("n_ctx")};
 }
 inline std::vector<Key> no_window_keys() {
   return {fixed("use_sliding_window", false), unused("sliding_window"), unused("max_window_layers"), layer_types()};
@@ -289,45 +320,92 @@ inline std::vector<TensorRow> neox_tensors() {
           {"embed_out", "head"}};
 }
 
+inline std::vector<TensorRow> phi_tensors() {
+  const std::string theirs = "model.layers.#.", ours = "layers.#.";
+  return {{"model.embed_tokens", "embedding"},
+          {theirs + "input_layernorm", ours + "norm1"},
+          {theirs + "self_attn.q_proj", ours + "qkv", Rows::query},
+          {theirs + "self_attn.k_proj", ours + "qkv", Rows::key},
+          {theirs + "self_attn.v_proj", ours + "qkv", Rows::value},
+          {theirs + "self_attn.dense", ours + "proj"},
+          {theirs + "mlp.fc1", ours + "up"},
+          {theirs + "mlp.fc2", ours + "down"},
+          {"model.final_layernorm", "final_norm"},
+          {"lm_head", "head"}};
+}
+
+inline std::vector<TensorRow> gptj_tensors(bool fused_qkv) {
+  const std::string theirs = "transformer.h.#.", ours = "layers.#.";
+  std::vector<TensorRow> rows = {{"transformer.wte", "embedding"},
+                                 {theirs + "ln_1", ours + "norm1"},
+                                 {theirs + "attn.out_proj", ours + "proj"},
+                                 {theirs + "mlp.fc_in", ours + "up"},
+                                 {theirs + "mlp.fc_out", ours + "down"},
+                                 {"transformer.ln_f", "final_norm"},
+                                 {"lm_head", "head"}};
+  if (fused_qkv) rows.push_back({theirs + "attn.qkv_proj", ours + "qkv", Rows::by_shard});
+  else
+    for (auto [name, part] : {std::pair{"q", Rows::query}, {"k", Rows::key}, {"v", Rows::value}})
+      rows.push_back({theirs + "attn." + name + "_proj", ours + "qkv", part});
+  return rows;
+}
+
 // ---- The classes. `export` takes the first that holds a model.
 
 inline const std::vector<Family>& families() {
   using Keys = std::vector<Key>;
   static const std::vector<Family> table = [] {
     Keys experts;  // GLM-4.5's
-    for (const char* name : {"moe_intermediate_size", "n_group", "n_routed_experts", "n_shared_experts", "norm_topk_prob",
-                             "num_experts_per_tok", "num_local_experts", "num_mtp_layers", "num_nextn_predict_layers",
-                             "output_router_logits", "routed_scaling_factor", "topk_group"})
+    for (const char* name : {"moe_intermediate_size", "n_group", "n_routed_experts", "n_shared_experts",
+                             "norm_topk_prob", "num_experts_per_tok", "num_local_experts", "num_mtp_layers",
+                             "num_nextn_predict_layers", "output_router_logits", "routed_scaling_factor", "topk_group"})
       experts.push_back(unused(name));
-    Config rms, rms_qk, layer_swiglu, layer_gelu;
+    Config rms, rms_qk, rms_interleaved, layer_swiglu, layer_gelu, phi, gptj;
     rms_qk.qk_norm = true;
+    rms_interleaved.rope_pairs = RopePairs::interleaved;
     layer_swiglu.norm = layer_gelu.norm = NormKind::layer;
     layer_gelu.mlp = MlpKind::gelu;
+    phi = layer_gelu;
+    phi.block = BlockKind::parallel, phi.shared_norm = phi.head_bias = true;
+    gptj = phi;
+    gptj.rope_pairs = RopePairs::interleaved;
     const std::set<std::string> attention = {"qkv", "proj"}, mlp = {"up", "down"};
     const Rotation full = {1, false}, part;
     Rotation all_or_none = {1, false};
     all_or_none.base = 2000000;
     Rotation neox = {0.25};
     neox.fraction_key = "rotary_pct", neox.base_key = "rotary_emb_base";
+    Rotation dimension = {1, true, false};
+    dimension.dimension_key = "rotary_dim";
     return std::vector<Family>{
         {"llama", "LlamaForCausalLM", "4.48", rms, {}, full,
-         llama_keys() + Keys{kv_heads(nullptr), biases("attention_bias", attention, false), biases("mlp_bias", mlp, false)},
+         llama_keys() + Keys{kv_heads(nullptr), biases("attention_bias", attention, false),
+                             biases("mlp_bias", mlp, false)},
          llama_tensors(false, false)},
         {"mistral", "MistralForCausalLM", "", rms, {}, full,
          llama_keys() + Keys{kv_heads(), sliding_window(4096)}, llama_tensors(false, false)},
         {"smollm3", "SmolLM3ForCausalLM", "4.53", rms, {}, all_or_none,
-         llama_keys(true) + Keys{kv_heads(), no_rope_layer_interval(), no_rope_layers(), biases("attention_bias", attention, false),
-                                 biases("mlp_bias", mlp, false)} + no_window_keys(),
+         llama_keys(true) + Keys{kv_heads(), no_rope_layer_interval(), no_rope_layers(),
+                                 biases("attention_bias", attention, false), biases("mlp_bias", mlp, false)} +
+             no_window_keys(),
+         llama_tensors(false, false)},
+        {"qwen2", "Qwen2ForCausalLM", "4.48", rms, {"qkv"}, full,
+         llama_keys() + Keys{kv_heads()} + no_window_keys(), llama_tensors(false, false)},
+        {"qwen3", "Qwen3ForCausalLM", "4.51", rms_qk, {}, full,
+         llama_keys(false, 128) + Keys{kv_heads(), biases("attention_bias", attention, false)} + no_window_keys(),
          llama_tensors(false, false)},
         {"phi3", "Phi3ForCausalLM", "4.49", rms, {}, part,
          llama_keys() + Keys{kv_heads(nullptr), sliding_window(nullptr)}, llama_tensors(true, true)},
+        {"glm", "GlmForCausalLM", "4.46", rms_interleaved, {}, {0.5},
+         llama_keys(false, 128) + Keys{kv_heads(), biases("attention_bias", {"qkv"}, true)},
+         llama_tensors(false, true)},
         {"glm4_moe", "Glm4MoeForCausalLM", "4.54", rms_qk, {}, {0.5},
          llama_keys() + Keys{kv_heads(), truth("use_qk_norm", &Config::qk_norm, false),
                              plain_layers("first_k_dense_replace"), biases("attention_bias", {"qkv"}, false)} + experts,
          llama_tensors(false, false)},
         {"gpt_neox", "GPTNeoXForCausalLM", "4.25", layer_gelu, mlp, neox,
-         size_keys() + Keys{choice<MlpKind>("hidden_act", &Config::mlp, {{"gelu", MlpKind::gelu}}, "gelu"),
-                            norm_eps("layer_norm_eps"), tied(), biases("attention_bias", attention, true),
+         size_keys() + Keys{gelu("hidden_act", "gelu"), norm_eps("layer_norm_eps"), tied(),
+                            biases("attention_bias", attention, true),
                             choice<BlockKind>("use_parallel_residual", &Config::block,
                                               {{true, BlockKind::parallel}, {false, BlockKind::sequential}}, true)},
          neox_tensors()},
@@ -336,6 +414,13 @@ inline const std::vector<Family>& families() {
                             biases("use_qkv_bias", {"qkv"}, false), fixed("qk_layernorm", false),
                             fixed("use_parallel_residual", false)},
          llama_tensors(false, false)},
+        {"phi", "PhiForCausalLM", "4.37", phi, {"qkv", "proj", "up", "down"}, {0.5},
+         size_keys() + Keys{kv_heads(nullptr), gelu("hidden_act", "gelu_new"), norm_eps("layer_norm_eps"), not_tied()},
+         phi_tensors()},
+        {"gptj", "GPTJForCausalLM", "4.22", gptj, mlp, dimension, gptj_keys(whole("n_head", &Config::heads)),
+         gptj_tensors(false)},
+        {"codegen", "CodeGenForCausalLM", "4.22", gptj, mlp, dimension, gptj_keys(heads_of_four("n_head")),
+         gptj_tensors(true)},
     };
   }();
   return table;
@@ -347,11 +432,11 @@ inline const std::vector<Family>& families() {
 inline std::string reason_against(const std::string& type) {
   static const std::vector<std::pair<std::string, std::set<std::string>>> reasons = {
       {"mixtures of experts",
-       {"mixtral", "qwen2_moe", "qwen3_moe", "deepseek_v2", "deepseek_v3", "olmoe", "phimoe", "gpt_oss", "glm4_moe_lite",
-        "granitemoe", "ernie4_5_moe", "minimax", "dbrx", "jetmoe", "llama4", "llama4_text"}},
+       {"mixtral", "qwen2_moe", "qwen3_moe", "deepseek_v2", "deepseek_v3", "olmoe", "phimoe", "gpt_oss",
+        "glm4_moe_lite", "granitemoe", "ernie4_5_moe", "minimax", "dbrx", "jetmoe", "llama4", "llama4_text"}},
       {"linear attention or recurrence",
-       {"qwen3_next", "recurrent_gemma", "mamba", "mamba2", "jamba", "bamba", "rwkv", "falcon_mamba", "falcon_h1", "zamba",
-        "zamba2", "lfm2", "granitemoehybrid"}},
+       {"qwen3_next", "recurrent_gemma", "mamba", "mamba2", "jamba", "bamba", "rwkv", "falcon_mamba", "falcon_h1",
+        "zamba", "zamba2", "lfm2", "granitemoehybrid"}},
       {"norms behind the sublayers", {"glm4", "olmo2", "olmo3", "gemma2", "gemma3", "gemma3_text", "exaone4"}},
       {"squared ReLU", {"nemotron", "persimmon"}},
       {"norms with 1 + weight and scaled embeddings", {"gemma"}},
@@ -373,9 +458,11 @@ inline bool harmless(const std::string& name, const nlohmann::json& value) {
       "id2label", "label2id", "model_type", "pad_token_id", "problem_type", "sep_token_id", "task_specific_params",
       "tokenizer_class", "torch_dtype", "transformers.js_config", "transformers_version", "unsloth_fixed",
       "unsloth_version", "is_llama_config", "num_labels", "unk_token_id", "decoder_start_token_id", "mask_token_id",
+      "max_sequence_length",
       // of training
-      "attention_dropout", "attn_pdrop", "classifier_dropout", "embd_pdrop", "gradient_checkpointing",
-      "hidden_dropout", "initializer_range", "resid_pdrop", "embedding_dropout",
+      "attention_dropout", "attention_probs_dropout_prob", "attn_pdrop", "classifier_dropout", "embd_pdrop",
+      "embedding_dropout", "gradient_checkpointing", "hidden_dropout", "hidden_dropout_prob", "initializer_range",
+      "resid_pdrop",
       // how it is computed, not what
       "_attn_implementation", "_attn_implementation_autoset", "attn_implementation", "chunk_size_feed_forward",
       "output_attentions", "output_hidden_states", "pretraining_tp", "return_dict", "torchscript", "use_bfloat16",
@@ -398,215 +485,4 @@ inline bool harmless(const std::string& name, const nlohmann::json& value) {
   if (value.is_null() || always.count(name)) return true;
   const auto found = at.find(name);
   return found != at.end() && found->second == value;
-}
-
-// ---------------------------------------------------------------------------------------------------------------------
-// The rotation: rope_parameters (Transformers 5), rope_scaling and flat keys (4) may stand side by side, and must then
-// agree. UserError, naming the key.
-
-// Names under which fraction and base stand outside of rope_parameters; a class heeds one of each.
-inline const std::vector<const char*> fraction_keys = {"partial_rotary_factor", "rotary_pct"};
-inline const std::vector<const char*> base_keys = {"rope_theta", "rotary_emb_base"};
-
-// What rope_parameters and rope_scaling say together.
-inline nlohmann::json rope_settings(const nlohmann::json& json) {
-  nlohmann::json settings = nlohmann::json::object();
-  for (const char* name : {"rope_scaling", "rope_parameters"}) {
-    const nlohmann::json from = json.value(name, nlohmann::json());
-    if (from.is_null()) continue;
-    if (!from.is_object()) throw UserError(std::string(name) + " is " + shown(from) + ", not an object");
-    for (const auto& [their_key, value] : from.items()) {
-      const std::string key = their_key == "type" ? "rope_type" : their_key;
-      if (value.is_null()) continue;
-      if (settings.contains(key) && settings[key] != value)
-        throw UserError(key + " stands there twice and disagrees: " + shown(settings[key]) + " and " + shown(value));
-      settings[key] = value;
-    }
-  }
-  return settings;
-}
-
-// A number from `settings`, else from the class's flat key, else `otherwise`; every other place must agree.
-inline double rope_number(const nlohmann::json& json, const nlohmann::json& settings, const char* name,
-                          const char* family_key, const std::vector<const char*>& flat_keys, double otherwise) {
-  double found = NAN;
-  auto take = [&](const nlohmann::json& from, const char* key) {
-    if (!from.contains(key)) return;
-    if (!from[key].is_number()) throw UserError(std::string(key) + " is " + shown(from[key]) + ", not a number");
-    const double value = from[key].get<double>();
-    if (!std::isnan(found) && found != value)
-      throw UserError(std::string(key) + " is " + shown(from[key]) + ", but " + nlohmann::json(found).dump() +
-                      (&from == &json ? " is what counts" : " stands there, too"));
-    found = value;
-  };
-  take(settings, name);
-  take(json, family_key);
-  if (std::isnan(found)) found = otherwise;
-  for (const char* key : flat_keys) take(json, key);
-  return found;
-}
-
-inline std::string digits(double number) { return nlohmann::json(number).dump(); }
-
-// The rope_scaling of ours for rope_type `type` of theirs (ROPE_INIT_FUNCTIONS of their library), R being known. May
-// shorten the context: where LongRoPE changes its factors with the length of a text, only the short ones are held.
-inline std::string read_scaling(const Family& family, const nlohmann::json& json, const nlohmann::json& settings,
-                                const std::string& type, Config& c) {
-  static const std::map<std::string, std::set<std::string>> keys_of_type = {
-      {"default", {}},
-      {"linear", {"factor"}},
-      {"llama3", {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}},
-      {"yarn", {"factor", "original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow", "mscale",
-                "mscale_all_dim", "truncate"}},
-      {"longrope", {"factor", "original_max_position_embeddings", "attention_factor", "short_factor", "long_factor"}}};
-  const auto known = keys_of_type.find(type);
-  if (known == keys_of_type.end()) throw UserError("rope_type " + type + " cannot be imported");
-  for (const auto& [key, value] : settings.items())
-    if (key != "rope_type" && key != "rope_theta" && key != "partial_rotary_factor" && !known->second.count(key))
-      throw UserError("rope_parameters: " + key + " is " + shown(value) + ", which means nothing for rope_type " + type);
-  auto number = [&](const char* key, double otherwise = NAN) {  // above 0; without a second value: needed
-    if (!settings.contains(key) && !std::isnan(otherwise)) return otherwise;
-    const nlohmann::json value = settings.value(key, nlohmann::json());
-    if (!value.is_number() || !(value.get<double>() > 0) || !std::isfinite(value.get<double>()))
-      throw UserError(std::string("rope_parameters: ") + key + " is " + shown(value) + "; it must be a number above 0");
-    return value.get<double>();
-  };
-  if (type == "default") return "none";
-  if (type == "linear") return "linear:" + digits(number("factor"));
-
-  // The positions of the first training. What stands outside of rope_parameters counts first there.
-  const char* const positions_key = "original_max_position_embeddings";
-  if (family.type == "phi3" && !json.contains(positions_key)) throw UserError(std::string("has no ") + positions_key);
-  double positions = number(positions_key, c.context);
-  if (json.contains(positions_key)) {
-    if (!json[positions_key].is_number_integer() || json[positions_key] < 1)
-      throw UserError(std::string(positions_key) + " is " + shown(json[positions_key]) + ", not a number from 1 up");
-    if (settings.contains(positions_key) && json[positions_key] != settings[positions_key])
-      throw UserError(std::string(positions_key) + " stands there twice and disagrees");
-    positions = json[positions_key].get<double>();
-  }
-  if (type == "llama3")
-    return "llama3:" + digits(number("factor")) + "," + digits(number("low_freq_factor")) + "," +
-           digits(number("high_freq_factor")) + "," + digits(positions);
-  const double factor = number("factor", c.context / positions);
-  if (type == "yarn") {
-    if (settings.contains("truncate") && settings["truncate"] != true)
-      throw UserError("rope_parameters: truncate is " + shown(settings["truncate"]) + "; only true can be imported");
-    auto scale = [&](double m) { return factor <= 1 ? 1 : 0.1 * m * std::log(factor) + 1; };
-    const bool both = settings.contains("mscale") && settings.contains("mscale_all_dim");
-    const double inferred = both ? scale(number("mscale")) / scale(number("mscale_all_dim")) : scale(1);
-    return "yarn:" + digits(factor) + "," + digits(positions) + "," + digits(number("attention_factor", inferred)) + "," +
-           digits(number("beta_fast", 32)) + "," + digits(number("beta_slow", 1));
-  }
-  c.context = int(std::min<double>(c.context, positions));
-  const double inferred = factor <= 1 ? 1 : std::sqrt(1 + std::log(factor) / std::log(positions)),
-               attention = number("attention_factor", inferred);
-  std::string scaling = "longrope:" + digits(attention);
-  bool changes = attention != 1;
-  const nlohmann::json factors = settings.value("short_factor", nlohmann::json());
-  if (!factors.is_array() || factors.size() != size_t(c.rotary_dim / 2))
-    throw UserError("rope_parameters: short_factor is " + shown(factors) + "; it must be a list of " +
-                    std::to_string(c.rotary_dim / 2) + ", one for each pair of channels");
-  for (const nlohmann::json& one : factors) {
-    if (!one.is_number() || !(one.get<double>() > 0) || !std::isfinite(one.get<double>()))
-      throw UserError("rope_parameters: short_factor has " + shown(one) + "; its factors must be numbers above 0");
-    scaling += "," + digits(one.get<double>());
-    changes = changes || one != 1;
-  }
-  return changes ? scaling : "none";
-}
-
-// Fills in R, base and what changes the frequencies. After the keys of the family.
-inline void read_rotation(const Family& family, const nlohmann::json& json, Described& d) {
-  Config& c = d.c;
-  const Rotation& rotation = family.rotation;
-  const nlohmann::json settings = rope_settings(json), kind = settings.value("rope_type", nlohmann::json("default"));
-  const std::string type = kind.is_string() ? kind.get<std::string>() : shown(kind);
-  c.rope_base = rope_number(json, settings, "rope_theta", rotation.base_key, base_keys, rotation.base);
-  const double fraction = rope_number(json, settings, "partial_rotary_factor", rotation.fraction_key, fraction_keys,
-                                      rotation.fraction);
-  const std::string said = "partial_rotary_factor " + digits(fraction);
-  if (!(fraction >= 0 && fraction <= 1)) throw UserError(said + " is not between 0 and 1");
-  if (!rotation.partial && fraction != 1) throw UserError(said + " is ignored by " + family.architecture);
-  c.rotary_dim = int(fraction * c.head_size);
-  if (c.rotary_dim == 0 && !rotation.none) throw UserError(said + ": " + family.architecture + " does not work with it");
-  if (c.rotary_dim % 2)
-    throw UserError(said + " turns " + std::to_string(c.rotary_dim) + " of " + std::to_string(c.head_size) +
-                    " channels; only an even number can be imported");
-  c.rope_scaling = read_scaling(family, json, settings, type == "su" ? "longrope" : type, c);
-
-  const int none = int(std::count(d.rotated.begin(), d.rotated.end(), false));
-  if (none == 0) return;
-  if (none == c.layers) {
-    c.rotary_dim = 0, c.rope_scaling = "none";
-    return;
-  }
-  const int every = int(std::find(d.rotated.begin(), d.rotated.end(), false) - d.rotated.begin()) + 1;
-  c.rotary_layers = every > 1 ? "nope:" + std::to_string(every) : "all";
-  std::string list;
-  bool regular = every > 1;
-  for (int l = 0; l < c.layers; ++l) {
-    list += (l ? "," : "") + std::to_string(d.rotated[l] ? c.rotary_dim : 0);
-    regular = regular && d.rotated[l] == ((l + 1) % every != 0);
-  }
-  if (!regular) c.rotary_layers = list;
-}
-
-// R / HS as a number f for which int(f * HS), which is what their library computes, is R.
-inline double exported_fraction(int R, int HS) {
-  double f = double(R) / HS;
-  while (int(f * HS) < R) f = std::nextafter(f, 2.0);
-  return f;
-}
-
-// The keys of the rotation, in all places where a loader may look: one that does not find a key takes its default.
-// Their own names for what is done to the frequencies are used where there are some; all else is LongRoPE, which has a
-// factor for each, the same for short texts and long.
-inline void write_rotation(const Family& family, const Config& c, nlohmann::ordered_json& json) {
-  const Rotation& rotation = family.rotation;
-  const int R = c.rotary_dim;
-  const bool phi3 = family.type == "phi3", plain = c.rope_frequencies == "rotary";
-  const size_t colon = std::min(c.rope_scaling.find(':'), c.rope_scaling.size());
-  const std::string type = c.rope_scaling.substr(0, colon);
-  std::vector<double> x;
-  if (colon < c.rope_scaling.size()) x = parse_list("--rope-scaling", c.rope_scaling.substr(colon + 1));
-  nlohmann::ordered_json rope = {{"rope_type", "default"}};
-  // Phi3's class counts its factors by width / heads, so it refuses them where the head size is another one. Where it is
-  // not, they are also a guard: versions that do not know of a fraction refuse lists that are not of HS/2 factors.
-  const bool takes_factors = !phi3 || c.head_size * c.heads == c.width;
-  const bool guard = phi3 && takes_factors && R > 0 && R < c.head_size;
-  if (R == 0 || !takes_factors || (type == "none" && plain && !guard)) {
-  } else if (plain && !phi3 && type == "linear") {
-    rope = {{"rope_type", type}, {"factor", x[0]}};
-  } else if (plain && !phi3 && type == "llama3") {
-    rope = {{"rope_type", type}, {"factor", x[0]}, {"low_freq_factor", x[1]}, {"high_freq_factor", x[2]},
-            {"original_max_position_embeddings", int(x[3])}};
-  } else if (plain && !phi3 && type == "yarn" && x[1] == int(x[1])) {
-    rope = {{"rope_type", type}, {"factor", x[0]}, {"original_max_position_embeddings", int(x[1])},
-            {"attention_factor", c.angles(R).attention}, {"beta_fast", x.size() == 5 ? x[3] : 32.0},
-            {"beta_slow", x.size() == 5 ? x[4] : 1.0}};
-  } else {
-    const RopeAngles angles = c.angles(R);
-    std::vector<double> factors;
-    for (int i = 0; i < R / 2; ++i)
-      factors.push_back(plain && type == "longrope" ? x[1 + i]
-                        : plain && type == "none"   ? 1
-                                                    : rope_frequency(i, R, c.rope_base) / angles.theta[i]);
-    rope = {{"rope_type", "longrope"}, {"short_factor", factors}, {"long_factor", factors},
-            {"original_max_position_embeddings", c.context}, {"attention_factor", angles.attention}};
-    json["original_max_position_embeddings"] = c.context;
-  }
-  json["rope_theta"] = json[rotation.base_key] = c.rope_base;
-  if (rotation.partial)
-    json["partial_rotary_factor"] = json[rotation.fraction_key] = exported_fraction(R, c.head_size);
-  if (rope["rope_type"] != "default") {
-    json["rope_scaling"] = rope;  // Transformers 4; in Phi3 it has three keys there, or is refused
-    if (phi3 && rope["attention_factor"] == 1)
-      json["rope_scaling"] = {{"type", "longrope"}, {"short_factor", rope["short_factor"]},
-                              {"long_factor", rope["long_factor"]}};
-    if (!phi3 || rope["attention_factor"] != 1) json["transformers_version"] = "5.0";
-  }
-  rope["rope_theta"] = c.rope_base;
-  if (rotation.partial) rope["partial_rotary_factor"] = exported_fraction(R, c.head_size);
-  json["rope_parameters"] = rope;
 }

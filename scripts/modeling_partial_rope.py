@@ -41,6 +41,9 @@ class PartialRopeForCausalLM(PreTrainedModel, GenerationMixin):
             self.head = nn.Linear(c.width, c.vocab, bias=c.head_bias)
         self.post_init()
 
+    def get_input_embeddings(self):
+        return self.embedding
+
     def prepare_inputs_for_generation(self, input_ids, attention_mask=None, **unused):
         """All tokens every time: some versions take for granted that a model keeps what it has seen."""
         return {"input_ids": input_ids, "attention_mask": attention_mask}

@@ -57,13 +57,17 @@ def rotary_dims(config):
     return [int(R) for R in rule.split(",")]
 
 
-def scaled(frequency, scaling, base, size):
-    """The frequencies that rope_scale of rope.cuh makes of these, and what cos and sin are multiplied by."""
+def scaled(frequency, scaling, base, size, positions):
+    """The frequencies that rope_scale of rope.cuh makes of these, and what cos and sin are multiplied by. ValueError if
+    they do not hold for so many positions."""
     kind, _, numbers = scaling.partition(":")
+    numbers, _, limit = numbers.partition(";")
     x = [float(number) for number in numbers.split(",") if number]
     if kind == "none":
         return frequency, 1.0
     if kind == "longrope":
+        if limit and positions > float(limit):
+            raise ValueError(f"{positions} positions: the factors of this model's longrope hold for {limit}")
         return frequency / torch.tensor(x[1:], dtype=torch.float64), x[0]
     if kind == "linear":
         return frequency / x[0], 1.0
@@ -85,7 +89,8 @@ def rope_table(config, positions, R):
     frequency = config.rope_base ** (-torch.arange(0, R, 2, dtype=torch.float64) / size)
     if R and config.rope_frequencies not in ("rotary", "head"):
         frequency = 2 * math.pi / torch.tensor([float(w) for w in config.rope_frequencies.split(",")]).double()
-    frequency, attention = scaled(frequency, config.rope_scaling if R else "none", config.rope_base, size)
+    rule = config.rope_scaling if R else "none"
+    frequency, attention = scaled(frequency, rule, config.rope_base, size, positions)
     angle = torch.arange(positions, dtype=torch.float64)[:, None] * frequency
     angle = torch.cat((angle, angle), -1) if config.rope_pairs == "half" else angle.repeat_interleave(2, -1)
     return (angle.cos() * attention).float(), (angle.sin() * attention).float()

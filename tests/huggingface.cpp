@@ -22,10 +22,26 @@ Config neox() {
   return c;
 }
 
-// A checkpoint of random weights; the flat array that went into it.
-std::vector<float> write_checkpoint(const std::string& directory, const Config& c) {
+// Phi's block: one norm for both, the older GELU, a head with a bias.
+Config phi() {
+  Config c = neox();
+  c.mlp = MlpKind::gelu_tanh, c.shared_norm = c.head_bias = true, c.norm_eps = 3e-6;
+  return c;
+}
+Config stablelm() {
+  Config c = neox();
+  c.mlp = MlpKind::swiglu, c.block = BlockKind::sequential, c.bias = false;
+  return c;
+}
+
+// A checkpoint of random weights; zero are those whose name holds one of `cleared`. The flat array that went into it.
+std::vector<float> write_checkpoint(const std::string& directory, const Config& c,
+                                    const std::vector<std::string>& cleared = {}) {
   const ParameterTable table = parameter_table(c);
-  const std::vector<float> weights = random_values<float>(table.total, 77);
+  std::vector<float> weights = random_values<float>(table.total, 77);
+  for (const ParameterRow& row : table.rows)
+    for (const std::string& name : cleared)
+      if (contains(row.name, name)) std::fill_n(&weights[row.offset], row.count, 0.0f);
   std::filesystem::create_directories(directory);
   write_safetensors(directory + "/model.safetensors", named(table, weights.data(), ""));
   return weights;
@@ -49,21 +65,23 @@ Source source_of(const std::string& checkpoint, const Config& c, bool tokenizer 
 
 std::string weights_of(const std::string& checkpoint) { return read_text_file(checkpoint + "/model.safetensors"); }
 
-void round_trip(const Config& c, const std::string& type, bool with_code = false) {
+nlohmann::ordered_json flags_of(const Config& c) {
+  Settings s;
+  s.model = c;
+  return settings_json(s, {"Model"});
+}
+
+void round_trip(const Config& c, const std::string& type, bool with_code = false,
+                const std::vector<std::string>& cleared = {}) {
+  CAPTURE(type);
   TemporaryDirectory directory;
-  write_checkpoint(directory / "run", c);
-  const ByteTokenizer bytes;
+  write_checkpoint(directory / "run", c, cleared);
   CHECK(export_model(directory / "out", source_of(directory / "run", c, true), with_code)["model_type"] == type);
   CHECK(read_json_file(directory / "out/config.json")["model_type"] == type);
-  const Settings back = import_model(directory / "out", directory / "back");
-  const Config& d = back.model;
-  CHECK(d.rotary_dim == c.rotary_dim);
-  CHECK(d.head_size == c.head_size);
-  CHECK(d.context == c.context);
-  CHECK((d.block == c.block && d.norm == c.norm && d.qk_norm == c.qk_norm && d.tied == c.tied && d.bias == c.bias));
-  CHECK((d.mlp == c.mlp && d.rope_pairs == c.rope_pairs && d.rope_base == c.rope_base));
+  CHECK(flags_of(import_model(directory / "out", directory / "back").model) == flags_of(c));
   CHECK(weights_of(directory / "run") == weights_of(directory / "back/checkpoint"));
   // The byte tokenizer became one that gives the same ids.
+  const ByteTokenizer bytes;
   const std::string text = "Ann ran.\n\xC3\xA9\t \x01";
   std::vector<int> ours, theirs;
   bytes.encode(text.data(), text.size(), ours);
@@ -80,16 +98,35 @@ TEST_CASE("huggingface: every class there and back, to the bit") {
     c.rotary_dim = R;
     round_trip(c, R == 0 ? "smollm3" : R == 10 ? "llama" : "phi3");
     c.qk_norm = true;
-    round_trip(c, "glm4_moe");
+    round_trip(c, R == 10 ? "qwen3" : "glm4_moe");
+    if (R == 0) continue;
+    c.qk_norm = false, c.rope_pairs = RopePairs::interleaved, c.norm_eps = 1.5625e-7;
+    round_trip(c, "glm");
+    c.qkv_bias = true;
+    round_trip(c, "glm");
+    c.rope_pairs = RopePairs::half;
+    round_trip(c, R == 10 ? "qwen2" : "glm4_moe");
   }
   for (int R : {0, 2, 4, 6}) {
     Config c = neox();
     c.rotary_dim = R;
     round_trip(c, "gpt_neox");
+    c.mlp = MlpKind::gelu_tanh;
+    round_trip(c, "gpt_neox");
+    c = phi(), c.rotary_dim = R;
+    round_trip(c, "phi");
+    c.rope_pairs = RopePairs::interleaved;  // whose attention has no biases
+    if (R > 0) round_trip(c, "gptj", false, {"qkv.bias", "proj.bias"});
+    c = stablelm(), c.rotary_dim = R;
+    if (R > 0) round_trip(c, "stablelm");
+    c.qkv_bias = true;
+    if (R > 0) round_trip(c, "stablelm");
   }
   Config full = small();
-  full.rotary_dim = 10, full.bias = true;
+  full.rotary_dim = 10, full.bias = true, full.norm_eps = 9.999999974752427e-07;
   round_trip(full, "llama");
+  full.qk_norm = true;
+  round_trip(full, "qwen3", false, {"up.bias", "down.bias"});
 #endif
   Config tied = small();
   tied.tied = true, tied.rope_base = 500;
@@ -101,6 +138,9 @@ TEST_CASE("huggingface: every class there and back, to the bit") {
   parallel.block = BlockKind::parallel, parallel.qk_norm = true, parallel.rope_pairs = RopePairs::interleaved;
   round_trip(parallel, "partial_rope", true);
   parallel.norm = NormKind::layer, parallel.mlp = MlpKind::gelu, parallel.bias = parallel.tied = true;
+  round_trip(parallel, "partial_rope", true);
+  parallel.tied = false, parallel.shared_norm = parallel.head_bias = true, parallel.norm_eps = 1e-3;
+  parallel.mlp = MlpKind::gelu_tanh, parallel.rope_scaling = "linear:4";
   round_trip(parallel, "partial_rope", true);
 }
 
@@ -120,7 +160,8 @@ TEST_CASE("huggingface: what is done to the frequencies, and which layers turn, 
     CHECK(d.context == c.context);
     const RopeAngles ours = c.angles(c.rotary_dim), back = d.angles(c.rotary_dim);
     CHECK(back.attention == ours.attention);
-    for (size_t i = 0; i < ours.theta.size(); ++i) CHECK(back.theta[i] == doctest::Approx(ours.theta[i]).epsilon(1e-14));
+    for (size_t i = 0; i < ours.theta.size(); ++i)
+      CHECK(back.theta[i] == doctest::Approx(ours.theta[i]).epsilon(1e-14));
     return d;
   };
   Config part = small(), full = small();
@@ -131,8 +172,10 @@ TEST_CASE("huggingface: what is done to the frequencies, and which layers turn, 
     there_and_back(full, "llama", std::string(scaling).substr(0, std::string(scaling).find(':')));
     there_and_back(part, "phi3", "longrope");  // Phi3 has no other
   }
-  part.rope_scaling = "longrope:1.25,1,2.5,4";
-  there_and_back(part, "phi3", "longrope");
+  for (const char* scaling : {"longrope:1.25,1,2.5,4", "longrope:1.25,1,2.5,4;60"}) {
+    part.rope_scaling = scaling;
+    there_and_back(part, "phi3", "longrope");
+  }
   part.rope_scaling = "none", part.rope_frequencies = "head";
   there_and_back(part, "phi3", "longrope");
   part.rope_frequencies = "10,20,300.5";
@@ -183,11 +226,19 @@ TEST_CASE("huggingface: scalings of published models") {
   CHECK(scaling({{"type", "linear"}, {"factor", 4}}) == "linear:4.0");
   CHECK(scaling({{"type", "yarn"}, {"factor", 4.0}, {"original_max_position_embeddings", 1024}}) ==
         "yarn:4.0,1024.0," + nlohmann::json(0.1 * std::log(4.0) + 1).dump() + ",32.0,1.0");
-  nlohmann::json longrope = {{"type", "longrope"}, {"short_factor", {1, 1.5, 2, 2.5, 3}}, {"long_factor", {1, 2, 3, 4, 5}},
+  nlohmann::json longrope = {{"type", "longrope"},
+                             {"short_factor", {1, 1.5, 2, 2.5, 3}},
+                             {"long_factor", {1, 2, 3, 4, 5}},
                              {"original_max_position_embeddings", 1024}};
   CHECK(scaling(longrope) == "longrope:" + nlohmann::json(std::sqrt(1 + std::log(4.0) / std::log(1024.0))).dump() +
-                                 ",1.0,1.5,2.0,2.5,3.0");
+                                 ",1.0,1.5,2.0,2.5,3.0;1024.0");
   CHECK(imported_config("config.json", config, family).c.context == 1024);  // behind it, other factors count there
+  longrope["long_factor"] = longrope["short_factor"];
+  CHECK(!contains(scaling(longrope), "1024"));
+  CHECK(imported_config("config.json", config, family).c.context == 4096);
+  longrope.erase("long_factor");
+  CHECK(contains(error(longrope), "long_factor is null; it must be a list of 5"));
+  longrope["long_factor"] = {1, 2, 3, 4, 5};
   longrope["short_factor"] = std::vector<double>(48, 1.25);
   CHECK(contains(error(longrope), "short_factor is a list of 48; it must be a list of 5"));
   longrope["short_factor"] = {1, 1, 1, 1, -1};
@@ -263,27 +314,18 @@ TEST_CASE("huggingface: what no class holds is refused, naming what is in the wa
     const SafeTensors weights(directory / "run/model.safetensors");
     return error_of([&] { family_for(c, weights); });
   };
-  CHECK(contains(error([](Config& c) { c.block = BlockKind::parallel; }), "Phi3ForCausalLM comes nearest, and has not --block parallel;"));
+  CHECK(contains(error([](Config& c) { c.block = BlockKind::parallel; }),
+                 "Phi3ForCausalLM comes nearest, and has not --block parallel;"));
   CHECK(contains(error([](Config& c) { c.mlp = MlpKind::gelu; }), "--mlp gelu"));
-  CHECK(contains(error([](Config& c) { c.bias = true; }), "has not layers.0.proj.bias;"));
-  CHECK(contains(error([](Config& c) { c.rope_pairs = RopePairs::interleaved, c.rotary_dim = kRotaryDim.value_or(2); }), "--rope-pairs interleaved"));
+  CHECK(contains(error([](Config& c) { c.bias = true; }), "Phi3ForCausalLM comes nearest, and has not --bias;"));
   CHECK(contains(error([](Config& c) { c.bias = false; }, neox()), "--no-bias"));
   CHECK(contains(error([](Config& c) { c.kv_heads = 2; }, neox()), "--kv-heads 2"));
   CHECK(contains(error([](Config& c) { c.head_size = 8; }, neox()), "--head-size 8"));
   CHECK(contains(error([](Config& c) { c.qk_norm = true; }, neox()), "--qk-norm"));
-  // Biases that StableLM's class lacks: held where they are zero.
-  Config stablelm = neox();
-  stablelm.mlp = MlpKind::swiglu, stablelm.block = BlockKind::sequential;
-  CHECK(contains(error([](Config&) {}, stablelm), "StableLmForCausalLM comes nearest, and has not layers.0.proj.bias;"));
-  const ParameterTable table = parameter_table(stablelm);
-  std::vector<float> weights = random_values<float>(table.total, 77);
-  for (const ParameterRow& row : table.rows)
-    for (const char* name : {"proj.bias", "up.bias", "down.bias"})
-      if (contains(row.name, name)) std::fill_n(&weights[row.offset], row.count, 0.0f);
-  write_safetensors(directory / "run/model.safetensors", named(table, weights.data(), ""));
-  export_model(directory / "out", source_of(directory / "run", stablelm), false);
-  CHECK(import_model(directory / "out", directory / "back").model.bias);
-  CHECK(weights_of(directory / "run") == weights_of(directory / "back/checkpoint"));
+  // A head without the bias that Phi's has, and attention with biases that GPT-J's has not.
+  CHECK(contains(error([](Config& c) { c.head_bias = false; }, phi()), "has not --shared-norm;"));
+  CHECK(contains(error([](Config& c) { c.rope_pairs = RopePairs::interleaved; }, phi()),
+                 "GPTJForCausalLM comes nearest, and has not layers.0.qkv.bias;"));
 }
 
 TEST_CASE("huggingface: weights that are not finite go neither out nor in") {
@@ -301,7 +343,8 @@ TEST_CASE("huggingface: weights that are not finite go neither out nor in") {
   const float nan = NAN;
   std::memcpy(&bytes[bytes.size() - 4], &nan, 4);
   write_text_file(directory / "good/model.safetensors", bytes);
-  CHECK(contains(error_of([&] { import_model(directory / "good", directory / "no"); }), "mlp.gate_up_proj.weight has numbers"));
+  CHECK(contains(error_of([&] { import_model(directory / "good", directory / "no"); }),
+                 "mlp.gate_up_proj.weight has numbers"));
   CHECK(!std::filesystem::exists(directory / "out"));
   CHECK(!std::filesystem::exists(directory / "no"));
 }
@@ -349,7 +392,8 @@ TEST_CASE("huggingface: a config.json that would mean another model is refused, 
   using Json = nlohmann::json;
   const std::vector<std::pair<const char*, Json>> wrong = {
       {"model_type", "mamba"},        {"model_type", 5},              {"hidden_act", "relu"},
-      {"rms_norm_eps", 1e-6},         {"rope_scaling", 4},            {"attention_bias", true},
+      {"rms_norm_eps", -1e-6},        {"rms_norm_eps", "x"},          {"rope_scaling", 4},
+      {"attention_bias", true},
       {"quantization_config", {{"quant_method", "fp8"}}},
       {"no_such_key", 1},             {"partial_rotary_factor", nullptr}, {"logit_scale", 0.5},
       {"hidden_size", 0},             {"hidden_size", "24"},          {"num_hidden_layers", -1},
@@ -364,7 +408,7 @@ TEST_CASE("huggingface: a config.json that would mean another model is refused, 
     CHECK((contains(message, key) || contains(message, "heads") || contains(message, "rotary")));
   }
   CHECK(contains(error("rotary_pct", 1.0, good_neox), "rotary_pct"));
-  CHECK(contains(error("hidden_act", "gelu_new", good_neox), "hidden_act"));
+  CHECK(contains(error("hidden_act", "quick_gelu", good_neox), "hidden_act"));
   for (const auto& [key, value] : good.items()) {  // without a key: refused, or a default that changes nothing else
     Json json = good;
     json.erase(key);
