@@ -97,7 +97,9 @@ inline double rope_frequency(int i, int R, double base) { return std::pow(base, 
 struct RopeAngles {
   std::vector<double> theta;  // (R/2), radians per position
   double attention = 1;
-  double positions = INFINITY;  // how far they hold
+  std::vector<double> longer;  // theta where there are more than `limit` positions
+  double limit = INFINITY;
+  const std::vector<double>& of(int positions) const { return positions > limit ? longer : theta; }
 };
 
 // `rule`: "rotary": base^(-2i/R); "head": base^(-2i/HS), the highest frequencies of a head that is rotated in full; or
@@ -128,18 +130,20 @@ inline RopeAngles rope_angles(int R, int HS, double base, const std::string& rul
 //                                                 the first training, unchanged if more than HIGH times, a mean between
 //   yarn:FACTOR,POSITIONS[,ATTENTION[,FAST,SLOW]] the same between SLOW and FAST, 1 and 32, with the mean by number of
 //                                                 pair; ATTENTION is 0.1 ln FACTOR + 1 (arXiv 2309.00071)
-//   longrope:ATTENTION,F0,F1,...[;POSITIONS]      theta_i / F_i (arXiv 2402.13753), in texts of up to POSITIONS tokens
+//   longrope:ATTENTION,F0,F1,...                  theta_i / F_i (arXiv 2402.13753); behind that, ;POSITIONS,G0,G1,...:
+//                                                 theta_i / G_i for all tokens of texts of more than so many
 // Equal to ROPE_INIT_FUNCTIONS of Hugging Face's Transformers.
 inline void rope_scale(RopeAngles& angles, const std::string& scaling, double base, int denominator) {
   if (scaling == "none") return;
   const size_t colon = std::min(scaling.find(':'), scaling.size()),
                semicolon = std::min(scaling.find(';'), scaling.size());
   const std::string type = scaling.substr(0, colon);
-  std::vector<double> x, limit;
+  std::vector<double> x, y;
   if (colon < semicolon) x = parse_list("--rope-scaling", scaling.substr(colon + 1, semicolon - colon - 1));
-  if (semicolon < scaling.size()) limit = parse_list("--rope-scaling", scaling.substr(semicolon + 1));
-  const bool positive = std::all_of(x.begin(), x.end(), [](double v) { return v > 0; }) &&
-                        (limit.empty() || (type == "longrope" && limit.size() == 1 && limit[0] > 0));
+  if (semicolon < scaling.size()) y = parse_list("--rope-scaling", scaling.substr(semicolon + 1));
+  bool positive = semicolon == scaling.size() || (type == "longrope" && y.size() == x.size());
+  for (const auto* list : {&x, &y})
+    for (double v : *list) positive = positive && v > 0;
   const size_t n = positive ? x.size() : 0, pairs = angles.theta.size();
   // The share 1 - keep of an angle is divided by the factor.
   auto mix = [&](double& theta, double keep) {
@@ -158,12 +162,13 @@ inline void rope_scale(RopeAngles& angles, const std::string& scaling, double ba
     for (size_t i = 0; i < pairs; ++i) mix(angles.theta[i], 1 - (i - fast) / (slow == fast ? 0.001 : slow - fast));
     angles.attention = n > 2 ? x[2] : 0.1 * std::log(x[0]) + 1;
   } else if (type == "longrope" && n > 1 && (n == 1 + pairs || pairs == 0)) {
+    if (!y.empty()) angles.limit = y[0], angles.longer = angles.theta;
+    for (size_t i = 0; i < angles.longer.size(); ++i) angles.longer[i] /= y[1 + i];
     for (size_t i = 0; i < pairs; ++i) angles.theta[i] /= x[1 + i];
     angles.attention = x[0];
-    if (!limit.empty()) angles.positions = limit[0];
   } else {
     throw UserError("--rope-scaling " + scaling + ": must be none, linear:FACTOR, llama3:FACTOR,LOW,HIGH,POSITIONS, " +
-                    "yarn:FACTOR,POSITIONS[,ATTENTION[,FAST,SLOW]] or longrope:ATTENTION,F0,F1,...[;POSITIONS] with " +
+                    "yarn:FACTOR,POSITIONS[,ATTENTION[,FAST,SLOW]] or longrope:ATTENTION,F0,F1,...[;POSITIONS,G0,G1,...] with " +
                     std::to_string(pairs) + " factors; numbers above 0");
   }
 }
@@ -192,13 +197,10 @@ struct RopeTable {
 inline size_t rope_table_bytes(size_t positions, int R) { return positions * (R / 2) * 2 * sizeof(float); }
 
 // Fills the host array cos_sin (positions, R/2, 2). Angles are computed in double: at position 100,000 an fp32 angle
-// would be off by up to 0.004 radians. UserError where the angles do not hold so far.
+// would be off by up to 0.004 radians.
 inline void rope_fill_table(float* cos_sin, int positions, const RopeAngles& angles) {
-  if (positions > angles.positions)
-    throw UserError("--context " + std::to_string(positions) + ": the factors of this model's longrope hold for " +
-                    std::to_string(int(angles.positions)) + " positions; longer texts need others, which are not here");
   for (int t = 0; t < positions; ++t)
-    for (double theta : angles.theta) {
+    for (double theta : angles.of(positions)) {
       *cos_sin++ = float(angles.attention * std::cos(t * theta));
       *cos_sin++ = float(angles.attention * std::sin(t * theta));
     }

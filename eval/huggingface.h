@@ -1,7 +1,8 @@
 #pragma once
 // Models to and from Hugging Face's format: a directory with config.json, model.safetensors and tokenizer.json, which
 // AutoModelForCausalLM and AutoTokenizer load as it is. eval/huggingface_families.h has the classes of theirs; a model
-// that none of them holds is written with a class of our own, whose code goes with it (scripts/modeling_partial_rope.py).
+// that none of them holds is written with a class of our own, whose code goes with it:
+// scripts/modeling_partial_rope.py.
 //
 // A fraction is written as partial_rotary_factor in rope_parameters (Transformers 5) and under the older flat keys,
 // because loaders have quietly taken their default where the one that they look for was missing.
@@ -193,8 +194,8 @@ inline std::vector<std::string> misfits(const Family& family, const Config& c, c
   Settings ours, theirs;
   ours.model = c, theirs.model = d.c;
   const nlohmann::ordered_json is = settings_json(ours, {"Model"}), holds = settings_json(theirs, {"Model"});
-  const std::set<std::string> rotation = {"rotary_fraction", "rotary_dim", "rotary_layers", "rope_base", "rope_frequencies",
-                                          "rope_scaling"};
+  const std::set<std::string> rotation = {"rotary_fraction", "rotary_dim",       "rotary_layers",
+                                          "rope_base",       "rope_frequencies", "rope_scaling"};
   std::vector<std::string> flags;
   auto add = [&](std::string key) {
     const nlohmann::json value = is[key];
@@ -210,9 +211,11 @@ inline std::vector<std::string> misfits(const Family& family, const Config& c, c
     add(c.rotary_dim != d.c.rotary_dim ? "rotary_dim" : "rotary_layers");
   } else if (c.rotary_dim > 0) {
     const RopeAngles angles = c.angles(c.rotary_dim), read = d.c.angles(c.rotary_dim);
-    bool same = std::fabs(angles.attention - read.attention) < 1e-12;
-    for (size_t i = 0; i < angles.theta.size(); ++i)
-      same = same && std::fabs(angles.theta[i] / read.theta[i] - 1) < 1e-12;
+    bool same = std::fabs(angles.attention - read.attention) < 1e-12 &&
+                (angles.limit == read.limit || c.context > angles.limit);
+    for (int positions : {c.context, INT32_MAX})
+      for (size_t i = 0; i < angles.theta.size(); ++i)
+        same = same && std::fabs(angles.of(positions)[i] / read.of(positions)[i] - 1) < 1e-12;
     if (!same)
       add(c.rope_base != d.c.rope_base ? "rope_base"
           : c.rope_scaling != "none"   ? "rope_scaling"
@@ -429,8 +432,8 @@ inline Settings import_model(const std::string& from, const std::string& run_dir
   s.model = d.c;
   const int positions = config.value("max_position_embeddings", s.model.context);
   if (s.model.context < positions)
-    std::fprintf(stderr, "note: up to %d positions, not %d: for longer texts its RoPE has other factors, which are not "
-                 "known here\n", s.model.context, positions);
+    std::fprintf(stderr, "note: a context of %d positions, not %d: in longer texts its RoPE has other factors, which "
+                 "count where --context or eval length go beyond\n", s.model.context, positions);
 
   // One file of tensors, or several with an index.
   std::vector<std::string> names = {"model.safetensors"};

@@ -419,7 +419,7 @@ inline const std::vector<Family>& families() {
          phi_tensors()},
         {"gptj", "GPTJForCausalLM", "4.22", gptj, mlp, dimension, gptj_keys(whole("n_head", &Config::heads)),
          gptj_tensors(false)},
-        {"codegen", "CodeGenForCausalLM", "4.22", gptj, mlp, dimension, gptj_keys(heads_of_four("n_head")),
+        {"codegen", "CodeGenForCausalLM", "", gptj, mlp, dimension, gptj_keys(heads_of_four("n_head")),
          gptj_tensors(true)},
     };
   }();

@@ -1,6 +1,7 @@
 #pragma once
-// The rotation of a model in Hugging Face's format: which channels, with which frequencies. rope_parameters (Transformers
-// 5), rope_scaling and flat keys (4) may stand side by side, and must then agree. UserError, naming the key.
+// The rotation of a model in Hugging Face's format: which channels, with which frequencies. rope_parameters
+// (Transformers 5), rope_scaling and flat keys (4) may stand side by side, and must then agree. UserError, naming the
+// key.
 
 #include <algorithm>
 #include <cmath>
@@ -53,7 +54,7 @@ inline double rope_number(const nlohmann::json& json, const nlohmann::json& sett
 inline std::string digits(double number) { return nlohmann::json(number).dump(); }
 
 // The rope_scaling of ours for rope_type `type` of theirs (ROPE_INIT_FUNCTIONS of their library), R being known. May
-// shorten the context: where LongRoPE has other factors for long texts, only those for short ones are held here.
+// shorten the context: where LongRoPE has other factors for longer texts, it becomes that of the first training.
 inline std::string read_scaling(const Family& family, const nlohmann::json& json, const nlohmann::json& settings,
                                 const std::string& type, Config& c) {
   static const std::map<std::string, std::set<std::string>> keys_of_type = {
@@ -122,9 +123,10 @@ inline std::string read_scaling(const Family& family, const nlohmann::json& json
     return text;
   };
   const std::string in_short = factors("short_factor"), scaling = "longrope:" + digits(attention) + in_short;
-  if (in_short == factors("long_factor")) return changes ? scaling : "none";
+  const std::string in_long = factors("long_factor");
+  if (in_short == in_long) return changes ? scaling : "none";
   c.context = int(std::min<double>(c.context, positions));
-  return scaling + ";" + digits(positions);
+  return scaling + ";" + digits(positions) + in_long;
 }
 
 // Fills in R, base and what changes the frequencies. After the keys of the family.
@@ -152,7 +154,8 @@ inline void read_rotation(const Family& family, const nlohmann::json& json, Desc
   if (!(fraction >= 0 && fraction <= 1)) throw UserError(said + " is not between 0 and 1");
   if (!rotation.partial && fraction != 1) throw UserError(said + " is ignored by " + family.architecture);
   c.rotary_dim = int(fraction * c.head_size);
-  if (c.rotary_dim == 0 && !rotation.none) throw UserError(said + ": " + family.architecture + " does not work with it");
+  if (c.rotary_dim == 0 && !rotation.none)
+    throw UserError(said + ": " + family.architecture + " does not work with it");
   if (c.rotary_dim % 2)
     throw UserError(said + " turns " + std::to_string(c.rotary_dim) + " of " + std::to_string(c.head_size) +
                     " channels; only an even number can be imported");
@@ -184,7 +187,7 @@ inline double exported_fraction(int R, int HS) {
 
 // The keys of the rotation, in all places where a loader may look: one that does not find a key takes its default.
 // Their own names for what is done to the frequencies are used where there are some; all else is LongRoPE, which has a
-// factor for each, the same for short texts and long.
+// factor for each.
 inline void write_rotation(const Family& family, const Config& c, nlohmann::ordered_json& json) {
   const Rotation& rotation = family.rotation;
   const int R = c.rotary_dim;
@@ -193,14 +196,15 @@ inline void write_rotation(const Family& family, const Config& c, nlohmann::orde
     return;
   }
   const bool phi3 = family.type == "phi3", plain = c.rope_frequencies == "rotary";
-  const std::string scaling = c.rope_scaling.substr(0, c.rope_scaling.find(';'));
-  const size_t colon = std::min(scaling.find(':'), scaling.size());
-  const std::string type = scaling.substr(0, colon);
-  std::vector<double> x;
-  if (colon < scaling.size()) x = parse_list("--rope-scaling", scaling.substr(colon + 1));
+  const std::string &scaling = c.rope_scaling, type = scaling.substr(0, scaling.find(':'));
+  auto list = [&](size_t from, size_t to) {
+    return from < to ? parse_list("--rope-scaling", scaling.substr(from, to - from)) : std::vector<double>();
+  };
+  const size_t semicolon = std::min(scaling.find(';'), scaling.size());
+  const std::vector<double> x = list(type.size() + 1, semicolon), y = list(semicolon + 1, scaling.size());
   nlohmann::ordered_json rope = {{"rope_type", "default"}};
-  // Phi3's class counts its factors by width / heads, so it refuses them where the head size is another one. Where it is
-  // not, they are also a guard: versions that do not know of a fraction refuse lists that are not of HS/2 factors.
+  // Phi3's class counts its factors by width / heads, so it refuses them where the head size is another one. Where it
+  // is not, they are also a guard: versions that do not know of a fraction refuse lists that are not of HS/2 factors.
   const bool takes_factors = !phi3 || c.head_size * c.heads == c.width;
   const bool guard = phi3 && takes_factors && R > 0 && R < c.head_size;
   if (R == 0 || !takes_factors || (type == "none" && plain && !guard)) {
@@ -215,14 +219,20 @@ inline void write_rotation(const Family& family, const Config& c, nlohmann::orde
             {"beta_slow", x.size() == 5 ? x[4] : 1.0}};
   } else {
     const RopeAngles angles = c.angles(R);
-    std::vector<double> factors;
-    for (int i = 0; i < R / 2; ++i)
-      factors.push_back(plain && type == "longrope" ? x[1 + i]
-                        : plain && type == "none"   ? 1
-                                                    : rope_frequency(i, R, c.rope_base) / angles.theta[i]);
-    rope = {{"rope_type", "longrope"}, {"short_factor", factors}, {"long_factor", factors},
-            {"original_max_position_embeddings", c.context}, {"attention_factor", angles.attention}};
-    json["original_max_position_embeddings"] = c.context;
+    auto factors = [&](int positions) {
+      std::vector<double> all;
+      for (int i = 0; i < R / 2; ++i)
+        all.push_back(plain && type == "longrope" ? (positions > angles.limit ? y : x)[1 + i]
+                      : plain && type == "none"   ? 1
+                                                  : rope_frequency(i, R, c.rope_base) / angles.of(positions)[i]);
+      return all;
+    };
+    // A model of more positions than the limit has only the factors for longer texts.
+    const bool two = !y.empty() && c.context <= angles.limit;
+    const int positions = two ? int(angles.limit) : c.context;
+    rope = {{"rope_type", "longrope"}, {"short_factor", factors(c.context)}, {"long_factor", factors(INT32_MAX)},
+            {"original_max_position_embeddings", positions}, {"attention_factor", angles.attention}};
+    json["original_max_position_embeddings"] = positions;
   }
   json["rope_theta"] = json[rotation.base_key] = c.rope_base;
   if (rotation.partial)

@@ -143,7 +143,7 @@ inline Trace trace_head(Model<Cpu, float>& model, const std::vector<int>& tokens
   for (int i = 0; i < R / 2; ++i) {
     PairTrace p;
     p.a = rope_first(c.rope_pairs, i), p.b = rope_second(c.rope_pairs, i, R);
-    p.theta = angles.theta[i];
+    p.theta = angles.of(rope.positions)[i];
     p.angle = position * p.theta;
     p.table_offset = (size_t(position) * (R / 2) + i) * 2 * sizeof(float);
     p.cos = rope.cos_sin[p.table_offset / sizeof(float)];

@@ -154,7 +154,7 @@ inline nlohmann::json page_json(Model<Cpu, float>& model, const Trace& trace, co
     if (!ropes.insert({rope.R, ropes.size()}).second) continue;
     const RopeAngles angles = c.angles(rope.R);
     object["ropes"].push_back({{"rotary_dim", rope.R},
-                               {"theta", angles.theta},
+                               {"theta", angles.of(rope.positions)},
                                {"attention", angles.attention},
                                {"cos_sin", decimals_of(rope.cos_sin, size_t(T) * rope.R)}});  // (T, R/2, 2)
   }

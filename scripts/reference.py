@@ -58,17 +58,16 @@ def rotary_dims(config):
 
 
 def scaled(frequency, scaling, base, size, positions):
-    """The frequencies that rope_scale of rope.cuh makes of these, and what cos and sin are multiplied by. ValueError if
-    they do not hold for so many positions."""
+    """The frequencies that rope_scale of rope.cuh makes of these, for so many positions, and what cos and sin are
+    multiplied by."""
     kind, _, numbers = scaling.partition(":")
-    numbers, _, limit = numbers.partition(";")
+    numbers, _, longer = numbers.partition(";")
     x = [float(number) for number in numbers.split(",") if number]
     if kind == "none":
         return frequency, 1.0
     if kind == "longrope":
-        if limit and positions > float(limit):
-            raise ValueError(f"{positions} positions: the factors of this model's longrope hold for {limit}")
-        return frequency / torch.tensor(x[1:], dtype=torch.float64), x[0]
+        limit, *factors = [float(number) for number in longer.split(",")] if longer else [math.inf]
+        return frequency / torch.tensor(factors if positions > limit else x[1:], dtype=torch.float64), x[0]
     if kind == "linear":
         return frequency / x[0], 1.0
     attention = 1.0
@@ -90,7 +89,7 @@ def rope_table(config, positions, R):
     if R and config.rope_frequencies not in ("rotary", "head"):
         frequency = 2 * math.pi / torch.tensor([float(w) for w in config.rope_frequencies.split(",")]).double()
     rule = config.rope_scaling if R else "none"
-    frequency, attention = scaled(frequency, rule, config.rope_base, size, positions)
+    frequency, attention = scaled(frequency, rule, config.rope_base, size, max(positions, config.context))
     angle = torch.arange(positions, dtype=torch.float64)[:, None] * frequency
     angle = torch.cat((angle, angle), -1) if config.rope_pairs == "half" else angle.repeat_interleave(2, -1)
     return (angle.cos() * attention).float(), (angle.sin() * attention).float()

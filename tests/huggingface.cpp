@@ -161,7 +161,7 @@ TEST_CASE("huggingface: what is done to the frequencies, and which layers turn, 
     const RopeAngles ours = c.angles(c.rotary_dim), back = d.angles(c.rotary_dim);
     CHECK(back.attention == ours.attention);
     for (size_t i = 0; i < ours.theta.size(); ++i)
-      CHECK(back.theta[i] == doctest::Approx(ours.theta[i]).epsilon(1e-14));
+      CHECK(back.theta[i] == doctest::Approx(ours.of(c.context)[i]).epsilon(1e-14));
     return d;
   };
   Config part = small(), full = small();
@@ -172,10 +172,14 @@ TEST_CASE("huggingface: what is done to the frequencies, and which layers turn, 
     there_and_back(full, "llama", std::string(scaling).substr(0, std::string(scaling).find(':')));
     there_and_back(part, "phi3", "longrope");  // Phi3 has no other
   }
-  for (const char* scaling : {"longrope:1.25,1,2.5,4", "longrope:1.25,1,2.5,4;60"}) {
+  for (const char* scaling : {"longrope:1.25,1,2.5,4", "longrope:1.25,1,2.5,4;60,2,3,4.5"}) {
     part.rope_scaling = scaling;
-    there_and_back(part, "phi3", "longrope");
+    const Config d = there_and_back(part, "phi3", "longrope");
+    CHECK(d.angles(6).of(61) == part.angles(6).of(61));
+    CHECK(d.angles(6).limit == part.angles(6).limit);
   }
+  part.rope_scaling = "longrope:1.25,1,2.5,4;20,2,3,4.5";  // all of its texts are longer
+  CHECK(there_and_back(part, "phi3", "longrope").rope_scaling == "longrope:1.25,2.0,3.0,4.5");
   part.rope_scaling = "none", part.rope_frequencies = "head";
   there_and_back(part, "phi3", "longrope");
   part.rope_frequencies = "10,20,300.5";
@@ -231,7 +235,7 @@ TEST_CASE("huggingface: scalings of published models") {
                              {"long_factor", {1, 2, 3, 4, 5}},
                              {"original_max_position_embeddings", 1024}};
   CHECK(scaling(longrope) == "longrope:" + nlohmann::json(std::sqrt(1 + std::log(4.0) / std::log(1024.0))).dump() +
-                                 ",1.0,1.5,2.0,2.5,3.0;1024.0");
+                                 ",1.0,1.5,2.0,2.5,3.0;1024.0,1.0,2.0,3.0,4.0,5.0");
   CHECK(imported_config("config.json", config, family).c.context == 1024);  // behind it, other factors count there
   longrope["long_factor"] = longrope["short_factor"];
   CHECK(!contains(scaling(longrope), "1024"));
@@ -255,6 +259,67 @@ TEST_CASE("huggingface: the exported fraction gives back R by truncation, for ev
   for (int HS = 2; HS <= 512; HS += 2)
     for (int R = 0; R <= HS; R += 2) CHECK(int(exported_fraction(R, HS) * HS) == R);
 }
+
+TEST_CASE("huggingface: rows in an order of their own") {
+  Config c = small();
+  c.heads = c.kv_heads = 8, c.head_size = 3;
+  size_t theirs = 0;  // CodeGen, as its class splits qkv_proj: four groups of heads, in each queries, values, keys
+  for (int group = 0; group < 4; ++group)
+    for (int part : {0, 2, 1})
+      for (int head = 2 * group; head < 2 * group + 2; ++head)
+        for (int i = 0; i < 3; ++i) CHECK(our_row(Rows::by_shard, c, theirs++) == size_t((part * 8 + head) * 3 + i));
+  theirs = 0;  // GPT-NeoX: by head, in each query, key, value
+  for (int head = 0; head < 8; ++head)
+    for (int part : {0, 1, 2})
+      for (int i = 0; i < 3; ++i) CHECK(our_row(Rows::by_head, c, theirs++) == size_t((part * 8 + head) * 3 + i));
+}
+
+#ifndef ROTARY_DIM
+TEST_CASE("huggingface: configurations as they were published") {
+  const Family* family = nullptr;
+  auto read = [&](const char* text) { return imported_config("config.json", nlohmann::json::parse(text), family).c; };
+  const Config neox_20b = read(R"({"architectures": ["GPTNeoXForCausalLM"], "attention_probs_dropout_prob": 0,
+      "bos_token_id": 0, "eos_token_id": 0, "hidden_act": "gelu_fast", "hidden_dropout_prob": 0, "hidden_size": 6144,
+      "initializer_range": 0.02, "intermediate_size": 24576, "layer_norm_eps": 1e-05, "max_position_embeddings": 2048,
+      "model_type": "gpt_neox", "num_attention_heads": 64, "num_hidden_layers": 44, "rotary_emb_base": 10000,
+      "rotary_pct": 0.25, "tie_word_embeddings": false, "torch_dtype": "float16", "use_cache": true,
+      "vocab_size": 50432})");
+  CHECK((neox_20b.rotary_dim == 24 && neox_20b.mlp == MlpKind::gelu_tanh && neox_20b.block == BlockKind::parallel));
+  const Config gpt_j = read(R"({"activation_function": "gelu_new", "architectures": ["GPTJForCausalLM"],
+      "attn_pdrop": 0.0, "bos_token_id": 50256, "embd_pdrop": 0.0, "eos_token_id": 50256,
+      "gradient_checkpointing": false, "initializer_range": 0.02, "layer_norm_epsilon": 1e-05, "model_type": "gptj",
+      "n_embd": 4096, "n_head": 16, "n_inner": null, "n_layer": 28, "n_positions": 2048, "resid_pdrop": 0.0,
+      "rotary": true, "rotary_dim": 64, "scale_attn_weights": true, "summary_activation": null,
+      "summary_first_dropout": 0.1, "summary_proj_to_labels": true, "summary_type": "cls_index",
+      "summary_use_proj": true, "task_specific_params": {"text-generation": {"do_sample": true}},
+      "tie_word_embeddings": false, "tokenizer_class": "GPT2Tokenizer", "use_cache": true, "vocab_size": 50400})");
+  CHECK((gpt_j.rotary_dim == 64 && gpt_j.head_size == 256 && gpt_j.rope_pairs == RopePairs::interleaved));
+  CHECK((gpt_j.mlp_hidden == 16384 && gpt_j.shared_norm && gpt_j.head_bias && gpt_j.context == 2048));
+  const Config phi_2 = read(R"({"architectures": ["PhiForCausalLM"], "attention_dropout": 0.0, "bos_token_id": 50256,
+      "embd_pdrop": 0.0, "eos_token_id": 50256, "hidden_act": "gelu_new", "hidden_size": 2560,
+      "initializer_range": 0.02, "intermediate_size": 10240, "layer_norm_eps": 1e-05, "max_position_embeddings": 2048,
+      "model_type": "phi", "num_attention_heads": 32, "num_hidden_layers": 32, "num_key_value_heads": 32,
+      "partial_rotary_factor": 0.4, "qk_layernorm": false, "resid_pdrop": 0.1, "rope_scaling": null,
+      "rope_theta": 10000.0, "tie_word_embeddings": false, "torch_dtype": "float16", "use_cache": true,
+      "vocab_size": 51200})");
+  CHECK((phi_2.rotary_dim == 32 && phi_2.head_size == 80 && phi_2.shared_norm && phi_2.bias));
+  const Config glm_4 = read(R"({"architectures": ["GlmForCausalLM"], "attention_bias": true, "attention_dropout": 0.0,
+      "eos_token_id": [151329, 151336, 151338], "head_dim": 128, "hidden_act": "silu", "hidden_size": 4096,
+      "initializer_range": 0.02, "intermediate_size": 13696, "max_position_embeddings": 131072, "model_type": "glm",
+      "num_attention_heads": 32, "num_hidden_layers": 40, "num_key_value_heads": 2, "pad_token_id": 151329,
+      "rms_norm_eps": 1.5625e-07, "rope_theta": 10000.0, "partial_rotary_factor": 0.5, "tie_word_embeddings": false,
+      "torch_dtype": "bfloat16", "use_cache": true, "vocab_size": 151552})");
+  CHECK((glm_4.rotary_dim == 64 && glm_4.rope_pairs == RopePairs::interleaved && glm_4.norm_eps == 1.5625e-7));
+  CHECK((glm_4.qkv_bias && !glm_4.bias));
+  const Config qwen2 = read(R"({"architectures": ["Qwen2ForCausalLM"], "attention_dropout": 0.0, "bos_token_id": 151643,
+      "eos_token_id": 151643, "hidden_act": "silu", "hidden_size": 896, "initializer_range": 0.02,
+      "intermediate_size": 4864, "max_position_embeddings": 32768, "max_window_layers": 24, "model_type": "qwen2",
+      "num_attention_heads": 14, "num_hidden_layers": 24, "num_key_value_heads": 2, "rms_norm_eps": 1e-06,
+      "rope_theta": 1000000.0, "sliding_window": 32768, "tie_word_embeddings": true, "torch_dtype": "bfloat16",
+      "use_cache": true, "use_mrope": false, "use_sliding_window": false, "vocab_size": 151936})");
+  CHECK((qwen2.qkv_bias && qwen2.tied && qwen2.rope_base == 1e6 && qwen2.norm_eps == 1e-6));
+}
+#endif
 
 TEST_CASE("huggingface: half precision") {
   const uint16_t halves[16] = {0x0000, 0x3C00, 0xC000, 0x7BFF, 0x0400, 0x0001, 0x8001, 0x3555};

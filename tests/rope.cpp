@@ -178,16 +178,18 @@ TEST_CASE("rope: scaled frequencies are those of Transformers, and reach cos and
   }
   RopeAngles two = rope_angles(4, 8, 100);
   for (const char* wrong : {"", "yarn", "yarn:2", "linear:0", "linear:-1", "linear:1,2", "llama3:8,4,1,512",
-                            "longrope:1,2", "longrope:1,2,3,4", "longrope:1,2,3;0", "longrope:1,2,3;8,9", "linear:2;8",
-                            "ntk:2", "linear:x"})
+                            "longrope:1,2", "longrope:1,2,3,4", "longrope:1,2,3;8,9", "longrope:1,2,3;8,9,0",
+                            "linear:2;8", "ntk:2", "linear:x"})
     CHECK(contains(error_of([&] { rope_scale(two, wrong, 100, 4); }), std::string("--rope-scaling ")));
   CHECK(two.theta == rope_angles(4, 8, 100).theta);
-  // Factors that hold for 3 positions make no table of more.
-  rope_scale(two, "longrope:1.5,2,4;3", 100, 4);
-  CHECK((two.theta[1] == rope_angles(4, 8, 100).theta[1] / 4 && two.attention == 1.5));
+  // One factor for texts of up to 3 tokens, another for all tokens of longer ones.
+  rope_scale(two, "longrope:1.5,2,4;3,5,8", 100, 4);
+  const double theta = rope_angles(4, 8, 100).theta[1];
   std::vector<float> values(16);
-  rope_fill_table(values.data(), 3, two);
-  CHECK(contains(error_of([&] { rope_fill_table(values.data(), 4, two); }), "--context 4: "));
+  for (int positions : {3, 4}) {
+    rope_fill_table(values.data(), positions, two);
+    CHECK(values[2 * 4 + 2] == float(1.5 * std::cos(2 * (theta / (positions == 3 ? 4 : 8)))));
+  }
 }
 
 TEST_CASE("rope: R by layer") {
