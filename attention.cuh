@@ -5,6 +5,9 @@
 //     score_s = q . k_s / sqrt(HS)      p = softmax(score)      out = sum_s p_s v_s
 // Grouped-query attention: NH query heads share NKV key/value heads; query head h reads key/value head h / (NH/NKV).
 //
+// With a soft cap C > 0 (Gemma 2, arXiv 2408.00118, section 2.2) a score becomes C tanh(score / C), which stays within
+// (-C, C), before the softmax. Everything below takes C as `softcap`; 0, the default, is none.
+//
 // The matrix of probabilities (T, T) is never kept. The forward pass stores one number per row, the log-sum-exp of its
 // scores, from which the backward pass makes the probabilities again: p_s = exp(score_s - lse).
 //
@@ -34,15 +37,16 @@ inline size_t head_at(AttentionShape s, int b, int t, int head) {
   return ((size_t(b) * s.T + t) * (s.NH + 2 * s.NKV) + head) * s.HS;
 }
 
-// The scores of query head h at position t: q . k_j / sqrt(HS) for the keys j = 0 .. t.
+// The scores of query head h at position t: q . k_j / sqrt(HS), capped, for the keys j = 0 .. t.
 template <class Real>
-std::vector<Real> attention_scores(const Real* qkv, AttentionShape s, int b, int h, int t) {
+std::vector<Real> attention_scores(const Real* qkv, AttentionShape s, int b, int h, int t, double softcap = 0) {
   const Real* q = qkv + head_at(s, b, t, h);
   std::vector<Real> score(t + 1);
   for (int j = 0; j <= t; ++j) {
     const Real* k = qkv + head_at(s, b, j, s.NH + h / (s.NH / s.NKV));
     for (int c = 0; c < s.HS; ++c) score[j] += q[c] * k[c];
     score[j] /= std::sqrt(Real(s.HS));
+    if (softcap) score[j] = Real(softcap) * std::tanh(score[j] / Real(softcap));
   }
   return score;
 }
@@ -60,12 +64,12 @@ Real softmax(std::vector<Real>& score) {
 
 // out (B, T, NH, HS), lse (B, NH, T) from qkv (B, T, NH + 2*NKV, HS), as attention_forward().
 template <class Real>
-void attention_forward_by_definition(Real* out, Acc<Real>* lse, const Real* qkv, AttentionShape s) {
+void attention_forward_by_definition(Real* out, Acc<Real>* lse, const Real* qkv, AttentionShape s, double softcap = 0) {
 #pragma omp parallel for collapse(3)
   for (int b = 0; b < s.B; ++b)
     for (int h = 0; h < s.NH; ++h)
       for (int t = s.first; t < s.T; ++t) {
-        std::vector<Real> p = attention_scores(qkv, s, b, h, t);
+        std::vector<Real> p = attention_scores(qkv, s, b, h, t, softcap);
         lse[(size_t(b) * s.NH + h) * s.T + t] = softmax(p);
         Real* o = out + ((size_t(b) * s.T + t) * s.NH + h) * s.HS;
         std::fill_n(o, s.HS, Real(0));
@@ -79,7 +83,8 @@ void attention_forward_by_definition(Real* out, Acc<Real>* lse, const Real* qkv,
 // dqkv (B, T, NH + 2*NKV, HS), assigned, from dout (B, T, NH, HS) and qkv: the steps of the forward pass in reverse,
 // each by the chain rule. s.first = 0.
 template <class Real>
-void attention_backward_by_definition(Real* dqkv, const Real* dout, const Real* qkv, AttentionShape s) {
+void attention_backward_by_definition(Real* dqkv, const Real* dout, const Real* qkv, AttentionShape s,
+                                      double softcap = 0) {
   const int group = s.NH / s.NKV;
   const Real scale = Real(1) / std::sqrt(Real(s.HS));
   std::fill_n(dqkv, head_at(s, s.B, 0, 0), Real(0));
@@ -89,7 +94,8 @@ void attention_backward_by_definition(Real* dqkv, const Real* dout, const Real* 
       for (int h = hkv * group; h < (hkv + 1) * group; ++h)
         for (int t = 0; t < s.T; ++t) {
           const size_t q_at = head_at(s, b, t, h), out_at = ((size_t(b) * s.T + t) * s.NH + h) * s.HS;
-          std::vector<Real> p = attention_scores(qkv, s, b, h, t), dp(t + 1);
+          const std::vector<Real> score = attention_scores(qkv, s, b, h, t, softcap);
+          std::vector<Real> p = score, dp(t + 1);
           softmax(p);
           // Forward, out = sum_j p_j v_j. So dv_j += p_j dout, and dp_j = dout . v_j.
           for (int j = 0; j <= t; ++j) {
@@ -102,9 +108,10 @@ void attention_backward_by_definition(Real* dqkv, const Real* dout, const Real* 
           // p = softmax(score). dp_i / dscore_j = p_i ((i == j) - p_j), so dscore_j = p_j (dp_j - sum_i p_i dp_i).
           Real mean = 0;
           for (int i = 0; i <= t; ++i) mean += p[i] * dp[i];
-          // score_j = q . k_j / sqrt(HS).
+          // score_j = C tanh(x_j / C) with x_j = q . k_j / sqrt(HS): dx_j = dscore_j (1 - (score_j / C)^2).
           for (int j = 0; j <= t; ++j) {
-            const Real dscore = p[j] * (dp[j] - mean);
+            const Real capped = softcap ? score[j] / Real(softcap) : Real(0);
+            const Real dscore = p[j] * (dp[j] - mean) * (1 - capped * capped);
             const size_t k_at = head_at(s, b, j, s.NH + hkv);
             for (int c = 0; c < s.HS; ++c) {
               dqkv[q_at + c] += dscore * scale * qkv[k_at + c];
@@ -126,6 +133,12 @@ constexpr int kSumRun = 256;
 
 inline void check_head_size(Cpu&, int) {}  // any
 
+// cap tanh(x / cap), in arithmetic that the compiler vectorises: off by 2^-22 cap in fp32, and a few ulp.
+template <class Real>
+Real soft_cap(Real x, Real cap) {
+  return cap - 2 * cap / (1 + exp_(2 * x / cap));
+}
+
 // out (B, T, NH, HS), lse (B, NH, T): natural log of the sum of exp(scaled scores); qkv (B, T, NH + 2*NKV, HS).
 // Equal to torch.nn.functional.scaled_dot_product_attention(is_causal=True, enable_gqa=True).
 //
@@ -136,9 +149,9 @@ inline void check_head_size(Cpu&, int) {}  // any
 // sum_c |q_c k_c| / sqrt(HS), so a probability by as much, relatively; and by (kSumRun + 8) u, from its exponential and
 // the sum. out adds up to (kDepth + T / kDepth) u sum_s p_s |v_s|, for the order in which matmul.cuh adds.
 template <class Real>
-void attention_forward(Cpu&, Real* out, Acc<Real>* lse, const Real* qkv, AttentionShape s) {
+void attention_forward(Cpu&, Real* out, Acc<Real>* lse, const Real* qkv, AttentionShape s, double softcap = 0) {
   const int heads = s.NH + 2 * s.NKV, group = s.NH / s.NKV, stride = heads * s.HS, p_stride = round_up(s.T, 16) + 16;
-  const Real scale = Real(1) / std::sqrt(Real(s.HS));
+  const Real scale = Real(1) / std::sqrt(Real(s.HS)), cap = Real(softcap) / scale;
 #pragma omp parallel for schedule(dynamic)
   for (int bh = 0; bh < s.B * s.NH; ++bh) {
     const int b = bh / s.NH, h = bh % s.NH;
@@ -162,6 +175,10 @@ void attention_forward(Cpu&, Real* out, Acc<Real>* lse, const Real* qkv, Attenti
       for (int i = 0; i < n; ++i) {
         Real* row = p + size_t(i) * p_stride;
         const int t = t0 + i;
+        // C tanh(x scale / C) is cap tanh(x / cap) scale with cap = C / scale: these scores have no scale yet.
+        if (softcap)
+#pragma omp simd
+          for (int j = 0; j <= t; ++j) row[j] = soft_cap(row[j], cap);
         // Passes 2 and 3, the row's maximum, then its exponentials and their sum. p stays without its denominator: to
         // divide the HS outputs takes less than to divide the t + 1 probabilities.
         Real highest = row[0];
@@ -197,10 +214,10 @@ void attention_forward(Cpu&, Real* out, Acc<Real>* lse, const Real* qkv, Attenti
 // it and the next reads it.
 template <class Real>
 void attention_backward(Cpu&, Real* dqkv, Acc<Real>* D, const Real* dout, const Real* qkv, const Real* out,
-                        const Acc<Real>* lse, AttentionShape s) {
+                        const Acc<Real>* lse, AttentionShape s, double softcap = 0) {
   const int heads = s.NH + 2 * s.NKV, group = s.NH / s.NKV, stride = heads * s.HS, p_stride = round_up(s.T, 16) + 16;
   const size_t out_stride = size_t(s.NH) * s.HS;
-  const Real scale = Real(1) / std::sqrt(Real(s.HS));
+  const Real scale = Real(1) / std::sqrt(Real(s.HS)), cap = Real(softcap) / scale;
   // One key/value head of one sequence at a time: its dK and dV are sums over queries, in one fixed order.
 #pragma omp parallel for schedule(dynamic)
   for (int task = 0; task < s.B * s.NKV; ++task) {
@@ -240,6 +257,13 @@ void attention_backward(Cpu&, Real* dqkv, Acc<Real>* D, const Real* dout, const 
 #pragma omp simd reduction(+ : d)
           for (int c = 0; c < s.HS; ++c) d += do_row[c] * o_row[c];
           D[row_at] = d;
+          // In the forward pass scores went through the cap: dS, which grows with dP - d, is multiplied by its slope.
+          if (softcap)
+#pragma omp simd
+            for (int j = 0; j <= t; ++j) {
+              p_row[j] = soft_cap(p_row[j], cap);
+              dp_row[j] = d + (dp_row[j] - d) * (1 - p_row[j] / cap * (p_row[j] / cap));
+            }
 #pragma omp simd
           for (int j = 0; j <= t; ++j) {
             // P again, from the scores and the log of their denominator, which is all that was kept.
@@ -357,6 +381,16 @@ __device__ __forceinline__ float dot_row(const float* staged, const Real* row, i
   return sum;
 }
 
+// A score on its way through the cap, and the cap's slope there. Without one both are what they were, to the bit.
+template <bool CAPPED>
+__device__ __forceinline__ float soft_cap(float x, float cap) {
+  return CAPPED ? cap * tanhf(x / cap) : x;
+}
+template <bool CAPPED>
+__device__ __forceinline__ float soft_cap_slope(float capped, float cap) {
+  return CAPPED ? 1 - capped / cap * (capped / cap) : 1;
+}
+
 // Where a warp works: the rows of one head, `row` being the position counted from `first`.
 struct AttentionPlace {
   int b, h, row;
@@ -372,9 +406,9 @@ __device__ __forceinline__ AttentionPlace attention_place(int heads, int rows) {
 // Sums over long rows: 32 keys are added up by themselves before they join what came before, which may be much larger,
 // and exponentials join it in double. In fp32 out is off by (32 + T / 32) 2^-24 sum_s p_s |v_s| at most for that; dQ,
 // dK and dV below alike, lse by a few 2^-24 whatever T. Scores and __expf come on top.
-template <class Real, int CHANNELS>
+template <class Real, int CHANNELS, bool CAPPED>
 __global__ void __launch_bounds__(kAttentionWarps * 32)
-    attention_forward_kernel(Real* out, float* lse, const Real* qkv, AttentionShape s, float scale) {
+    attention_forward_kernel(Real* out, float* lse, const Real* qkv, AttentionShape s, float scale, float cap) {
   __shared__ float shared[kAttentionWarps][CHANNELS];
   const AttentionPlace at = attention_place(s.NH, s.T - s.first);
   if (at.b >= s.B) return;  // the last block may have warps too many; no barrier of the block follows
@@ -392,7 +426,7 @@ __global__ void __launch_bounds__(kAttentionWarps * 32)
   for (int j0 = 0; j0 <= t; j0 += 32) {
     const int j = j0 + lane;
     // A lane is a key: 32 scores at once.
-    const float score = j <= t ? dot_row(q, keys + j * stride, HS) * scale : -INFINITY;
+    const float score = j <= t ? soft_cap<CAPPED>(dot_row(q, keys + j * stride, HS) * scale, cap) : -INFINITY;
     const float higher = fmaxf(highest, warp_max(score));
     // What was summed so far was relative to a lower maximum; at first there is nothing, and e^-inf = 0.
     const float rescale = __expf(highest - higher), p = __expf(score - higher);  // 0 for a masked key
@@ -419,10 +453,10 @@ __global__ void __launch_bounds__(kAttentionWarps * 32)
 }
 
 // A warp works out dQ of one query, over its keys, and leaves D = dO . O for the keys' kernel.
-template <class Real, int CHANNELS>
+template <class Real, int CHANNELS, bool CAPPED>
 __global__ void __launch_bounds__(kAttentionWarps * 32)
     attention_dq_kernel(Real* dqkv, float* D, const Real* dout, const Real* qkv, const Real* out, const float* lse,
-                        AttentionShape s, float scale) {
+                        AttentionShape s, float scale, float cap) {
   __shared__ float shared[kAttentionWarps][2][CHANNELS];
   const AttentionPlace at = attention_place(s.NH, s.T);
   if (at.b >= s.B) return;
@@ -448,8 +482,9 @@ __global__ void __launch_bounds__(kAttentionWarps * 32)
     float ds = 0;
     if (j <= t) {
       // P again, then dP = dO . v and dS.
-      const float p = __expf(dot_row(q, keys + j * stride, HS) * scale - lse[row_at]);
-      ds = p * (dot_row(d_o, values + j * stride, HS) - d) * scale;
+      const float score = soft_cap<CAPPED>(dot_row(q, keys + j * stride, HS) * scale, cap);
+      const float p = __expf(score - lse[row_at]);
+      ds = p * (dot_row(d_o, values + j * stride, HS) - d) * scale * soft_cap_slope<CAPPED>(score, cap);
     }
     float part[CHANNELS / 32] = {};
     for (int i = 0; i < min(32, t + 1 - j0); ++i) {
@@ -468,10 +503,10 @@ __global__ void __launch_bounds__(kAttentionWarps * 32)
 }
 
 // A warp works out dK and dV of one key, over the query heads that share it and the queries that see it.
-template <class Real, int CHANNELS>
+template <class Real, int CHANNELS, bool CAPPED>
 __global__ void __launch_bounds__(kAttentionWarps * 32)
     attention_dkv_kernel(Real* dqkv, const float* D, const Real* dout, const Real* qkv, const float* lse,
-                         AttentionShape s, float scale) {
+                         AttentionShape s, float scale, float cap) {
   __shared__ float shared[kAttentionWarps][2][CHANNELS];
   const AttentionPlace at = attention_place(s.NKV, s.T);
   if (at.b >= s.B) return;
@@ -494,8 +529,10 @@ __global__ void __launch_bounds__(kAttentionWarps * 32)
       float p = 0, ds = 0;
       if (t < s.T) {
         // The same p and dS as in the kernel above: computed twice, so that no two warps ever add to the same number.
-        p = __expf(dot_row(k_row, queries + t * stride, HS) * scale - lse[row_at + t]);
-        ds = p * (dot_row(v_row, douts + t * out_stride, HS) - D[row_at + t]) * scale;
+        const float score = soft_cap<CAPPED>(dot_row(k_row, queries + t * stride, HS) * scale, cap);
+        p = __expf(score - lse[row_at + t]);
+        ds = p * (dot_row(v_row, douts + t * out_stride, HS) - D[row_at + t]) * scale *
+             soft_cap_slope<CAPPED>(score, cap);
       }
       float dk_part[CHANNELS / 32] = {}, dv_part[CHANNELS / 32] = {};
       for (int i = 0; i < min(32, s.T - t0); ++i) {
@@ -539,26 +576,30 @@ void with_channels(int HS, Work work) {
 }
 
 template <class Real>
-void simple_attention_forward(Cuda& be, Real* out, float* lse, const Real* qkv, AttentionShape s) {
+void simple_attention_forward(Cuda& be, Real* out, float* lse, const Real* qkv, AttentionShape s, double softcap = 0) {
   with_channels(s.HS, [&](auto channels) {
-    launch(be, "attention_forward", attention_forward_kernel<Real, channels()>,
-           divide_up(size_t(s.B) * s.NH * (s.T - s.first), kAttentionWarps), kAttentionWarps * 32, 0, out, lse, qkv, s,
-           1 / std::sqrt(float(s.HS)));
+    with_cap(softcap, [&](auto capped) {
+      launch(be, "attention_forward", attention_forward_kernel<Real, channels(), capped()>,
+             divide_up(size_t(s.B) * s.NH * (s.T - s.first), kAttentionWarps), kAttentionWarps * 32, 0, out, lse, qkv,
+             s, 1 / std::sqrt(float(s.HS)), float(softcap));
+    });
   });
 }
 
 template <class Real>
 void simple_attention_backward(Cuda& be, Real* dqkv, float* D, const Real* dout, const Real* qkv, const Real* out,
-                               const float* lse, AttentionShape s) {
+                               const float* lse, AttentionShape s, double softcap = 0) {
   const float scale = 1 / std::sqrt(float(s.HS));
   const int threads = kAttentionWarps * 32;
   with_channels(s.HS, [&](auto channels) {
-    launch(be, "attention_backward (queries)", attention_dq_kernel<Real, channels()>,
-           divide_up(size_t(s.B) * s.NH * s.T, kAttentionWarps), threads, 0, dqkv, D, dout, qkv, out, lse, s,
-           scale);
-    launch(be, "attention_backward (keys)", attention_dkv_kernel<Real, channels()>,
-           divide_up(size_t(s.B) * s.NKV * s.T, kAttentionWarps), threads, 0, dqkv, (const float*)D, dout, qkv, lse,
-           s, scale);
+    with_cap(softcap, [&](auto capped) {
+      launch(be, "attention_backward (queries)", attention_dq_kernel<Real, channels(), capped()>,
+             divide_up(size_t(s.B) * s.NH * s.T, kAttentionWarps), threads, 0, dqkv, D, dout, qkv, out, lse, s, scale,
+             float(softcap));
+      launch(be, "attention_backward (keys)", attention_dkv_kernel<Real, channels(), capped()>,
+             divide_up(size_t(s.B) * s.NKV * s.T, kAttentionWarps), threads, 0, dqkv, (const float*)D, dout, qkv, lse,
+             s, scale, float(softcap));
+    });
   });
 }
 
@@ -571,20 +612,20 @@ bool use_flash_attention(const Cuda& be, const AttentionShape& s) {
 }
 
 template <class Real>
-void attention_forward(Cuda& be, Real* out, Acc<Real>* lse, const Real* qkv, AttentionShape s) {
+void attention_forward(Cuda& be, Real* out, Acc<Real>* lse, const Real* qkv, AttentionShape s, double softcap = 0) {
   if constexpr (std::is_same_v<Real, bf16>)
     if (use_flash_attention<Real>(be, s))
-      return flash_attention_forward(be, out, lse, qkv, s.B, s.T, s.NH, s.NKV, s.HS);
-  simple_attention_forward(be, out, lse, qkv, s);
+      return flash_attention_forward(be, out, lse, qkv, s.B, s.T, s.NH, s.NKV, s.HS, softcap);
+  simple_attention_forward(be, out, lse, qkv, s, softcap);
 }
 
 template <class Real>
 void attention_backward(Cuda& be, Real* dqkv, Acc<Real>* D, const Real* dout, const Real* qkv, const Real* out,
-                        const Acc<Real>* lse, AttentionShape s) {
+                        const Acc<Real>* lse, AttentionShape s, double softcap = 0) {
   if constexpr (std::is_same_v<Real, bf16>)
     if (use_flash_attention<Real>(be, s))
-      return flash_attention_backward(be, dqkv, D, dout, qkv, out, lse, s.B, s.T, s.NH, s.NKV, s.HS);
-  simple_attention_backward(be, dqkv, D, dout, qkv, out, lse, s);
+      return flash_attention_backward(be, dqkv, D, dout, qkv, out, lse, s.B, s.T, s.NH, s.NKV, s.HS, softcap);
+  simple_attention_backward(be, dqkv, D, dout, qkv, out, lse, s, softcap);
 }
 
 // How neighbouring lanes of a warp share the first CHANNELS channels of a head at one position: kVectors vectors of W

@@ -45,6 +45,7 @@ struct Config {
   RopePairs rope_pairs = RopePairs::half;
   std::string rope_frequencies = "rotary", rope_scaling = "none", rotary_layers = "all";  // rules: see rope.cuh
   bool qk_norm = false;
+  double attention_softcap = 0;  // C: scores become C tanh(score / C); 0: they stay
   BlockKind block = BlockKind::sequential;
   NormKind norm = NormKind::rms;
   MlpKind mlp = MlpKind::swiglu;
@@ -105,6 +106,10 @@ inline void resolve(Config& c) {
     throw UserError("--rope-base " + std::to_string(c.rope_base) + ": must be a finite number above 1");
   if (!(c.norm_eps >= 0 && c.norm_eps <= 1))
     throw UserError("--norm-eps " + std::to_string(c.norm_eps) + ": must be a number from 0 to 1");
+  // Outside these bounds fp32 could not tell a capped score from the cap, or from the score.
+  if (c.attention_softcap != 0 && !(c.attention_softcap >= 0.01 && c.attention_softcap <= 10000))
+    throw UserError("--attention-softcap " + std::to_string(c.attention_softcap) +
+                    ": must be a number from 0.01 to 10000, or 0 for none");
   if (c.shared_norm && c.block != BlockKind::parallel)
     throw UserError("--shared-norm: only with --block parallel, whose attention and MLP read the same");
   if (c.head_bias && c.tied) throw UserError("--head-bias: not with --tied, where the embedding is the head");
@@ -524,7 +529,7 @@ struct Model {
         qk_norm_rope_forward(be, all.qkv, all.qk_raw, all.qk_rstd, w.q_norm, w.k_norm, rope[l], shape, c.norm_eps);
       else
         rope_forward(be, all.qkv, rope[l], shape);
-      attention_forward(be, all.att, all.lse, all.qkv, shape);
+      attention_forward(be, all.att, all.lse, all.qkv, shape, c.attention_softcap);
       linear_residual_forward(be, a.x2, a.x, a.att, w.proj, w.proj_bias, N, A, C);
 
       if (!c.shared_norm)
@@ -639,7 +644,7 @@ struct Model {
 
       // Sequential: x2 feeds norm2, so its gradient is dx2. Parallel: norm2 hangs on x, so that of x2 is still dx.
       linear_backward(be, d.datt, g.proj, g.proj_bias, parallel ? d.dx : d.dx2, a.att, w.proj, N, A, C);
-      attention_backward(be, d.dqkv, d.D, d.datt, a.qkv, a.att, a.lse, shape);
+      attention_backward(be, d.dqkv, d.D, d.datt, a.qkv, a.att, a.lse, shape, c.attention_softcap);
       if (c.qk_norm)
         qk_norm_rope_backward(be, d.dqkv, g.q_norm, g.k_norm, a.qk_raw, a.qk_rstd, w.q_norm, w.k_norm, rope[l], shape);
       else

@@ -4,6 +4,7 @@
 //
 // The algorithm (Dao et al. 2022, "FlashAttention", algorithms 1 and 4; Dao 2023 for the order of the loops):
 //   forward   out_i = sum_j exp(s_ij - lse_i) v_j, s_ij = scale q_i.k_j, with a running row maximum and row sum
+//   with a soft cap C, s_ij = C tanh(scale q_i.k_j / C), and dS below is multiplied by 1 - (s_ij / C)^2
 //   backward  P = exp(S - lse); dV = P^T dO; dP = dO V^T; dS = P (dP - D), D = rowsum(dO out); dQ = scale dS K;
 //             dK = scale dS^T Q. Two kernels, one per tile of queries (dQ) and one per tile of keys (dK, dV), so that
 //             every sum has one owner and one order: no atomics, and two runs agree to the bit. The price is that S and
@@ -347,6 +348,20 @@ __device__ __forceinline__ float exp2_(float x) {  // 2^x to 2 ulp; results unde
   return y;
 }
 
+// cap tanh(x / cap), by 1 - 2 / (1 + e^2y): off by 2^-22 cap. tanh.approx would be one instruction instead of two, and
+// off by 2^-11.
+__device__ __forceinline__ float soft_cap(float x, float cap) {
+  return cap - __fdividef(2 * cap, 1 + exp2_(x * (2 * kLog2e / cap)));
+}
+// The cap's slope at the score that has the weight p: score / cap comes back from log2 p = score log2 e - lse2, and no
+// register keeps it until then. A weight that became 0 gets any number.
+__device__ __forceinline__ float soft_cap_slope(float p, float lse2, float log2e_per_cap) {
+  float log2_p;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(log2_p) : "f"(fmaxf(p, 0x1p-126f)));
+  const float tanh = (log2_p + lse2) * log2e_per_cap;
+  return 1 - tanh * tanh;
+}
+
 // Over the four threads that share a row.
 __device__ __forceinline__ float row_sum(float x) {
   x += __shfl_xor_sync(~0u, x, 1);
@@ -355,6 +370,16 @@ __device__ __forceinline__ float row_sum(float x) {
 __device__ __forceinline__ float row_max(float x) {
   x = fmaxf(x, __shfl_xor_sync(~0u, x, 1));
   return fmaxf(x, __shfl_xor_sync(~0u, x, 2));
+}
+
+// Scores before their scale: cap is C / scale.
+template <bool CAPPED, int N>
+__device__ __forceinline__ void cap_scores(float (&S)[N][4], float cap) {
+  if (!CAPPED) return;
+#pragma unroll
+  for (int n = 0; n < N; ++n)
+#pragma unroll
+    for (int i = 0; i < 4; ++i) S[n][i] = soft_cap(S[n][i], cap);
 }
 
 // Writes accumulators (64, HS), times factor0 (rows g) or factor1 (rows g + 8), to rows first.. of a matrix (T, HS)
@@ -461,9 +486,9 @@ constexpr size_t forward_bytes() {
   return Tile<C::kTile, HS>::kBytes + 4 * Tile<C::kN, HS>::kBytes;
 }
 
-template <int HS, class C>
+template <int HS, class C, bool CAPPED = false>
 __global__ __launch_bounds__(C::kThreads, C::kBlocks) void forward_kernel(bf16* out, float* lse, const bf16* qkv, int T,
-                                                                          int NH, int NKV, float scale) {
+                                                                          int NH, int NKV, float scale, float cap) {
   constexpr int M = C::kTile, N = C::kN;  // queries of the block, keys of a tile
   const Place at = place((T + M - 1) / M, NH);
   const int q0 =
@@ -493,6 +518,7 @@ __global__ __launch_bounds__(C::kThreads, C::kBlocks) void forward_kernel(bf16* 
   // for that: it follows the maximum only when exp has grown by a factor of 2^8, so that O is rarely rescaled. True if
   // O must be, by factor.
   auto softmax = [&](int j) {
+    cap_scores<CAPPED>(S, cap);
     if (j * N + N - 1 > row0) {  // the diagonal passes through. Keys from T on lie right of it for every row under T.
 #pragma unroll
       for (int n = 0; n < N / 8; ++n)
@@ -586,11 +612,11 @@ constexpr size_t query_bytes() {
          std::max(size_t(2 * C::kStages) * Tile<C::kN, HS>::kBytes, size_t(Tile<C::kTile, HS>::kBytes));
 }
 
-template <int HS, class C>
+template <int HS, class C, bool CAPPED = false>
 __global__ __launch_bounds__(C::kThreads, C::kBlocks) void query_kernel(bf16* dqkv, float* D_out, const bf16* dout,
                                                                         const bf16* qkv, const bf16* out,
                                                                         const float* lse, int T, int NH, int NKV,
-                                                                        float scale) {
+                                                                        float scale, float cap) {
   constexpr int M = C::kTile, N = C::kN;
   const Place at = place((T + M - 1) / M, NH);
   const int q0 = ((T + M - 1) / M - 1 - at.tile) * M;
@@ -657,6 +683,7 @@ __global__ __launch_bounds__(C::kThreads, C::kBlocks) void query_kernel(bf16* dq
       dO.template times<N>(dP, v_tile(stage));
       // P = exp(S - lse), while dP = dO V^T is still on its way.
       wait_products<1>(S);
+      cap_scores<CAPPED>(S, cap);
 #pragma unroll
       for (int n = 0; n < N / 8; ++n)
 #pragma unroll
@@ -673,7 +700,10 @@ __global__ __launch_bounds__(C::kThreads, C::kBlocks) void query_kernel(bf16* dq
       for (int n = 0; n < N / 8; ++n)
 #pragma unroll
         // In the forward pass P = softmax(S): dS = P (dP - D). Its scale comes last, with dQ.
-        for (int i = 0; i < 4; ++i) S[n][i] *= dP[n][i] - D[i / 2];
+        for (int i = 0; i < 4; ++i) {
+          const float slope = CAPPED ? soft_cap_slope(S[n][i], lse2[i / 2], 1 / (cap * scale2)) : 1;
+          S[n][i] *= (dP[n][i] - D[i / 2]) * slope;
+        }
       uint32_t dS[N / 16][4];
       to_operand<N>(dS, S);
       // In the forward pass S = scale Q K^T, so dQ = scale dS K.
@@ -697,10 +727,10 @@ constexpr size_t key_bytes() {
          size_t(C::kStages) * (2 * Tile<C::kN, HS>::kBytes + 2 * C::kN * sizeof(float));
 }
 
-template <int HS, class C, bool DK, bool DV>
+template <int HS, class C, bool DK, bool DV, bool CAPPED = false>
 __global__ __launch_bounds__(C::kThreads, C::kBlocks) void key_kernel(bf16* dqkv, const bf16* dout, const bf16* qkv,
                                                                       const float* lse, const float* D, int T, int NH,
-                                                                      int NKV, float scale) {
+                                                                      int NKV, float scale, float cap) {
   constexpr int M = C::kTile, N = C::kN;
   static_assert(C::kThreads >= 2 * N);
   const Place at = place((T + M - 1) / M, NKV);
@@ -751,6 +781,7 @@ __global__ __launch_bounds__(C::kThreads, C::kBlocks) void key_kernel(bf16* dqkv
       K.template times<N>(S, q_tile(stage));
       if (DK) V.template times<N>(dP, do_tile(stage));
       wait_products<DK ? 1 : 0>(S);
+      cap_scores<CAPPED>(S, cap);
       const float* lse_tile =
           reinterpret_cast<const float*>(shared_memory + (statistics - shared_start())) + stage * 2 * N;
 #pragma unroll
@@ -780,8 +811,13 @@ __global__ __launch_bounds__(C::kThreads, C::kBlocks) void key_kernel(bf16* dqkv
         for (int n = 0; n < N / 8; ++n) {
           float2 x = *reinterpret_cast<const float2*>(lse_tile + N + n * 8 + lane() % 4 * 2);
           float d[2] = {x.x, x.y};
+          float2 y = *reinterpret_cast<const float2*>(lse_tile + n * 8 + lane() % 4 * 2);
+          float lse2[2] = {y.x * kLog2e, y.y * kLog2e};
 #pragma unroll
-          for (int i = 0; i < 4; ++i) S[n][i] *= dP[n][i] - d[i % 2];
+          for (int i = 0; i < 4; ++i) {
+            const float slope = CAPPED ? soft_cap_slope(S[n][i], lse2[i % 2], 1 / (cap * scale2)) : 1;
+            S[n][i] *= (dP[n][i] - d[i % 2]) * slope;
+          }
         }
         to_operand<N>(dS, S);
         // In the forward pass S = scale Q K^T, so dK = scale dS^T Q.
@@ -807,10 +843,10 @@ constexpr size_t statistics_bytes() {
   return Tile<C::kTile, HS>::kBytes + 2 * Tile<C::kN, HS>::kBytes;
 }
 
-template <int HS, class C>
+template <int HS, class C, bool CAPPED>
 __global__ __launch_bounds__(C::kThreads, C::kBlocks) void statistics_kernel(double* max_logit, float* entropies,
                                                                              const bf16* qkv, const float* lse, int T,
-                                                                             int NH, int NKV, float scale) {
+                                                                             int NH, int NKV, float scale, float cap) {
   constexpr int M = C::kTile, N = C::kN;
   const Place at = place((T + M - 1) / M, NH);
   const int q0 = ((T + M - 1) / M - 1 - at.tile) * M;
@@ -849,7 +885,7 @@ __global__ __launch_bounds__(C::kThreads, C::kBlocks) void statistics_kernel(dou
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         if (diagonal && j * N + n * 8 + lane() % 4 * 2 + i % 2 > row + i / 2 * 8) continue;  // the future
-        const float d = lse2[i / 2] - S[n][i] * scale2;  // -log2 p
+        const float d = lse2[i / 2] - (CAPPED ? soft_cap(S[n][i], cap) : S[n][i]) * scale2;  // -log2 p
         top = fmaxf(top, fabsf(S[n][i]));  // 0 in rows from T on, whose queries are zeros
         sum[i / 2] += exp2_(-d) * d;
       }
@@ -883,49 +919,65 @@ void with_flash_head_size(int HS, Work work) {
   }
 }
 
+// Calls work(constant) with whether there is a soft cap as a constant.
+template <class Work>
+void with_cap(double softcap, Work work) {
+  if (softcap) return work(std::true_type());
+  work(std::false_type());
+}
+
 // Causal attention with scale 1/sqrt(HS); query head h reads key/value head h / (NH/NKV). bf16, sm_80 and up, B, T
 // >= 1. out: (B, T, NH, HS). lse: (B, NH, T) fp32, log sum exp of the scaled scores, in nats. qkv: (B, T, NH + 2*NKV,
-// HS). Equal to torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).
+// HS). Equal to torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True), where
+// softcap is 0.
 inline void flash_attention_forward(Cuda& be, bf16* out, float* lse, const bf16* qkv, int B, int T, int NH, int NKV,
-                                    int HS) {
+                                    int HS, double softcap = 0) {
   with_flash_head_size(HS, [&](auto size) {
-    using C = flash::ForwardConfig<size()>;
-    launch(be, "flash_attention_forward", flash::forward_kernel<size(), C>, divide_up(T, C::kTile) * B * NH,
-           C::kThreads, flash::forward_bytes<size(), C>(), out, lse, qkv, T, NH, NKV, 1 / std::sqrt(float(HS)));
+    with_cap(softcap, [&](auto capped) {
+      using C = flash::ForwardConfig<size()>;
+      launch(be, "flash_attention_forward", flash::forward_kernel<size(), C, capped()>,
+             divide_up(T, C::kTile) * B * NH, C::kThreads, flash::forward_bytes<size(), C>(), out, lse, qkv, T, NH, NKV,
+             1 / std::sqrt(float(HS)), float(softcap) * std::sqrt(float(HS)));
+    });
   });
 }
 
 // The gradient dqkv (B, T, NH + 2*NKV, HS), assigned, from dout (B, T, NH, HS) and the forward's qkv, out and lse. D:
 // workspace (B, NH, T) fp32. Deterministic: no atomics, every sum in a fixed order.
 inline void flash_attention_backward(Cuda& be, bf16* dqkv, float* D, const bf16* dout, const bf16* qkv, const bf16* out,
-                                     const float* lse, int B, int T, int NH, int NKV, int HS) {
-  const float scale = 1 / std::sqrt(float(HS));
+                                     const float* lse, int B, int T, int NH, int NKV, int HS, double softcap = 0) {
+  const float scale = 1 / std::sqrt(float(HS)), cap = float(softcap) * std::sqrt(float(HS));
   with_flash_head_size(HS, [&](auto size) {
-    using Q = flash::QueryConfig<size()>;
-    using K = flash::KeyConfig<size()>;
-    launch(be, "flash_attention_backward (queries)", flash::query_kernel<size(), Q>, divide_up(T, Q::kTile) * B * NH,
-           Q::kThreads, flash::query_bytes<size(), Q>(), dqkv, D, dout, qkv, out, lse, T, NH, NKV, scale);
-    auto keys = [&](auto* kernel) {
-      launch(be, "flash_attention_backward (keys)", kernel, divide_up(T, K::kTile) * B * NKV, K::kThreads,
-             flash::key_bytes<size(), K>(), dqkv, dout, qkv, lse, (const float*)D, T, NH, NKV, scale);
-    };
-    if constexpr (size() <= 128) {
-      keys(flash::key_kernel<size(), K, true, true>);
-    } else {
-      keys(flash::key_kernel<size(), K, true, false>);
-      keys(flash::key_kernel<size(), K, false, true>);
-    }
+    with_cap(softcap, [&](auto capped) {
+      using Q = flash::QueryConfig<size()>;
+      using K = flash::KeyConfig<size()>;
+      launch(be, "flash_attention_backward (queries)", flash::query_kernel<size(), Q, capped()>,
+             divide_up(T, Q::kTile) * B * NH, Q::kThreads, flash::query_bytes<size(), Q>(), dqkv, D, dout, qkv, out,
+             lse, T, NH, NKV, scale, cap);
+      auto keys = [&](auto* kernel) {
+        launch(be, "flash_attention_backward (keys)", kernel, divide_up(T, K::kTile) * B * NKV, K::kThreads,
+               flash::key_bytes<size(), K>(), dqkv, dout, qkv, lse, (const float*)D, T, NH, NKV, scale, cap);
+      };
+      if constexpr (size() <= 128) {
+        keys(flash::key_kernel<size(), K, true, true, capped()>);
+      } else {
+        keys(flash::key_kernel<size(), K, true, false, capped()>);
+        keys(flash::key_kernel<size(), K, false, true, capped()>);
+      }
+    });
   });
 }
 
 // attention_statistics() of run/diagnostics.cuh without the sum of the entropies.
 inline void flash_attention_statistics(Cuda& be, double* max_logit, float* entropies, const bf16* qkv, const float* lse,
-                                       int B, int T, int NH, int NKV, int HS) {
+                                       int B, int T, int NH, int NKV, int HS, double softcap = 0) {
   with_flash_head_size(HS, [&](auto size) {
-    using C = flash::ForwardConfig<size()>;
-    launch(be, "flash_attention_statistics", flash::statistics_kernel<size(), C>, divide_up(T, C::kTile) * B * NH,
-           C::kThreads, flash::statistics_bytes<size(), C>(), max_logit, entropies, qkv, lse, T, NH, NKV,
-           1 / std::sqrt(float(HS)));
+    with_cap(softcap, [&](auto capped) {
+      using C = flash::ForwardConfig<size()>;
+      launch(be, "flash_attention_statistics", flash::statistics_kernel<size(), C, capped()>,
+             divide_up(T, C::kTile) * B * NH, C::kThreads, flash::statistics_bytes<size(), C>(), max_logit, entropies,
+             qkv, lse, T, NH, NKV, 1 / std::sqrt(float(HS)), float(softcap) * std::sqrt(float(HS)));
+    });
   });
 }
 

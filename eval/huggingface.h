@@ -84,8 +84,9 @@ inline Described imported_config(const std::string& path, const nlohmann::json& 
   if (type == "partial_rope") {
     Settings s;
     const nlohmann::ordered_json needed = settings_json(s, {"Model"});
-    const std::set<std::string> later = {"rope_frequencies", "rope_scaling", "rotary_layers", "norm_eps",
-                                         "shared_norm",      "qkv_bias",     "head_bias"};  // older exports lack them
+    const std::set<std::string> later = {"rope_frequencies", "rope_scaling", "rotary_layers",
+                                         "norm_eps",         "shared_norm",  "qkv_bias",
+                                         "head_bias",        "attention_softcap"};  // older exports lack them
     for (const auto& [key, value] : needed.items())
       if (!json.contains(key) && !later.count(key)) throw UserError("has no " + key);
     nlohmann::json flags = json;

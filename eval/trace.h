@@ -28,6 +28,7 @@ struct PairTrace {
 // A score q.k / sqrt(HS), in the parts that position can and cannot reach.
 struct ScoreTrace {
   double rotated = 0, rest = 0;
+  double capped = 0;  // the score after the soft cap; without one the score
   double probability = 0;
   double score() const { return rotated + rest; }
 };
@@ -167,13 +168,16 @@ inline Trace trace_head(Model<Cpu, float>& model, const std::vector<int>& tokens
       magnitude += std::fabs(product);
     }
     score_error = std::max(score_error, (HS + 2) * rounding * magnitude);
-    highest = std::max(highest, score.score());
+    const double cap = c.attention_softcap;
+    score.capped = cap ? cap * std::tanh(score.score() / cap) : score.score();
+    highest = std::max(highest, score.capped);
     trace.scores.push_back(score);
   }
+  score_error += 4 * rounding * c.attention_softcap;  // soft_cap's
   trace.lse = a.lse[size_t(head) * T + position];
   for (ScoreTrace& s : trace.scores) {
-    s.probability = std::exp(s.score() - trace.lse);
-    sum += std::exp(s.score() - highest);
+    s.probability = std::exp(s.capped - trace.lse);
+    sum += std::exp(s.capped - highest);
     total += s.probability;
   }
   if (against < 0) {

@@ -134,6 +134,7 @@ inline nlohmann::json page_json(Model<Cpu, float>& model, const Trace& trace, co
                      {"rope_scaling", c.rope_scaling},
                      {"rope_pairs", c.rope_pairs == RopePairs::half ? "half" : "interleaved"},
                      {"qk_norm", c.qk_norm},
+                     {"attention_softcap", c.attention_softcap},
                      {"norm", c.norm == NormKind::rms ? "rms" : "layer"},
                      {"mlp", c.mlp == MlpKind::swiglu ? "swiglu" : "gelu"},
                      {"block", c.block == BlockKind::sequential ? "sequential" : "parallel"}};

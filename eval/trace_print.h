@@ -259,11 +259,12 @@ class TraceText {
 
   void scores() {
     page.title("5  The scores:  q . k / sqrt(HS),  in two parts");
+    const std::string cap = c.attention_softcap ? format("%g", c.attention_softcap) : "";
     page.say(
         "   The query of position %d meets the key of every position up to its own. The rotated channels "
         "give a part that depends on the distance, the others one that does not. softmax makes "
-        "probabilities of the sums.\n\n",
-        t);
+        "probabilities of the sums%s.\n\n",
+        t, cap.empty() ? "" : (", once each is capped: " + cap + " tanh(score / " + cap + ")").c_str());
     std::vector<int> rows;
     for (int s = 0; s <= t; ++s) rows.push_back(s);
     if (!all && t >= 20) {  // the four highest of the earlier ones, and the last 16
@@ -274,18 +275,21 @@ class TraceText {
       page.say("   (the four highest of the first %d, and the last 16; --all shows every one)\n", t - 15);
     }
     page.say("     %s\n",
-             page.paint(bold, "position  token         distance\t    rotated  +   rest  =   score\t  probability").c_str());
+             page.paint(bold, std::string("position  token         distance\t    rotated  +   rest  =   score\t") +
+                                  (cap.empty() ? "" : "    capped\t") + "  probability").c_str());
     double left = 1;
     for (int s : rows) {
       const ScoreTrace& score = trace.scores[s];
       left -= score.probability;
-      page.say("     %8d  %-12s  %8d\t  %s  %s  %8.4f\t   %8.2f %%  %s%s\n", s, token_text(tokenizer, tokens[s]).c_str(),
+      page.say("     %8d  %-12s  %8d\t  %s  %s  %8.4f\t%s   %8.2f %%  %s%s\n", s, token_text(tokenizer, tokens[s]).c_str(),
                t - s, page.paint("36", format("%9.4f", score.rotated)).c_str(),
-               page.paint(dim, format("%8.4f", score.rest)).c_str(), score.score(), 100 * score.probability,
+               page.paint(dim, format("%8.4f", score.rest)).c_str(), score.score(),
+               cap.empty() ? "" : format("  %8.4f\t", score.capped).c_str(), 100 * score.probability,
                page.paint("32", bar(score.probability)).c_str(), s == trace.against ? " <" : "");
     }
     if (int(rows.size()) <= t)
-      page.say("     %8s  %-22s\t  %28s\t   %8.2f %%\n", "", (std::to_string(t + 1 - int(rows.size())) + " others").c_str(), "", 100 * std::max(0.0, left));
+      page.say("     %8s  %-22s\t  %28s\t%s   %8.2f %%\n", "", (std::to_string(t + 1 - int(rows.size())) + " others").c_str(),
+               "", cap.empty() ? "" : "          \t", 100 * std::max(0.0, left));
   }
 
   void one_meeting() {
@@ -330,8 +334,11 @@ class TraceText {
       page.say("     %-51s\t %8.4f   whatever the distance\n",
                ("channels " + std::to_string(R) + " to " + std::to_string(HS - 1)).c_str(),
                trace.scores[trace.against].rest);
-    page.say("     %-51s\t %8.4f   exp(score - %.4f) = %.2f %%\n", "the score", trace.scores[trace.against].score(),
-             trace.lse, 100 * trace.scores[trace.against].probability);
+    const ScoreTrace& score = trace.scores[trace.against];
+    if (c.attention_softcap)
+      page.say("     %-51s\t %8.4f   before the cap\n", "the score", score.score());
+    page.say("     %-51s\t %8.4f   exp(score - %.4f) = %.2f %%\n", "the score", score.capped, trace.lse,
+             100 * score.probability);
   }
 
   void checks() {

@@ -13,14 +13,15 @@
 
 // For diagnostics, what the attention weights of each query head are like. entropies (B, NH, T): of each query's
 // distribution, -sum_s p_s log p_s, in nats, 0 to log(t + 1); entropy (NH) += their sum over the batch. max_logit (NH)
-// is raised to the largest |score_s| of the causal pairs. From qkv and lse as attention_forward() read and left them,
-// s.first = 0: the scores are computed again. Scores that are NaN make the entropy NaN and are not in max_logit.
+// is raised to the largest |score_s| of the causal pairs, before the soft cap. From qkv and lse as attention_forward()
+// read and left them, s.first = 0: the scores are computed again. Scores that are NaN make the entropy NaN and are not
+// in max_logit.
 //
 // With d_s = lse - score_s = -log p_s the entropy is sum_s exp(-d_s) d_s: no difference of two large numbers, as
 // lse - sum_s p_s score_s would be when the logits have grown to thousands.
 template <class Real>
 void attention_statistics(Cpu&, double* max_logit, double* entropy, Acc<Real>* entropies, const Real* qkv,
-                          const Acc<Real>* lse, AttentionShape s) {
+                          const Acc<Real>* lse, AttentionShape s, double softcap = 0) {
   const int group = s.NH / s.NKV, stride = (s.NH + 2 * s.NKV) * s.HS, p_stride = round_up(s.T, 16) + 16;
   const Real scale = Real(1) / std::sqrt(Real(s.HS));
   std::vector<Real> highest(size_t(s.B) * s.NH);
@@ -42,7 +43,8 @@ void attention_statistics(Cpu&, double* max_logit, double* entropy, Acc<Real>* e
         Real top = 0, sum = 0;
 #pragma omp simd reduction(max : top) reduction(+ : sum)
         for (int j = 0; j <= t; ++j) {
-          const Real score = row[j] * scale, d = row_lse - score, size = std::fabs(score);
+          const Real score = row[j] * scale, size = std::fabs(score);
+          const Real d = row_lse - (softcap ? soft_cap(score, Real(softcap)) : score);
           top = size > top ? size : top;
           sum += exp_(-d) * d;
         }
@@ -149,10 +151,10 @@ void tensor_statistics(Cpu&, TensorStatistics* out, const TensorPlace* places, i
 #ifdef __CUDACC__
 
 // Diagnostics: a warp works out one query, a lane every 32nd key.
-template <class Real, int CHANNELS>
+template <class Real, int CHANNELS, bool CAPPED>
 __global__ void __launch_bounds__(kAttentionWarps * 32)
     attention_statistics_kernel(double* max_logit, float* entropies, const Real* qkv, const float* lse,
-                                AttentionShape s, float scale) {
+                                AttentionShape s, float scale, float cap) {
   __shared__ float shared[kAttentionWarps][CHANNELS];
   const AttentionPlace at = attention_place(s.NH, s.T);
   if (at.b >= s.B) return;
@@ -165,7 +167,7 @@ __global__ void __launch_bounds__(kAttentionWarps * 32)
   __syncwarp();
   float top = 0, sum = 0;
   for (int j = lane; j <= t; j += 32) {
-    const float score = dot_row(q, keys + j * stride, HS) * scale, d = lse[row_at] - score;
+    const float score = dot_row(q, keys + j * stride, HS) * scale, d = lse[row_at] - soft_cap<CAPPED>(score, cap);
     top = fmaxf(top, fabsf(score));
     sum += __expf(-d) * d;
   }
@@ -188,22 +190,24 @@ static __global__ void __launch_bounds__(1024)
 
 template <class Real>
 void simple_attention_statistics(Cuda& be, double* max_logit, float* entropies, const Real* qkv, const float* lse,
-                                 AttentionShape s) {
+                                 AttentionShape s, double softcap) {
   with_channels(s.HS, [&](auto channels) {
-    launch(be, "attention_statistics", attention_statistics_kernel<Real, channels()>,
-           divide_up(size_t(s.B) * s.NH * s.T, kAttentionWarps), kAttentionWarps * 32, 0, max_logit, entropies, qkv,
-           lse, s, 1 / std::sqrt(float(s.HS)));
+    with_cap(softcap, [&](auto capped) {
+      launch(be, "attention_statistics", attention_statistics_kernel<Real, channels(), capped()>,
+             divide_up(size_t(s.B) * s.NH * s.T, kAttentionWarps), kAttentionWarps * 32, 0, max_logit, entropies, qkv,
+             lse, s, 1 / std::sqrt(float(s.HS)), float(softcap));
+    });
   });
 }
 
 template <class Real>
 void attention_statistics(Cuda& be, double* max_logit, double* entropy, Acc<Real>* entropies, const Real* qkv,
-                          const Acc<Real>* lse, AttentionShape s) {
+                          const Acc<Real>* lse, AttentionShape s, double softcap = 0) {
   bool done = false;
   if constexpr (std::is_same_v<Real, bf16>)
     if ((done = use_flash_attention<Real>(be, s)))
-      flash_attention_statistics(be, max_logit, entropies, qkv, lse, s.B, s.T, s.NH, s.NKV, s.HS);
-  if (!done) simple_attention_statistics(be, max_logit, entropies, qkv, lse, s);
+      flash_attention_statistics(be, max_logit, entropies, qkv, lse, s.B, s.T, s.NH, s.NKV, s.HS, softcap);
+  if (!done) simple_attention_statistics(be, max_logit, entropies, qkv, lse, s, softcap);
   launch(be, "attention_statistics", add_entropies_kernel, s.NH, 1024, 0, entropy, (const float*)entropies, s.B, s.NH,
          s.T);
 }
@@ -318,7 +322,7 @@ class Diagnostics {
       const BlockActivations<Real>& a = model_.acts.blocks[l];
       const LayerSums sums = of_layer(sums_, l);
       attention_statistics(model_.be, sums.max_logit, sums.entropy, model_.grads.D /* not in use now */, a.qkv, a.lse,
-                           c_.heads_shape(model_.B, model_.T, 0));
+                           c_.heads_shape(model_.B, model_.T, 0), c_.attention_softcap);
       add_squares(model_.be, sums.qk_squares, a.qkv, N, heads, c_.head_size, c_.qkv_width());
       add_squares(model_.be, sums.x_squares, a.x, N, 1, c_.width, c_.width);
     }

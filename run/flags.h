@@ -201,6 +201,7 @@ inline void add_model_flags(Flags& f, Config& c, RotaryRequest& rotary) {
   f.add("rotary-layers", c.rotary_layers,
         "all, nope:N: none in every N-th layer, or each layer's number of channels, such as 16,16,0");
   f.add("qk-norm", c.qk_norm, "RMSNorm on queries and keys before RoPE");
+  f.add("attention-softcap", c.attention_softcap, "C: attention scores become C tanh(score / C); 0: they stay");
   f.add_choice("block", c.block, {"sequential", "parallel"}, "attention then MLP, or side by side");
   f.add_choice("norm", c.norm, {"rms", "layer"}, "RMSNorm or LayerNorm");
   f.add("norm-eps", c.norm_eps, "added to the mean square in every norm");

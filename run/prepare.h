@@ -266,9 +266,9 @@ inline Run prepare(const std::vector<std::string>& args, int ranks, bool root) {
     std::vector<std::string> groups = {"Model"};
     if (again) groups.push_back("Optimiser");
     const std::string flag = replay ? "--replay-step" : asked.resume ? "--resume" : "--init";
-    // Weights know nothing of the position code: a trained model may go on with another one, or with none.
+    // Weights know nothing of the position code, nor of the cap: a trained model may go on with another, or with none.
     std::set<std::string> may_differ = {"context", "rotary_fraction", "rotary_dim", "rotary_layers", "rope_base",
-                                        "rope_frequencies", "rope_scaling"};
+                                        "rope_frequencies", "rope_scaling", "attention_softcap"};
     if (again) may_differ = {replay ? "" : "steps"};
     const auto was = settings_json(before, groups), is = settings_json(s, groups);
     for (const auto& [key, value] : was.items())

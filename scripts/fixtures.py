@@ -51,6 +51,8 @@ CONFIGS = {
     "gptj": dict(width=20, heads=4, kv_heads=4, head_size=10, mlp_hidden=31, rotary_dim=6, rope_pairs="interleaved",
                  block="parallel", norm="layer", norm_eps=0.03, shared_norm=True, mlp="gelu-tanh", qkv_bias=True,
                  head_bias=True),
+    # a soft cap in the midst of the scores, grouped queries
+    "softcap": dict(width=20, heads=4, kv_heads=2, head_size=10, mlp_hidden=13, rotary_dim=2, attention_softcap=1.5),
 }
 Z_LOSS = {"llama": 1e-2, "interleaved_tied": 1e-3}
 IGNORED = {"nope"}  # fixtures with some targets of -1

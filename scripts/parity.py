@@ -117,7 +117,8 @@ def models(own):
     yield "gptj 4/12 (GPT-J)", T.GPTJConfig(**GPTJ, rotary_dim=4)
     yield "codegen 8/12 (CodeGen)", T.CodeGenConfig(**GPTJ, rotary_dim=8)
     paper = dict(block="parallel", kv_heads=4)
-    other = dict(rope_pairs="interleaved", qk_norm=True, norm="layer", mlp="gelu", bias=True, tied=True)
+    other = dict(rope_pairs="interleaved", qk_norm=True, norm="layer", mlp="gelu", bias=True, tied=True,
+                 attention_softcap=1.5)
     for name, changes in (*((f"{R}/16 parallel", dict(paper, rotary_dim=R)) for R in (0, 2, 8, 16)),
                           ("4/16 all others", dict(other, rotary_dim=4)),
                           ("by layer, yarn", dict(rotary_layers="8,0,16", rotary_dim=16, rope_frequencies="head",

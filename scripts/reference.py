@@ -32,6 +32,7 @@ class Config:
     rope_scaling: str = "none"  # see rope_scale in rope.cuh
     rotary_layers: str = "all"  # or "nope:N", or R of each layer
     qk_norm: bool = False
+    attention_softcap: float = 0.0
     block: str = "sequential"  # or "parallel"
     norm: str = "rms"  # or "layer"
     norm_eps: float = 1e-5
@@ -135,7 +136,13 @@ class Block(nn.Module):
         if c.qk_norm:
             q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
         q, k = rope(q, cos, sin, c.rope_pairs), rope(k, cos, sin, c.rope_pairs)
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=c.heads != c.kv_heads)
+        if c.attention_softcap:  # which that function has not
+            k, v = (x.repeat_interleave(c.heads // c.kv_heads, 1) for x in (k, v))
+            score = c.attention_softcap * torch.tanh(q @ k.mT / math.sqrt(c.head_size) / c.attention_softcap)
+            future = torch.ones(T, T, dtype=torch.bool, device=x.device).triu(1)
+            y = score.masked_fill(future, -torch.inf).softmax(-1) @ v
+        else:
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=c.heads != c.kv_heads)
         return self.proj(y.transpose(1, 2).reshape(B, T, c.heads * c.head_size))
 
     def feed_forward(self, x):

@@ -17,68 +17,88 @@ struct Result {
 };
 
 template <class Real>
-Result<Real> attend(const std::vector<Real>& qkv, AttentionShape s) {
+Result<Real> attend(const std::vector<Real>& qkv, AttentionShape s, double softcap = 0) {
   Cpu be;
   Result<Real> r{garbage<Real>(out_size(s)), garbage<Real>(rows(s))};
-  attention_forward(be, r.out.data(), r.lse.data(), qkv.data(), s);
+  attention_forward(be, r.out.data(), r.lse.data(), qkv.data(), s, softcap);
   return r;
 }
 
 template <class Real>
-std::vector<Real> attend_backward(const std::vector<Real>& qkv, const std::vector<Real>& dout, AttentionShape s) {
+std::vector<Real> attend_backward(const std::vector<Real>& qkv, const std::vector<Real>& dout, AttentionShape s,
+                                  double softcap = 0) {
   Cpu be;
-  const Result<Real> r = attend(qkv, s);
+  const Result<Real> r = attend(qkv, s, softcap);
   std::vector<Real> dqkv = garbage<Real>(qkv.size()), D = garbage<Real>(rows(s));
-  attention_backward(be, dqkv.data(), D.data(), dout.data(), qkv.data(), r.out.data(), r.lse.data(), s);
+  attention_backward(be, dqkv.data(), D.data(), dout.data(), qkv.data(), r.out.data(), r.lse.data(), s, softcap);
   return dqkv;
 }
 
-Result<double> attend_by_definition(const std::vector<double>& qkv, AttentionShape s) {
+Result<double> attend_by_definition(const std::vector<double>& qkv, AttentionShape s, double softcap = 0) {
   Result<double> r{garbage<double>(out_size(s)), garbage<double>(rows(s))};
-  attention_forward_by_definition(r.out.data(), r.lse.data(), qkv.data(), s);
+  attention_forward_by_definition(r.out.data(), r.lse.data(), qkv.data(), s, softcap);
   return r;
 }
 
 // One and several runs of kQueryBlock queries, with and without a remainder; one, some and all heads for a key head.
 const std::vector<AttentionShape> kShapes = {{1, 1, 1, 1, 1}, {2, 11, 3, 3, 5},  {2, 13, 6, 2, 8},
                                              {1, 64, 4, 1, 3}, {1, 65, 2, 1, 3}, {2, 150, 2, 2, 16}};
+// None, and one in the midst of the scores, which are of size 1 here.
+const std::vector<double> kSoftcaps = {0, 1.5};
 
 }  // namespace
 
 TEST_CASE_TEMPLATE("attention: forward equals the definition", Real, float, double) {
-  for (const AttentionShape& s : kShapes) {
-    const std::vector<Real> qkv = random_values<Real>(qkv_size(s), 10);
-    const Result<Real> r = attend(qkv, s);
-    const Result<double> expected = attend_by_definition({qkv.begin(), qkv.end()}, s);
-    // A score is a dot product of HS terms of size about 1, up to 4 in sum after scaling: HS + 1 roundings at worst,
-    // and exp_ adds 2 ulp. Outputs are averages of numbers up to 4.
-    const double tolerance = (s.HS + 8) * 4 * 4 * kRounding<Real>;
-    CHECK(distance(r.out, expected.out) <= tolerance);
-    CHECK(distance(r.lse, expected.lse) <= tolerance);
-  }
+  for (double softcap : kSoftcaps)
+    for (const AttentionShape& s : kShapes) {
+      const std::vector<Real> qkv = random_values<Real>(qkv_size(s), 10);
+      const Result<Real> r = attend(qkv, s, softcap);
+      const Result<double> expected = attend_by_definition({qkv.begin(), qkv.end()}, s, softcap);
+      // A score is a dot product of HS terms of size about 1, up to 4 in sum after scaling: HS + 1 roundings at worst,
+      // exp_ adds 2 ulp, and soft_cap 4 roundings of the cap. Outputs are averages of numbers up to 4.
+      const double tolerance = (s.HS + 8 + softcap) * 4 * 4 * kRounding<Real>;
+      CHECK(distance(r.out, expected.out) <= tolerance);
+      CHECK(distance(r.lse, expected.lse) <= tolerance);
+    }
+}
+
+TEST_CASE("attention: a soft cap by hand") {
+  const AttentionShape s{1, 2, 1, 1, 1};
+  // The second token's query is 6, the keys are -1 and 1e6, the values 0 and 1: scores of -6 and 6e6 under a cap of 2.
+  const std::vector<float> qkv = {1, -1, 0, 6, 1e6, 1};
+  const Result<float> r = attend(qkv, s, 2);
+  const double low = 2 * std::tanh(-3.0), high = 2;
+  CHECK(r.out[1] == doctest::Approx(1 / (1 + std::exp(low - high))).epsilon(16 * kRounding<float>));
+  CHECK(r.lse[1] == doctest::Approx(std::log(std::exp(low) + std::exp(high))).epsilon(16 * kRounding<float>));
+  const std::vector<float> dqkv = attend_backward(qkv, {0, 1}, s, 2);
+  const double p = 1 / (1 + std::exp(low - high)), dscore = (1 - p) * (0 - p) * (1 - low * low / 4);
+  CHECK(dqkv[1] == doctest::Approx(6 * dscore).epsilon(1e-5));  // slope and 1 - p are small, and off by 2^-22
+  CHECK(dqkv[4] == 0);                                          // the cap is flat there
 }
 
 TEST_CASE("attention: the definition's backward is the derivative of its forward") {
-  for (const AttentionShape& s : kShapes) {
-    if (s.T > 100) continue;  // takes seconds and shows nothing new
-    std::vector<double> qkv = random_values<double>(qkv_size(s), 11), dqkv = garbage<double>(qkv.size());
-    const std::vector<double> dout = random_values<double>(out_size(s), 12);
-    attention_backward_by_definition(dqkv.data(), dout.data(), qkv.data(), s);
-    CHECK(slope_distance(qkv, dqkv, [&] { return dot(attend_by_definition(qkv, s).out, dout); }) < kSlope);
-  }
+  for (double softcap : kSoftcaps)
+    for (const AttentionShape& s : kShapes) {
+      if (s.T > 100) continue;  // takes seconds and shows nothing new
+      std::vector<double> qkv = random_values<double>(qkv_size(s), 11), dqkv = garbage<double>(qkv.size());
+      const std::vector<double> dout = random_values<double>(out_size(s), 12);
+      attention_backward_by_definition(dqkv.data(), dout.data(), qkv.data(), s, softcap);
+      CHECK(slope_distance(qkv, dqkv, [&] { return dot(attend_by_definition(qkv, s, softcap).out, dout); }) < kSlope);
+    }
 }
 
 TEST_CASE_TEMPLATE("attention: backward equals the definition", Real, float, double) {
-  for (const AttentionShape& s : kShapes) {
-    const std::vector<Real> qkv = random_values<Real>(qkv_size(s), 13), dout = random_values<Real>(out_size(s), 14);
-    const std::vector<double> exact(qkv.begin(), qkv.end()), exact_dout(dout.begin(), dout.end());
-    std::vector<double> expected = garbage<double>(qkv.size());
-    attention_backward_by_definition(expected.data(), exact_dout.data(), exact.data(), s);
-    // In turn: scores (HS terms), exp_, dP (HS terms), D, and a sum over at most T terms, whose roundings partly
-    // cancel. At T = 1 the gradients of q and k are 0 but for rounding, and measured against that of v.
-    CHECK(relative_distance(attend_backward(qkv, dout, s), expected) <=
-          (2 * s.HS + 2 * std::sqrt(s.T) + 8) * kRounding<Real>);
-  }
+  for (double softcap : kSoftcaps)
+    for (const AttentionShape& s : kShapes) {
+      const std::vector<Real> qkv = random_values<Real>(qkv_size(s), 13), dout = random_values<Real>(out_size(s), 14);
+      const std::vector<double> exact(qkv.begin(), qkv.end()), exact_dout(dout.begin(), dout.end());
+      std::vector<double> expected = garbage<double>(qkv.size());
+      attention_backward_by_definition(expected.data(), exact_dout.data(), exact.data(), s, softcap);
+      // In turn: scores (HS terms), soft_cap, exp_, dP (HS terms), D, and a sum over at most T terms, whose roundings
+      // partly cancel. At T = 1 the gradients of q and k are 0 but for rounding, and measured against that of v.
+      CHECK(relative_distance(attend_backward(qkv, dout, s, softcap), expected) <=
+            (2 * s.HS + 2 * std::sqrt(s.T) + 8 + 8 * softcap) * kRounding<Real>);
+    }
 }
 
 TEST_CASE("attention: nothing depends on the future") {
@@ -331,30 +351,31 @@ TEST_CASE_TEMPLATE("cuda: qk-norm and rope", Real, BOTH_TYPES) {
 namespace {
 
 template <class Real>
-void test_attention(AttentionShape s, bool flash) {
+void test_attention(AttentionShape s, bool flash, double softcap) {
   CAPTURE(s.T);
   CAPTURE(s.NH);
   CAPTURE(s.NKV);
   CAPTURE(s.HS);
   CAPTURE(s.first);
   CAPTURE(flash);
+  CAPTURE(softcap);
   const size_t N = size_t(s.B) * s.T, stride = size_t(s.NH + 2 * s.NKV) * s.HS;
   const Values qkv = numbers<Real>(N * stride, 6);
   const std::vector<double> exact(qkv.begin(), qkv.end());
   std::vector<double> exact_out(N * s.NH * s.HS), exact_lse(N * s.NH);
-  attention_forward_by_definition(exact_out.data(), exact_lse.data(), exact.data(), s);
+  attention_forward_by_definition(exact_out.data(), exact_lse.data(), exact.data(), s, softcap);
   const Values out(exact_out.begin(), exact_out.end()), lse(exact_lse.begin(), exact_lse.end());
   Values sums = out, lse_again = lse, with_absolute_values = qkv;
   for (size_t i = 0; i < qkv.size(); ++i)
     if (i % stride >= size_t(s.NH + s.NKV) * s.HS) with_absolute_values[i] = std::fabs(qkv[i]);
-  attention_forward(cpu, sums.data(), lse_again.data(), with_absolute_values.data(), s);  // sum of p |v|
+  attention_forward(cpu, sums.data(), lse_again.data(), with_absolute_values.data(), s, softcap);  // sum of p |v|
 
   Tensor<Real> device_qkv(qkv), got(out.size());
   Tensor<float> got_lse(lse.size());
   if (flash)
-    attention_forward(*gpu(), got(), got_lse(), device_qkv(), s);
+    attention_forward(*gpu(), got(), got_lse(), device_qkv(), s, softcap);
   else
-    simple_attention_forward(*gpu(), got(), got_lse(), device_qkv(), s);
+    simple_attention_forward(*gpu(), got(), got_lse(), device_qkv(), s, softcap);
   Values result = got.host(), result_lse = got_lse.host();
   for (size_t n = 0; n < N; ++n)
     if (int(n % s.T) < s.first)  // rows that were not asked for
@@ -364,22 +385,24 @@ void test_attention(AttentionShape s, bool flash) {
         result_lse[row] = lse[row];
       }
   // A score is a sum of HS products: off by at most HS half units of sum |q k| / sqrt(HS) <= 2 sqrt(HS) or so here, and
-  // exp turns that into a relative error of p. The flash kernels then round p to bf16. Both weigh on sum p |v|.
-  const double p_error = 4 * s.HS * 0x1p-24 * 2 * std::sqrt(s.HS) + 1e-5 + (flash ? 0x1p-8 : 0);
+  // exp turns that into a relative error of p, as it does with the cap's 2^-22 of itself. The flash kernels then round
+  // p to bf16. Both weigh on sum p |v|.
+  const double score_error = 4 * s.HS * 0x1p-24 * 2 * std::sqrt(s.HS) + 1e-5 + softcap * 0x1p-22,
+               p_error = score_error + (flash ? 0x1p-8 : 0);
   close("attention_forward", result, out, kRound<Real>, p_error, sums);
-  close("lse", result_lse, lse, 0, 4 * s.HS * 0x1p-24 * 2 * std::sqrt(s.HS) + 1e-5);
+  close("lse", result_lse, lse, 0, score_error);
   if (s.first > 0) return;
 
   const Values dout = numbers<Real>(out.size(), 7);
   const std::vector<double> exact_dout(dout.begin(), dout.end());
   std::vector<double> dqkv(qkv.size());
-  attention_backward_by_definition(dqkv.data(), exact_dout.data(), exact.data(), s);
+  attention_backward_by_definition(dqkv.data(), exact_dout.data(), exact.data(), s, softcap);
   Tensor<Real> device_dout(dout), got_dqkv(qkv.size());
   Tensor<float> got_D(lse.size());
   if (flash)
-    attention_backward(*gpu(), got_dqkv(), got_D(), device_dout(), device_qkv(), got(), got_lse(), s);
+    attention_backward(*gpu(), got_dqkv(), got_D(), device_dout(), device_qkv(), got(), got_lse(), s, softcap);
   else
-    simple_attention_backward(*gpu(), got_dqkv(), got_D(), device_dout(), device_qkv(), got(), got_lse(), s);
+    simple_attention_backward(*gpu(), got_dqkv(), got_D(), device_dout(), device_qkv(), got(), got_lse(), s, softcap);
   // Every element is a sum of terms each with its own relative error: at most p_error, a rounding, and that of D, which
   // comes from the rounded out; taken over the tensor such errors are relative to its norm. At T = 1 dS is 0 but for
   // rounding (p = 1, dP = D), so dq and dk are measured against dv as well: the norm is that of all of dqkv.
@@ -393,7 +416,8 @@ TEST_CASE_TEMPLATE("cuda: attention, simple kernels", Real, BOTH_TYPES) {
   for (int T : lengths())
     for (int NKV : {1, 4})
       for (int HS : {10, 64, 96, 256})
-        for (int first : {0, T - 1, T / 3}) test_attention<Real>({2, T, 4, NKV, HS, first}, false);
+        for (int first : {0, T - 1, T / 3})
+          for (double softcap : kSoftcaps) test_attention<Real>({2, T, 4, NKV, HS, first}, false, softcap);
 }
 
 TEST_CASE("cuda: attention, many small weights beside a large one are not lost") {
@@ -420,7 +444,8 @@ TEST_CASE("cuda: attention, flash kernels") {
   if (gpu()->capability < 80) return;
   for (int T : lengths())
     for (int NKV : {1, 4})
-      for (int HS : {32, 64, 128, 256}) test_attention<bf16>({2, T, 4, NKV, HS}, true);
+      for (int HS : {32, 64, 128, 256})
+        for (double softcap : kSoftcaps) test_attention<bf16>({2, T, 4, NKV, HS}, true, softcap);
 }
 
 #endif  // __CUDACC__

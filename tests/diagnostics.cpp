@@ -30,10 +30,10 @@ size_t qkv_size(AttentionShape s) { return size_t(s.B) * s.T * (s.NH + 2 * s.NKV
 size_t rows(AttentionShape s) { return size_t(s.B) * s.NH * s.T; }
 
 template <class Real>
-std::vector<Real> lse_of(const std::vector<Real>& qkv, AttentionShape s) {
+std::vector<Real> lse_of(const std::vector<Real>& qkv, AttentionShape s, double softcap = 0) {
   Cpu be;
   std::vector<Real> out(rows(s) * s.HS), lse = garbage<Real>(rows(s));
-  attention_forward(be, out.data(), lse.data(), qkv.data(), s);
+  attention_forward(be, out.data(), lse.data(), qkv.data(), s, softcap);
   return lse;
 }
 
@@ -84,19 +84,21 @@ TEST_CASE("diagnostics: spikes in noise, and in a window that is longer than the
 TEST_CASE_TEMPLATE("diagnostics: attention statistics equal those of the explicit matrix", Real, float, double) {
   Cpu be;
   for (const AttentionShape& s : kShapes)
-    for (double deviation : {1.0, 30.0}) {  // 30: scores of some thousands, weights that are one-hot or nearly
+    // 30: scores of some thousands, weights that are one-hot or nearly.
+    for (auto [deviation, softcap] : {std::pair{1.0, 0.0}, {1.0, 1.5}, {30.0, 0.0}}) {
       const std::vector<Real> qkv = random_values<Real>(qkv_size(s), 16, deviation);
       const std::vector<double> exact(qkv.begin(), qkv.end());
-      const std::vector<Real> lse = lse_of(qkv, s);
+      const std::vector<Real> lse = lse_of(qkv, s, softcap);
       std::vector<double> max_logit(s.NH, 0.125), entropy(s.NH, 3.0), expected_logit = max_logit,
                           expected_entropy = entropy, expected(rows(s));
       std::vector<Real> entropies = garbage<Real>(rows(s));
-      attention_statistics(be, max_logit.data(), entropy.data(), entropies.data(), qkv.data(), lse.data(), s);
+      attention_statistics(be, max_logit.data(), entropy.data(), entropies.data(), qkv.data(), lse.data(), s, softcap);
       for (int b = 0; b < s.B; ++b)
         for (int h = 0; h < s.NH; ++h)
           for (int t = 0; t < s.T; ++t) {
             std::vector<double> score = attention_scores(exact.data(), s, b, h, t);
-            for (double x : score) expected_logit[h] = std::max(expected_logit[h], std::fabs(x));
+            for (double x : score) expected_logit[h] = std::max(expected_logit[h], std::fabs(x));  // before the cap
+            score = attention_scores(exact.data(), s, b, h, t, softcap);
             softmax(score);
             double& row = expected[(size_t(b) * s.NH + h) * s.T + t];
             for (double p : score)
@@ -342,24 +344,26 @@ namespace {
 
 // Statistics of attention, from a forward pass on the GPU; deviation 30 makes scores of thousands.
 template <class Real>
-void test_attention_statistics(AttentionShape s, float deviation) {
+void test_attention_statistics(AttentionShape s, float deviation, double softcap) {
   CAPTURE(s.T);
   CAPTURE(s.NKV);
   CAPTURE(s.HS);
   CAPTURE(deviation);
+  CAPTURE(softcap);
   const size_t N = size_t(s.B) * s.T, rows = N * s.NH;
   const Values qkv = numbers<Real>(N * (s.NH + 2 * s.NKV) * s.HS, 33, deviation);
   Tensor<Real> device_qkv(qkv), out(N * s.NH * s.HS);
   Tensor<float> lse(rows), entropies(rows);
   Tensor<double> max_logit(std::vector<double>(s.NH, 0.125)), entropy(std::vector<double>(s.NH, 3));
-  attention_forward(*gpu(), out(), lse(), device_qkv(), s);
-  attention_statistics(*gpu(), max_logit(), entropy(), entropies(), device_qkv(), lse(), s);
+  attention_forward(*gpu(), out(), lse(), device_qkv(), s, softcap);
+  attention_statistics(*gpu(), max_logit(), entropy(), entropies(), device_qkv(), lse(), s, softcap);
   // The definition in double, from the GPU's qkv and with its own lse.
   std::vector<double> want_logit(s.NH, 0.125), want_entropy(s.NH, 3), want_rows(rows), want_lse(rows);
   const std::vector<double> exact(qkv.begin(), qkv.end());
   std::vector<double> exact_out(out.n);
-  attention_forward(cpu, exact_out.data(), want_lse.data(), exact.data(), s);
-  attention_statistics(cpu, want_logit.data(), want_entropy.data(), want_rows.data(), exact.data(), want_lse.data(), s);
+  attention_forward(cpu, exact_out.data(), want_lse.data(), exact.data(), s, softcap);
+  attention_statistics(cpu, want_logit.data(), want_entropy.data(), want_rows.data(), exact.data(), want_lse.data(), s,
+                       softcap);
   // A score is a sum of HS products, whose sizes sum to 2 sqrt(HS) deviation^2 or so after scaling; lse comes from such
   // scores and one rounding of its own. All are absolute errors of log p, hence relative ones of p; an entropy's is as
   // large, times log p <= 7 where it counts.
@@ -373,7 +377,7 @@ void test_attention_statistics(AttentionShape s, float deviation) {
   }
   // The same in every run.
   Tensor<double> again(std::vector<double>(s.NH, 3)), logit_again(std::vector<double>(s.NH, 0.125));
-  attention_statistics(*gpu(), logit_again(), again(), entropies(), device_qkv(), lse(), s);
+  attention_statistics(*gpu(), logit_again(), again(), entropies(), device_qkv(), lse(), s, softcap);
   CHECK(same_bits(again.bits(), got_entropy));
   CHECK(same_bits(logit_again.bits(), got_logit));
 }
@@ -385,7 +389,8 @@ TEST_CASE_TEMPLATE("cuda: attention statistics", Real, BOTH_TYPES) {
   for (int T : lengths())
     for (int NKV : {1, 4})
       for (int HS : {10, 32, 64, 128, 256})
-        for (float deviation : {1.0f, 30.0f}) test_attention_statistics<Real>({2, T, 4, NKV, HS}, deviation);
+        for (auto [deviation, softcap] : {std::pair{1.0f, 0.0}, {1.0f, 1.5}, {30.0f, 0.0}})
+          test_attention_statistics<Real>({2, T, 4, NKV, HS}, deviation, softcap);
 }
 
 TEST_CASE_TEMPLATE("cuda: attention statistics of numbers that are none", Real, BOTH_TYPES) {

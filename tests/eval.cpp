@@ -30,6 +30,8 @@ std::vector<Config> configs() {
   pythia.kv_heads = 4, pythia.norm = NormKind::layer, pythia.mlp = MlpKind::gelu, pythia.bias = true,
   pythia.tied = true;
   list.push_back(pythia);
+  list.push_back(tiny(4));
+  list.back().attention_softcap = 1.5;
   return list;
 }
 
@@ -318,6 +320,7 @@ TEST_CASE("trace: agrees with the model for every kind of block, and its parts s
           double sum = 0;
           for (const ScoreTrace& s : trace.scores) {
             sum += s.probability;
+            CHECK((c.attention_softcap ? std::fabs(s.capped) < c.attention_softcap : s.capped == s.score()));
             if (c.rotary_dim == 0) CHECK(s.rotated == 0);
             if (c.rotary_dim == c.head_size) CHECK(s.rest == 0);
           }

@@ -68,3 +68,10 @@ TEST_CASE("flags: files hold R and its share; R counts when they are read, and a
   changed["rotary_dim"] = 7.5;
   CHECK(contains(error_of([&] { settings_from_json("there", changed); }), "--rotary-dim 7.5: not such a number"));
 }
+
+TEST_CASE("flags: a soft cap that fp32 could not tell from none, or from one of 0, is refused") {
+  CHECK(settled("nano", {"--attention-softcap=50"}).model.attention_softcap == 50);
+  for (const char* cap : {"-1", "0.001", "1e5", "inf", "nan"})
+    CHECK(contains(error_of([&] { settled("nano", {std::string("--attention-softcap=") + cap}); }),
+                   "must be a number from 0.01 to 10000, or 0 for none"));
+}

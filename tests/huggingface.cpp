@@ -138,6 +138,7 @@ TEST_CASE("huggingface: every class there and back, to the bit") {
   parallel.block = BlockKind::parallel, parallel.qk_norm = true, parallel.rope_pairs = RopePairs::interleaved;
   round_trip(parallel, "partial_rope", true);
   parallel.norm = NormKind::layer, parallel.mlp = MlpKind::gelu, parallel.bias = parallel.tied = true;
+  parallel.attention_softcap = 50;
   round_trip(parallel, "partial_rope", true);
   parallel.tied = false, parallel.shared_norm = parallel.head_bias = true, parallel.norm_eps = 1e-3;
   parallel.mlp = MlpKind::gelu_tanh, parallel.rope_scaling = "linear:4";
@@ -387,6 +388,7 @@ TEST_CASE("huggingface: what no class holds is refused, naming what is in the wa
   CHECK(contains(error([](Config& c) { c.kv_heads = 2; }, neox()), "--kv-heads 2"));
   CHECK(contains(error([](Config& c) { c.head_size = 8; }, neox()), "--head-size 8"));
   CHECK(contains(error([](Config& c) { c.qk_norm = true; }, neox()), "--qk-norm"));
+  CHECK(contains(error([](Config& c) { c.attention_softcap = 50; }), "has not --attention-softcap 50.0;"));
   // A head without the bias that Phi's has, and attention with biases that GPT-J's has not.
   CHECK(contains(error([](Config& c) { c.head_bias = false; }, phi()), "has not --shared-norm;"));
   CHECK(contains(error([](Config& c) { c.rope_pairs = RopePairs::interleaved; }, phi()),

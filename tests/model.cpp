@@ -8,7 +8,7 @@
 namespace {
 
 const std::vector<std::string> kFixtures = {"llama", "nope", "parallel_qknorm", "pythia", "interleaved_tied", "mixed",
-                                            "rules", "yarn", "gptj"};
+                                            "rules", "yarn", "gptj", "softcap"};
 const std::vector<std::string> kRuns = {"llama", "pythia", "interleaved_tied"};
 
 // Whether this program can run it: after make ROTARY_DIM=6 it knows one rotary dimension only.
@@ -30,6 +30,7 @@ Config config_from(const nlohmann::json& j) {
   c.mlp = j["mlp"] == "gelu" ? MlpKind::gelu : j["mlp"] == "gelu-tanh" ? MlpKind::gelu_tanh : MlpKind::swiglu;
   c.norm_eps = j["norm_eps"], c.shared_norm = j["shared_norm"], c.qkv_bias = j["qkv_bias"];
   c.head_bias = j["head_bias"];
+  c.attention_softcap = j["attention_softcap"];
   if (built_for(c)) resolve(c);
   return c;
 }
@@ -648,6 +649,11 @@ TEST_CASE("cuda: the whole model") {
   SUBCASE("full rope, interleaved, qk-norm, parallel block") {
     Config c = small_config();
     c.rotary_dim = 32, c.rope_pairs = RopePairs::interleaved, c.qk_norm = true, c.block = BlockKind::parallel;
+    compare_models(c);
+  }
+  SUBCASE("no rope, soft cap") {  // of scores of up to 0.1 or so
+    Config c = small_config();
+    c.rotary_dim = 0, c.attention_softcap = 0.05;
     compare_models(c);
   }
   SUBCASE("layer norm, gelu, bias, head size 20") {
