@@ -25,7 +25,7 @@ struct Settings {
   double lr = 1e-3, min_lr = -1;  // min_lr -1: a tenth of lr
   int warmup = -1;                // -1: 5 % of the steps
   Schedule schedule = Schedule::cosine;
-  double weight_decay = 0.1, beta1 = 0.9, beta2 = 0.95, eps = 1e-8, clip = 1.0, z_loss = 0;
+  double weight_decay = 0.1, beta1 = 0.9, beta2 = 0.95, eps = 1e-8, clip = 1.0, z_loss = 0, qk_clip = 0;
   double init_std = 0.02;  // as in arXiv 2603.11611
   uint64_t seed = 1;
 
@@ -229,6 +229,8 @@ inline void add_optimizer_flags(Flags& f, Settings& s) {
   f.add("eps", s.eps, "AdamW: added to the denominator");
   f.add("clip", s.clip, "largest global gradient norm; 0: no clipping");
   f.add("z-loss", s.z_loss, "weight of (log Z)^2 in the loss");
+  f.add("qk-clip", s.qk_clip,
+        "largest attention logit: after a step, heads above it have their query and key weights scaled; 0: none");
   f.add("init-std", s.init_std, "standard deviation of the initial matrices");
   f.add("seed", s.seed, "of the initial weights and of the order of the data");
 }

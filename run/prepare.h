@@ -226,6 +226,8 @@ inline Run prepare(const std::vector<std::string>& args, int ranks, bool root) {
   expect_positive("init-std", s.init_std);
   expect_positive("clip", s.clip, true);
   expect_positive("z-loss", s.z_loss, true);
+  expect_positive("qk-clip", s.qk_clip, true);
+  if (s.qk_clip && s.model.qk_norm) throw UserError("--qk-clip: not with --qk-norm, which bounds the logits already");
   expect_positive("val-every", s.val_every, true);
   expect_positive("val-tokens", s.val_tokens);
   expect_positive("sample-every", s.sample_every, true);

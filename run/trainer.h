@@ -12,6 +12,7 @@
 #include "run/diagnostics.cuh"
 #include "run/prepare.h"
 #include "run/program.h"
+#include "run/qk_clip.cuh"
 
 constexpr double kSaveSeconds = 600;  // between checkpoints, at most
 
@@ -31,6 +32,7 @@ struct Trainer {
   const size_t tokens_per_step = size_t(N) * s.accumulate;
   Model<Backend, Real> model;
   Diagnostics<Backend, Real> diagnostics;
+  QkClip<Backend, Real> qk_clip;
   int done = 0;  // steps that the weights have behind them
   std::function<void(int)> on_micro_batch;  // called before each of a step, from 0
 
@@ -44,7 +46,7 @@ struct Trainer {
   Trainer(Backend& backend, Comm<Backend>& c, Run& r)
       : be(backend), comm(c), ranks(c.ranks), run(r), s(r.s), division{s.lanes, ranks.size, ranks.rank},
         model(be, s.model, s.batch, s.model.context, true, division), diagnostics(model),
-        tokens_(be, 4 * tokens_per_step) {
+        qk_clip(model, s.qk_clip), tokens_(be, 4 * tokens_per_step) {
     if (!run.checkpoint.empty()) {
       load_weights(model, run.checkpoint);
       load_optimizer(model, run.checkpoint);
@@ -65,6 +67,7 @@ struct Trainer {
                      s.clip, done + 1};
     if (read_ < done) read_batches(done);
     if (inside) diagnostics.begin();
+    qk_clip.begin();
     if (losses) losses->resize(tokens_per_step);
     std::vector<Lane> lanes(s.lanes);  // (ranks, rounds)
     Lane* mine = &lanes[division.rank * division.rounds()];
@@ -77,6 +80,7 @@ struct Trainer {
         const size_t at = size_t(micro) * N;
         model.train_batch(inputs_of(done) + at, targets_of(done) + at, 1.0 / double(tokens_per_step), s.z_loss);
         if (inside) diagnostics.add_micro_batch();
+        qk_clip.add_micro_batch();
         if (losses) be.download(losses->data() + at, model.acts.losses, N * sizeof(Acc<Real>));
       }
       // Here an all-reduce of the gradient begins: each rank receives its shard of the lanes of all, and adds them up.
@@ -85,8 +89,9 @@ struct Trainer {
     model.square(model.gradient);
     comm.all_gather(model.squares, division.rounds() * model.squares_of_part * sizeof(double));
     model.update_shard(a);
-    gather_weights();  // and here it ends, with the new weights in place of the gradient
     if (inside) diagnostics.add_update(a);
+    qk_clip.apply(comm);
+    gather_weights();  // and here it ends, with the new weights in place of the gradient
     if (done + 1 < s.steps) read_batches(done + 1);  // a GPU is still at work
 
     mine[division.rounds() - 1] = read_lane();

@@ -309,6 +309,8 @@ for seed in -1 18446744073709551616 1.5 x; do refuse "seed $seed: must be" $trai
 refuse "lr 0" $train --lr 0
 refuse "lr.*abc" $train --lr abc
 refuse "beta1 1" $train --beta1 1
+refuse "qk-clip -1" $train --qk-clip -1
+refuse "qk-clip: not with --qk-norm" $train --qk-clip 10 --qk-norm
 refuse "did you mean --layers" $train --layrs 3
 refuse "did you mean nano" $train --preset nanno
 refuse "block sideways" $train --block sideways

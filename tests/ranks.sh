@@ -40,7 +40,7 @@ children() { cat /proc/[0-9]*/stat 2>/dev/null | awk -v parent="$1" '$4 == paren
 train="$programs/train --data data/train_*.bin --layers 2 --width 32 --heads 2 --context 32 --batch 2 --val-tokens 256 --accumulate 4"
 
 # ---- The same bits on 1, 2 and 4 ranks ---------------------------------------------------------------------------------
-for variant in "" "--block parallel --norm layer --mlp gelu --bias --tied --z-loss 1e-4" "--qk-norm --kv-heads 1 --recompute"; do
+for variant in "" "--block parallel --norm layer --mlp gelu --bias --tied --z-loss 1e-4 --qk-clip 0.02" "--qk-norm --kv-heads 1 --recompute"; do
   rm -rf runs
   for ranks in 1 2 4; do
     check "$ranks ranks $variant" $train $variant --run "r$ranks" --ranks $ranks --lanes 4 --steps 20 --diagnostics-every 5
