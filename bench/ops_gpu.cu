@@ -127,9 +127,15 @@ static void operations() {
   }
   const AttentionShape s = {B, T, NH, NH, HS};
   const double half = 2.0 * B * NH * T * T / 2 * HS;  // one product of attention
-  row("attention forward", milliseconds([&] { attention_forward(*be, out(), lse(), qkv(), s); }), 0, 2 * half);
-  row("attention backward",
-      milliseconds([&] { attention_backward(*be, dqkv(), delta(), dout(), qkv(), out(), lse(), s); }), 0, 5 * half);
+  for (double softcap : {0.0, 50.0}) {
+    const std::string label = softcap ? ", soft cap" : "";
+    row(("attention forward" + label).c_str(),
+        milliseconds([&] { attention_forward(*be, out(), lse(), qkv(), s, softcap); }), 0, 2 * half);
+    row(("attention backward" + label).c_str(), milliseconds([&] {
+          attention_backward(*be, dqkv(), delta(), dout(), qkv(), out(), lse(), s, softcap);
+        }),
+        0, 5 * half);
+  }
   Buffer<Cuda> sums_memory(*be, 2 * NH * sizeof(double));
   double* sums = sums_memory.as<double>();
   row("attention statistics",

@@ -4,11 +4,11 @@
 //
 // The algorithm (Dao et al. 2022, "FlashAttention", algorithms 1 and 4; Dao 2023 for the order of the loops):
 //   forward   out_i = sum_j exp(s_ij - lse_i) v_j, s_ij = scale q_i.k_j, with a running row maximum and row sum
-//   with a soft cap C, s_ij = C tanh(scale q_i.k_j / C), and dS below is multiplied by 1 - (s_ij / C)^2
 //   backward  P = exp(S - lse); dV = P^T dO; dP = dO V^T; dS = P (dP - D), D = rowsum(dO out); dQ = scale dS K;
 //             dK = scale dS^T Q. Two kernels, one per tile of queries (dQ) and one per tile of keys (dK, dV), so that
 //             every sum has one owner and one order: no atomics, and two runs agree to the bit. The price is that S and
 //             dP are computed twice: seven products instead of five.
+//   soft cap  s_ij = C tanh(scale q_i.k_j / C), and dS takes its slope, 1 - (s_ij / C)^2, as one more factor
 //
 // Errors: P, dS and results are rounded to bf16, by 2^-8 each. Sums are fp32: that of a row's exponentials has four
 // parts of T / 4 terms, at most T / 4 2^-24 off, and a tensor core adds 16 products at a time to O, truncating, T / 16
@@ -375,11 +375,12 @@ __device__ __forceinline__ float row_max(float x) {
 // Scores before their scale: cap is C / scale.
 template <bool CAPPED, int N>
 __device__ __forceinline__ void cap_scores(float (&S)[N][4], float cap) {
-  if (!CAPPED) return;
+  if constexpr (CAPPED) {
 #pragma unroll
-  for (int n = 0; n < N; ++n)
+    for (int n = 0; n < N; ++n)
 #pragma unroll
-    for (int i = 0; i < 4; ++i) S[n][i] = soft_cap(S[n][i], cap);
+      for (int i = 0; i < 4; ++i) S[n][i] = soft_cap(S[n][i], cap);
+  }
 }
 
 // Writes accumulators (64, HS), times factor0 (rows g) or factor1 (rows g + 8), to rows first.. of a matrix (T, HS)

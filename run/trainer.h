@@ -89,7 +89,7 @@ struct Trainer {
     model.square(model.gradient);
     comm.all_gather(model.squares, division.rounds() * model.squares_of_part * sizeof(double));
     model.update_shard(a);
-    if (inside) diagnostics.add_update(a);
+    if (inside) diagnostics.add_update(a);  // of AdamW alone
     qk_clip.apply(comm);
     gather_weights();  // and here it ends, with the new weights in place of the gradient
     if (done + 1 < s.steps) read_batches(done + 1);  // a GPU is still at work

@@ -72,7 +72,7 @@ TEST_CASE("attention: a soft cap by hand") {
   CHECK(r.lse[1] == doctest::Approx(std::log(std::exp(low) + std::exp(high))).epsilon(16 * kRounding<float>));
   const std::vector<float> dqkv = attend_backward(qkv, {0, 1}, s, 2);
   const double p = 1 / (1 + std::exp(low - high)), dscore = (1 - p) * (0 - p) * (1 - low * low / 4);
-  CHECK(dqkv[1] == doctest::Approx(6 * dscore).epsilon(1e-5));  // slope and 1 - p are small, and off by 2^-22
+  CHECK(dqkv[1] == doctest::Approx(6 * dscore).epsilon(1e-4));  // 0.01 of slope are left, and off by 2^-21
   CHECK(dqkv[4] == 0);                                          // the cap is flat there
 }
 
