@@ -73,6 +73,19 @@ void parse_tokenizer(const std::string& directory, std::string bytes) {
   for (int token = 0; token < tokenizer.vocabulary(); token++) tokenizer.decode(token, back);
 }
 
+void parse_pattern(const std::string&, std::string bytes) {  // pattern, text
+  const std::string file = next_file(bytes), pattern = valid_utf8(file.data(), file.size());
+  const std::string text = valid_utf8(bytes.data(), bytes.size());
+  const std::unique_ptr<pcre2_match_data, decltype(&pcre2_match_data_free)> match(pcre2_match_data_create(1, nullptr),
+                                                                                pcre2_match_data_free);
+  std::string all;
+  Pattern(pattern).cut(text, match.get(), nullptr, [&](size_t begin, size_t end, bool) {
+    if (begin != all.size() || begin >= end) throw std::logic_error("pieces overlap, or leave text out");
+    all += text.substr(begin, end - begin);
+  });
+  if (all != text) throw std::logic_error("pieces do not make up the text");
+}
+
 void parse_text(const std::string& directory, std::string bytes) {  // first byte: format
   const int kind = bytes.empty() ? 0 : bytes[0] & 3;
   write_bytes(directory + "/text", bytes.substr(std::min<size_t>(1, bytes.size())));
@@ -109,8 +122,8 @@ void parse_questions(const std::string& directory, std::string bytes) {
 
 const std::map<std::string, void (*)(const std::string& directory, std::string bytes)> parsers = {
     {"safetensors", parse_safetensors}, {"checkpoint", parse_checkpoint}, {"huggingface", parse_huggingface},
-    {"tokenizer", parse_tokenizer},     {"text", parse_text},             {"shard", parse_shard},
-    {"questions", parse_questions}};
+    {"tokenizer", parse_tokenizer},     {"pattern", parse_pattern},       {"text", parse_text},
+    {"shard", parse_shard},             {"questions", parse_questions}};
 
 }  // namespace
 
