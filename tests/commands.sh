@@ -237,6 +237,24 @@ done
 timeless runs/long/log.csv >without
 same "diagnostics change nothing in log.csv" without straight
 
+# A step that takes minutes: the first Ctrl-C says what it does, the second ends at once.
+$train --run endless --steps 2 --accumulate 1000000 >out 2>said &
+pid=$!
+tries=0
+while [ ! -e runs/endless/log.csv ] && [ $tries -lt 200 ]; do sleep 0.02; tries=$((tries + 1)); done
+sleep 0.2
+kill -INT $pid
+sleep 0.4
+check "one Ctrl-C does not end it" kill -0 $pid
+check "it says so" grep -q "step is finished and saved; Ctrl-C again ends at once" said
+kill -INT $pid
+wait $pid 2>/dev/null
+check "two do" test $? -eq 130
+if command -v script >/dev/null; then
+  script -qec "stty cols 60; $train --run narrow --accumulate 50 --steps 3" seen >out 2>err
+  check "micro-batches are seen before the first step ends" grep -q "step 1/3 micro-batch 1/50" seen
+fi
+
 # ---- Repeating a step ------------------------------------------------------------------------------------------------
 replay() { # replay RUN STEP: leaves what it says in the file replayed
   "$programs/train" --run "$1" --replay-step "$2" >replayed 2>err
