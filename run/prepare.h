@@ -254,15 +254,15 @@ inline Run prepare(const std::vector<std::string>& args, int ranks, bool root) {
     s.model.vocab = (run.meta.vocabulary + 7) / 8 * 8;
   }
   resolve_settings(s);
+  if (const std::string from = run.checkpoint.empty() ? run.init : run.checkpoint; !from.empty())
+    check_same_tokenizer("--data " + s.data, identity_of(run.meta, s.data), from,
+                         identity_of_checkpoint(from, read_json_file(from + "/state.json")));
   for (const Dataset* data : {run.train.get(), run.val.get()}) {
     data->windows(s.model.context);
     data->check_tokens(s.model.vocab);
     check_content(*data, read_meta(data->pattern()));
   }
   const int step = run.checkpoint.empty() ? 0 : run.state["step"].get<int>();
-  if (const std::string from = run.checkpoint.empty() ? run.init : run.checkpoint; !from.empty())
-    check_same_tokenizer("--data " + s.data, identity_of(run.meta, s.data), from,
-                         identity_of_checkpoint(from, read_json_file(from + "/state.json")));
   if (again && !run.history.empty()) check_data(run, replay ? "--replay-step" : "--resume", args, step, root);
   if (again || !run.init.empty()) {
     std::vector<std::string> groups = {"Model"};

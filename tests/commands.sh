@@ -59,6 +59,8 @@ same "decode gives the beginning back" decoded start
 "$programs/data" decode piped/train_000.bin >decoded 2>err
 same "standard input" decoded plain.txt
 check "training on BPE" $train --data "bpe/train_*.bin" --run bpe --steps 3
+refuse "error: --data bpe/train_.*: its tokenizer is.*ids mean different text" "$programs/eval" loss --run straight --data "bpe/train_*.bin"
+refuse "error: --data bpe/train_.*: its tokenizer is.*ids mean different text" "$programs/train" --run straight --resume --steps 30 --data "bpe/train_*.bin"
 cat bpe/tokenizer.json >tokenizer.json && rm -r bpe
 check "sampling without the shards" "$programs/eval" sample --run bpe --tokens 5
 same "the run has its tokenizer" runs/bpe/tokenizer.json tokenizer.json
@@ -382,6 +384,29 @@ check "a kill before the first checkpoint" test ! -e runs/begun/checkpoint
 cp -r runs/begun runs/again
 check "it begins again, resumed" "$programs/train" --run begun --resume --steps 3
 check "and started anew" $train --run again --steps 3
+# A clock by which every look at it comes eleven minutes after the one before.
+cat >clock.c <<END
+#define _GNU_SOURCE
+#include <sys/syscall.h>
+#include <time.h>
+#include <unistd.h>
+int clock_gettime(clockid_t id, struct timespec* t) {
+  static long looks;
+  const long failed = syscall(SYS_clock_gettime, id, t);
+  t->tv_sec += 660 * ++looks;
+  return (int)failed;
+}
+END
+if cc -shared -fPIC clock.c -o clock.so 2>err; then
+  LD_PRELOAD=$work/clock.so ASAN_OPTIONS=verify_asan_link_order=0 \
+    $train --run timed --steps 100000 --checkpoint-every 100000 >out 2>err &
+  pid=$!
+  tries=0
+  while [ ! -e runs/timed/checkpoint/state.json ] && [ $tries -lt 200 ]; do sleep 0.02; tries=$((tries + 1)); done
+  kill -KILL $pid
+  wait $pid 2>/dev/null
+  check "a checkpoint is written every ten minutes as well" test -e runs/timed/checkpoint/state.json
+fi
 check "train to be locked" sh -c "$train --run locked --steps 100000 >/dev/null 2>&1 & echo \$! >pid"
 tries=0
 while [ ! -s runs/locked/log.csv ] && [ $tries -lt 200 ]; do sleep 0.02; tries=$((tries + 1)); done
