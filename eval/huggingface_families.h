@@ -47,8 +47,8 @@ inline Key whole(const char* name, int Config::*member, nlohmann::json missing =
                  nlohmann::json null = refused) {
   return {name, missing, null,
           [=](Described& d, const nlohmann::json& value) -> std::string {
-            if (!value.is_number_integer() || value.get<int64_t>() < 1 || value.get<int64_t>() > INT32_MAX)
-              return "it must be a number from 1 up";
+            if (!value.is_number_integer() || value.get<int64_t>() < 1 || value.get<int64_t>() > 1 << 24)
+              return "it must be a number from 1 to 16777216";  // more layers than that would take long to walk through
             d.c.*member = value.get<int>();
             return "";
           },

@@ -117,7 +117,7 @@ class TextInput {
         {"7z\xBC\xAF", "7-Zip"}, {"Rar!\x1A", "RAR"}, {"PAR1\x15", "Parquet"}, {"ARROW1", "Arrow"}, {"%PDF-", "PDF"},
         {"\x93NUMPY", "NumPy"}, {"\x88\xD8\x34\x01", "a shard of tokens"}, {"\xA1\xD9\x34\x01", "a shard of tokens"}};
     for (const auto& [with, what] : others)
-      if (begins(with) && (with != "BZh" || first.compare(4, 6, "1AY&SY") == 0))
+      if (begins(with) && (with != "BZh" || first.find("1AY&SY", 4) == 4))
         throw UserError(name_ + ": is no text but " + what +
                         ", by its first bytes; text is wanted, plain or compressed once");
     ready_ = first;

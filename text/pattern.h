@@ -140,6 +140,9 @@ class PatternReader {
       const bool exact = known && sees("}");
       if (known && takes(",")) known = sees("}") || number();
       if (!known || !takes("}")) fail(pattern_.substr(begin, at_ + 1 - begin));
+      const size_t last = pattern_.find_last_of("{,", at_) + 1;  // the largest number, or the end where there is none
+      if (pattern_[last] != '}' && std::stoi(pattern_.substr(last)) == 0)
+        fail(pattern_.substr(begin, at_ - begin));  // never: PCRE2 10.42 still goes by what stands before it
       if (exact && sees("?")) fail("{n}?");  // "may be missing" to one, "as few as possible" to the other
       takes("?");
     }
@@ -225,7 +228,6 @@ class PatternReader {
   std::string character_class(bool fold, int depth) {
     bool negated = false;
     const Set set = class_set(fold, depth, negated);
-    if (fold && negated) fail("a class with ^ where case is ignored");
     return set.text(negated);
   }
 
@@ -234,6 +236,7 @@ class PatternReader {
     if (depth > kDeepest) fail("nesting this deep");
     at_++;
     negated = takes("^");
+    if (fold && negated) fail("a class with ^ where case is ignored");
     if (sees("]")) fail("] as the first of a class");
     Set all;
     for (bool first = true; !takes("]"); first = false) {
@@ -245,6 +248,8 @@ class PatternReader {
       if (sees("[")) {
         bool inner = false;
         one = class_set(fold, depth + 1, inner);
+        if (inner && !one.others.empty())  // it may hold no character at all, which Oniguruma misreads
+          fail("a class with ^ within a class, of sets such as \\S,");
         if (inner) one = {"", {one.text(true)}};
         all.add(one);
         if (sees("-") && !sees("-]")) fail("- behind a class");
@@ -281,7 +286,8 @@ class Pattern {
     int error = 0;
     PCRE2_SIZE at = 0;
     code_.reset(pcre2_compile(reinterpret_cast<PCRE2_SPTR>(text.data()), text.size(),
-                              PCRE2_UTF | PCRE2_UCP | PCRE2_MULTILINE, &error, &at, context.get()));
+                              PCRE2_UTF | PCRE2_UCP | PCRE2_MULTILINE | PCRE2_NO_START_OPTIMIZE, &error, &at,
+                              context.get()));  // which misses matches (10.42): of (?=a)b*a in "ca"
     if (!code_) throw UserError("pattern " + pattern + ": " + message(error));
     pcre2_jit_compile(code_.get(), PCRE2_JIT_COMPLETE);  // where there is no just-in-time compiler, pcre2_match interprets
   }
