@@ -127,9 +127,6 @@ void attention_backward_by_definition(Real* dqkv, const Real* dout, const Real* 
 // Queries worked on together on the CPU: a multiple of kTileRows, and few enough that their scores (kQueryBlock, T)
 // stay in the L2 cache and that little is computed beyond the diagonal.
 constexpr int kQueryBlock = 48;
-// Exponentials added up in Real before a double takes over. Added one by one to a large number in fp32, the many small
-// weights of a long row would be lost.
-constexpr int kSumRun = 256;
 
 inline void check_head_size(Cpu&, int) {}  // any
 
@@ -146,8 +143,8 @@ Real soft_cap(Real x, Real cap) {
 // values that they see; keys and values are packed once per head, as matmul.cuh packs them.
 //
 // Errors, u being half a unit in the last place (2^-24 in fp32), whatever T: a score is off by at most HS u times
-// sum_c |q_c k_c| / sqrt(HS), so a probability by as much, relatively; and by (kSumRun + 8) u, from its exponential and
-// the sum. out adds up to (kDepth + T / kDepth) u sum_s p_s |v_s|, for the order in which matmul.cuh adds.
+// sum_c |q_c k_c| / sqrt(HS), so a probability by as much, relatively; and by (kSumChunk + 8) u, from its exponential
+// and the sum. out adds up to (kDepth + T / kDepth) u sum_s p_s |v_s|, for the order in which matmul.cuh adds.
 template <class Real>
 void attention_forward(Cpu&, Real* out, Acc<Real>* lse, const Real* qkv, AttentionShape s, double softcap = 0) {
   const int heads = s.NH + 2 * s.NKV, group = s.NH / s.NKV, stride = heads * s.HS, p_stride = round_up(s.T, 16) + 16;
@@ -182,19 +179,9 @@ void attention_forward(Cpu&, Real* out, Acc<Real>* lse, const Real* qkv, Attenti
         // Passes 2 and 3, the row's maximum, then its exponentials and their sum. p stays without its denominator: to
         // divide the HS outputs takes less than to divide the t + 1 probabilities.
         Real highest = row[0];
-        double sum = 0;
 #pragma omp simd reduction(max : highest)
         for (int j = 0; j <= t; ++j) highest = row[j] > highest ? row[j] : highest;
-        for (int j0 = 0; j0 <= t; j0 += kSumRun) {
-          const int j1 = std::min(j0 + kSumRun, t + 1);
-          Real part = 0;
-#pragma omp simd reduction(+ : part)
-          for (int j = j0; j < j1; ++j) {
-            row[j] = exp_((row[j] - highest) * scale);
-            part += row[j];
-          }
-          sum += part;
-        }
+        const double sum = sum_in_chunks<Real>(t + 1, [=](int j) { return row[j] = exp_((row[j] - highest) * scale); });
         for (int j = t + 1; j < t1; ++j) row[j] = 0;  // the future
         sums[i] = Real(sum);
         lse[size_t(bh) * s.T + t] = highest * scale + std::log(sums[i]);
@@ -318,15 +305,15 @@ void qk_norm_rope_backward(Cpu&, Real* dqkv, Acc<Real>* dq_weight, Acc<Real>* dk
                            const Acc<Real>* qk_rstd, const Real* q_weight, const Real* k_weight, const RopeTable& table,
                            RopeShape s) {
   const int R = table.R, heads = s.NH + s.NKV, N = s.B * s.T;
-  std::vector<Acc<Real>> partial(size_t(kRowChunks) * 2 * s.HS);  // (chunks, query or key, HS)
+  std::vector<double> partial(size_t(row_chunks(N)) * 2 * s.HS);  // (chunks, query or key, HS); a row has many heads
   for_row_chunks(N, [&](int chunk, int begin, int end) {
-    Acc<Real>* dweights = &partial[size_t(chunk) * 2 * s.HS];
+    double* dweights = &partial[size_t(chunk) * 2 * s.HS];
     for (int n = begin; n < end; ++n)
       for (int h = 0; h < heads; ++h) {
         Real* dx = dqkv + (size_t(n) * (heads + s.NKV) + h) * s.HS;
         const Real* raw = qk_raw + (size_t(n) * heads + h) * s.HS;
         const Real* weight = h < s.NH ? q_weight : k_weight;
-        Acc<Real>* dweight = dweights + (h < s.NH ? 0 : s.HS);
+        double* dweight = dweights + (h < s.NH ? 0 : s.HS);
         const Real rstd = qk_rstd[size_t(n) * heads + h];
         // In the forward pass the norm came first, then the rotation; so the rotation is undone first, which leaves in
         // dx the gradient of the norm's output.
@@ -342,11 +329,8 @@ void qk_norm_rope_backward(Cpu&, Real* dqkv, Acc<Real>* dq_weight, Acc<Real>* dk
         for (int c = 0; c < s.HS; ++c) dx[c] = rstd * (dx[c] * weight[c] - raw[c] * rstd * dot);
       }
   });
-  for (int chunk = 0; chunk < kRowChunks; ++chunk)
-    for (int c = 0; c < s.HS; ++c) {
-      dq_weight[c] += partial[(size_t(chunk) * 2 + 0) * s.HS + c];
-      dk_weight[c] += partial[(size_t(chunk) * 2 + 1) * s.HS + c];
-    }
+  add_row_chunks(dq_weight, partial.data(), N, s.HS, 2 * s.HS);
+  add_row_chunks(dk_weight, partial.data() + s.HS, N, s.HS, 2 * s.HS);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------

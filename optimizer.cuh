@@ -91,7 +91,7 @@ inline size_t partial_sums(Cuda&, size_t) { return kNormBlocks; }
 // A thread adds up the squares of every (blocks * 256)-th vector of 4.
 static __global__ void __launch_bounds__(256) squares_kernel(double* partial, const float* gradients, size_t n) {
   const size_t stride = size_t(gridDim.x) * 256, id = blockIdx.x * size_t(256) + threadIdx.x;
-  float sum = 0;
+  double sum = 0;  // memory takes longer than this
 #pragma unroll 4
   for (size_t i = id; i < n / 4; i += stride) {
     float g[4];

@@ -7,6 +7,7 @@
 // product's definition is one line, attention's stands first in attention.cuh, and the tests hold both to it. The
 // `Cuda` version is the speed. A build without nvcc has `Cpu` only.
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstdlib>
@@ -76,14 +77,47 @@ struct Cpu {
   void replay(Recording&, Work work) { work(); }
 };
 
-// Sums over rows (parameter gradients) are made from partial sums over kRowChunks chunks of rows, added in order: the
-// result does not depend on the number of threads. Calls work(chunk, begin, end) for each chunk of the N rows.
-constexpr int kRowChunks = 16;
+// Sums. Added one by one to a large number in fp32, many small ones would be lost: 50,000 probabilities beside one of
+// nearly 1. So at most kSumChunk terms are added up in Real before they join the others in double. With u for half a
+// unit in the last place of 1, 2^-24 in fp32, such a sum is off by at most kSumChunk u times the sum of the terms'
+// sizes, whatever their number.
+constexpr int kSumChunk = 256;
+
+// The sum of term(i) over i = 0 .. n-1, in an order that depends on n alone. term may also store what it computes. It is
+// to capture by value, [=]: behind references the compiler reads everything anew for each i, at twice the time.
+template <class Real, class Term>
+double sum_in_chunks(int n, Term term) {
+  double sum = 0;
+  for (int begin = 0; begin < n; begin += kSumChunk) {
+    const int end = std::min(begin + kSumChunk, n);
+    Real part = 0;
+#pragma omp simd reduction(+ : part)
+    for (int i = begin; i < end; ++i) part += term(i);
+    sum += part;
+  }
+  return sum;
+}
+
+// Sums over rows (parameter gradients) are made from partial sums over chunks of rows, added in order: the result does
+// not depend on the number of threads. Calls work(chunk, begin, end) for each chunk of the N rows.
+inline int row_chunks(int N) { return std::max(16, (N + kSumChunk - 1) / kSumChunk); }
 template <class Work>
 void for_row_chunks(int N, Work work) {
+  const int chunks = row_chunks(N);
 #pragma omp parallel for schedule(dynamic)
-  for (int chunk = 0; chunk < kRowChunks; ++chunk)
-    work(chunk, int(int64_t(N) * chunk / kRowChunks), int(int64_t(N) * (chunk + 1) / kRowChunks));
+  for (int chunk = 0; chunk < chunks; ++chunk)
+    work(chunk, int(int64_t(N) * chunk / chunks), int(int64_t(N) * (chunk + 1) / chunks));
+}
+
+// to (columns) += the partial sums of all chunks; chunk k's begin at partial + k * stride.
+template <class Real, class Partial>
+void add_row_chunks(Real* to, const Partial* partial, int N, int columns, int stride) {
+  const int chunks = row_chunks(N);
+  for (int c = 0; c < columns; ++c) {
+    double sum = 0;
+    for (int chunk = 0; chunk < chunks; ++chunk) sum += partial[size_t(chunk) * stride + c];
+    to[c] += Real(sum);
+  }
 }
 
 // e^x for fp32 as plain arithmetic, so that the compiler vectorises loops over it (libm's expf is a call).

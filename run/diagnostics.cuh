@@ -40,16 +40,17 @@ void attention_statistics(Cpu&, double* max_logit, double* entropy, Acc<Real>* e
                             s.HS);
       for (int t = t0; t < t1; ++t) {
         const Real *row = p_memory.data() + size_t(t - t0) * p_stride, row_lse = lse[size_t(bh) * s.T + t];
-        Real top = 0, sum = 0;
-#pragma omp simd reduction(max : top) reduction(+ : sum)
+        Real top = 0;
+#pragma omp simd reduction(max : top)
         for (int j = 0; j <= t; ++j) {
-          const Real score = row[j] * scale, size = std::fabs(score);
-          const Real d = row_lse - (softcap ? soft_cap(score, Real(softcap)) : score);
+          const Real size = std::fabs(row[j] * scale);
           top = size > top ? size : top;
-          sum += exp_(-d) * d;
         }
         highest[bh] = std::max(highest[bh], top);
-        entropies[size_t(bh) * s.T + t] = sum;
+        entropies[size_t(bh) * s.T + t] = Real(sum_in_chunks<Real>(t + 1, [=](int j) {
+          const Real score = row[j] * scale, d = row_lse - (softcap ? soft_cap(score, Real(softcap)) : score);
+          return exp_(-d) * d;
+        }));
       }
     }
   }
@@ -68,7 +69,7 @@ void attention_statistics(Cpu&, double* max_logit, double* entropy, Acc<Real>* e
 // are a group per head. In double.
 template <class Real>
 void add_squares(Cpu&, double* sums, const Real* x, int N, int groups, int width, int stride) {
-  std::vector<double> partial(size_t(kRowChunks) * groups);
+  std::vector<double> partial(size_t(row_chunks(N)) * groups);
   for_row_chunks(N, [&](int chunk, int begin, int end) {
     for (int n = begin; n < end; ++n)
       for (int g = 0; g < groups; ++g) {
@@ -79,7 +80,7 @@ void add_squares(Cpu&, double* sums, const Real* x, int N, int groups, int width
         partial[size_t(chunk) * groups + g] += sum;
       }
   });
-  for (int chunk = 0; chunk < kRowChunks; ++chunk)
+  for (int chunk = 0; chunk < row_chunks(N); ++chunk)
     for (int g = 0; g < groups; ++g) sums[g] += partial[size_t(chunk) * groups + g];
 }
 

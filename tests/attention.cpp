@@ -145,9 +145,9 @@ TEST_CASE("attention: many small weights beside a large one are not lost") {
   for (auto* v : {&r.out, &r.lse}) v->erase(v->begin(), v->end() - v->size() / s.T * 8);
   for (auto* v : {&expected.out, &expected.lse}) v->erase(v->begin(), v->end() - v->size() / s.T * 8);
   // As attention_forward() says; scores are exact, and lse, about 16.5, is the sum of two rounded numbers.
-  CHECK(distance(r.lse, expected.lse) <= (kSumRun + 8 + 2 * 16.5) * kRounding<float>);
+  CHECK(distance(r.lse, expected.lse) <= (kSumChunk + 8 + 2 * 16.5) * kRounding<float>);
   CHECK(distance(r.out, expected.out) <=
-        (kDepth + s.T / kDepth + kSumRun + 8) * kRounding<float> * largest(expected.out));
+        (kDepth + s.T / kDepth + kSumChunk + 8) * kRounding<float> * largest(expected.out));
 }
 
 TEST_CASE("attention: first computes the later positions only, from all keys and values") {

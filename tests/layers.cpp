@@ -424,6 +424,90 @@ TEST_CASE_TEMPLATE("layers: cross-entropy of huge logits is finite, of NaN and i
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
+// Long rows of very different numbers. One by one, fp32 would lose the small ones.
+
+TEST_CASE("layers: cross-entropy of one large and 50,000 small probabilities") {
+  Cpu be;
+  const int V = 50257;
+  std::vector<float> logits = random_values<float>(V, 170, 0.1);
+  logits[7] = 16.7;
+  for (int target : {7, 100}) {
+    std::vector<float> d = logits, loss(1), log_z(1);
+    std::vector<double> want(logits.begin(), logits.end()), want_loss(1), want_log_z(1);
+    cross_entropy(be, loss.data(), log_z.data(), d.data(), &target, 1.0, 0.0, 1, V);
+    cross_entropy(be, want_loss.data(), want_log_z.data(), want.data(), &target, 1.0, 0.0, 1, V);
+    // As cross_entropy() says; the loss and log Z are rounded once.
+    const double error = (kSumChunk + 4) * kRounding<float>;
+    CHECK(std::fabs(loss[0] - want_loss[0]) <= error + want_loss[0] * kRounding<float>);
+    CHECK(std::fabs(log_z[0] - want_log_z[0]) <= error + want_log_z[0] * kRounding<float>);
+    for (int v : {7, 100, 101}) {
+      const double p = want[v] + (v == target);
+      CHECK(std::fabs(d[v] - want[v]) <= (error + 4 * kRounding<float>) * p + kRounding<float> * std::fabs(want[v]));
+    }
+  }
+  // Where the target is all but certain, the loss is a small difference of large numbers.
+  float pair[] = {1000, 996}, loss = 0, log_z = 0;
+  const int first = 0;
+  cross_entropy(be, &loss, &log_z, pair, &first, 1.0, 0.0, 1, 2);
+  CHECK(std::fabs(loss - std::log1p(std::exp(-4.0))) <= (2 + 4) * kRounding<float>);
+}
+
+TEST_CASE("layers: norms of a wide row with one huge channel") {
+  Cpu be;
+  const int C = 1 << 17;
+  for (NormKind kind : {NormKind::rms, NormKind::layer}) {
+    std::vector<float> x = random_values<float>(C, 171), weight(C, 1.0f), bias(C), out(C), mean(1), rstd(1);
+    x[0] = 5000;
+    const std::vector<double> x64(x.begin(), x.end()), weight64(C, 1.0), bias64(C);
+    std::vector<double> out64(C), mean64(1), rstd64(1);
+    norm_forward(be, kind, out.data(), mean.data(), rstd.data(), x.data(), weight.data(), bias.data(), 1, C, 1e-5);
+    norm_forward(be, kind, out64.data(), mean64.data(), rstd64.data(), x64.data(), weight64.data(), bias64.data(), 1, C,
+                 1e-5);
+    CHECK(rstd[0] == about(rstd64[0], (kSumChunk / 2 + 4) * kRounding<float>));
+    // Backward, the same gradient everywhere but in one channel: sums over terms of one sign.
+    std::vector<float> dout(C, 1.0f), dx(C), dw(C), db(C);
+    dout[0] = 3e7;
+    const std::vector<double> dout64(dout.begin(), dout.end());
+    std::vector<double> dx64(C), dw64(C), db64(C), sizes(C), rstd_exact(rstd.begin(), rstd.end()),
+        mean_exact(mean.begin(), mean.end());
+    norm_backward(be, kind, dx.data(), dw.data(), db.data(), none<float>(), dout.data(), x.data(), mean.data(),
+                  rstd.data(), weight.data(), 1, C);
+    norm_backward(be, kind, dx64.data(), dw64.data(), db64.data(), none<double>(), dout64.data(), x64.data(),
+                  mean_exact.data(), rstd_exact.data(), weight64.data(), 1, C);
+    double g = 0, gx = 0;  // the means of the terms' sizes
+    for (int c = 0; c < C; ++c) {
+      const double xhat = (x64[c] - (kind == NormKind::layer ? mean[0] : 0)) * rstd[0];
+      g += dout64[c] / C, gx += std::fabs(dout64[c] * xhat) / C;
+      sizes[c] = std::fabs(xhat);
+    }
+    if (kind == NormKind::rms) g = 0;
+    for (int c : {1, 2, 77, C - 1}) {
+      const double terms = 1 + g + sizes[c] * gx, error = (kSumChunk + 12) * kRounding<float> * rstd[0] * terms;
+      CHECK(std::fabs(dx[c] - dx64[c]) <= error);
+    }
+  }
+}
+
+TEST_CASE("layers: parameter gradients of 100,000 rows, one of them huge") {
+  Cpu be;
+  const int N = 100000, C = 2;
+  std::vector<float> dout(size_t(N) * C, 1.0f), x(dout.size()), rstd(N, 1.0f), mean(N), weight(C, 1.0f);
+  for (size_t i = 0; i < x.size(); ++i) x[i] = i % 2 ? 1 : -1;
+  dout[0] = dout[1] = 1 << 24;
+  const double sum = (1 << 24) + N - 1.0, error = (kSumChunk + 4) * kRounding<float>;
+  std::vector<float> dx(dout.size()), dw(C), db(C), dbias(C), dweight(C * C);
+  norm_backward(be, NormKind::layer, dx.data(), dw.data(), db.data(), none<float>(), dout.data(), x.data(), mean.data(),
+                rstd.data(), weight.data(), N, C);
+  CHECK(dw[0] == about(-sum, error));
+  CHECK(dw[1] == about(sum, error));
+  CHECK(db[0] == about(sum, error));
+  const std::vector<float> square(C * C, 1.0f);
+  linear_backward(be, dx.data(), dweight.data(), dbias.data(), dout.data(), x.data(), square.data(), N, C, C);
+  CHECK(dbias[0] == about(sum, error));
+  CHECK(dbias[1] == about(sum, error));
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
 
 TEST_CASE("layers: the number of threads changes nothing") {
   Cpu be;
@@ -691,6 +775,33 @@ TEST_CASE_TEMPLATE("cuda: cross-entropy", Real, BOTH_TYPES) {
         close("log_z", got_log_z.host(), log_z, 8 * 0x1p-24, error + 32 * 0x1p-24);
         close("dlogits", got.host(), want, kRound<Real> + error, scale * 2 * error);
       }
+}
+
+TEST_CASE("cuda: cross-entropy of one large and 50,000 small probabilities") {
+  NEEDS_GPU;
+  const int V = 50257;
+  Values logits = numbers<float>(V, 170, 0.1f);
+  logits[7] = 16.7f;
+  for (int target : {7, 100}) {
+    std::vector<double> want(logits.begin(), logits.end()), want_loss(1), want_log_z(1);
+    cross_entropy(cpu, want_loss.data(), want_log_z.data(), want.data(), &target, 1.0, 0.0, 1, V);
+    Tensor<float> got(logits), loss(1), log_z(1);
+    Tensor<int> device_target(std::vector<int>{target});
+    cross_entropy(*gpu(), loss(), log_z(), got(), device_target(), 1.0, 0.0, 1, V);
+    const Values d = got.host();
+    // As cross_entropy_kernel says, the exponentials being of -17.2 at least.
+    const double error = (V / 512 + 64 + 4 + 2.4 * 17.2) * 0x1p-24;
+    CHECK(std::fabs(loss.host()[0] - want_loss[0]) <= error + 2 * want_loss[0] * 0x1p-24);
+    CHECK(std::fabs(log_z.host()[0] - want_log_z[0]) <= error + 2 * want_log_z[0] * 0x1p-24);
+    for (int v : {7, 100, 101}) {
+      const double p = want[v] + (v == target);
+      CHECK(std::fabs(d[v] - want[v]) <= 2 * error * p + 0x1p-24 * std::fabs(want[v]));
+    }
+  }
+  Tensor<float> pair(Values{1000, 996}), loss(1), log_z(1);
+  Tensor<int> first(std::vector<int>{0});
+  cross_entropy(*gpu(), loss(), log_z(), pair(), first(), 1.0, 0.0, 1, 2);
+  CHECK(std::fabs(loss.host()[0] - std::log1p(std::exp(-4.0))) <= (2 + 4) * 0x1p-24);
 }
 
 TEST_CASE("cuda: the sums of losses and log Z") {
