@@ -59,7 +59,7 @@ help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
 
 train: $(BUILD)/train $(BUILD)/data data/stories/meta.json
-	@$(BUILD)/train $(ARGS)
+	@$(BUILD)/train --sample-every 250 $(ARGS)
 
 data/stories/meta.json: | $(BUILD)/data
 	$(BUILD)/data stories --out data/stories
