@@ -79,6 +79,7 @@ def rotation_flag(flag, rotate):
 
 class Job:
     """A run to be trained: `name` below runs/STUDY, and the flags of `train`, each as one word."""
+    to_do = "to train"
 
     def __init__(self, study, name, flags, steps, positions=0):
         self.run, self.steps = f"{study}/{name}", steps
@@ -88,6 +89,10 @@ class Job:
         self.directory = Path("runs") / study / name
         self.output = Path(f"{self.directory}.txt")
         self.error = ""
+
+    def flags_line(self):
+        """The first line of its output: says later whether it was the same run."""
+        return "flags: " + " ".join(self.flags)
 
     def last_row(self, name="log"):
         """The last whole row of log.csv or another csv file, as numbers; None if there is none."""
@@ -162,7 +167,7 @@ def refuse_other_flags(jobs):
         if not (job.directory / "config.json").exists() or not job.output.exists():
             continue
         before = job.output.read_text(errors="replace").partition("\n")[0]
-        now = "flags: " + " ".join(job.flags)
+        now = job.flags_line()
         if before != now:
             differ = sorted(set(before.split()) ^ set(now.split()))
             raise UserError(f"{job.directory} was made with other flags ({' '.join(differ)}); take another --name, or "
@@ -272,7 +277,7 @@ def train_all(jobs, most=0, gpus=1):
     if not waiting:
         return [], False
     slots, threads = slots_of(waiting, most, gpus)
-    print(f"{len(waiting)} runs to train, {len(slots)} at a time, in {directory}", flush=True)
+    print(f"{len(waiting)} runs {jobs[0].to_do}, {len(slots)} at a time, in {directory}", flush=True)
     display, running, free = Display(jobs), {}, list(slots)  # running: job -> (process, GPU)
     # Whoever started this call as one of several tasks told it so; the runs that it starts are none of them.
     environment = {name: value for name, value in os.environ.items() if name not in RANK_VARIABLES}
@@ -280,7 +285,7 @@ def train_all(jobs, most=0, gpus=1):
 
     def start(job, gpu, command):
         if not job.directory.exists():
-            job.output.write_text("flags: " + " ".join(job.flags) + "\n")
+            job.output.write_text(job.flags_line() + "\n")
         if gpu is not None:
             environment["CUDA_VISIBLE_DEVICES"] = gpu
         with open(job.output, "a") as output:

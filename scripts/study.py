@@ -122,7 +122,11 @@ def pack(directory, path):
                     for key in ("step", "loss", "grad_norm")},
             **{key: getattr(run, key)[every] for key in ("logit_step", "logit", "entropy")},
             "layers": {key: values[last] for key, values in run.layers.items()}})
+    write_lines(path, [shared, *lines])
 
+
+def write_lines(path, lines):
+    """A list as a json file, an entry in each line, with no more digits than are of use."""
     def short(value, digits=7):  # of floats; 5 in curves
         if isinstance(value, dict):
             return {key: short(entry, digits) for key, entry in value.items()}
@@ -133,8 +137,8 @@ def pack(directory, path):
             return int(value) if value.is_integer() else value
         return value
 
-    lines = [json.dumps(line, separators=(",", ":")) for line in map(short, [shared, *lines])]
-    Path(path).write_text("[" + ",\n".join(lines) + "]\n")
+    text = ",\n".join(json.dumps(line, separators=(",", ":")) for line in map(short, lines))
+    Path(path).write_text("[" + text + "]\n")
 
 
 def unpack(path):
