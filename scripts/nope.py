@@ -1,12 +1,17 @@
 """What makes a model without position (NoPE) unstable, what cures it, and at what price in loss?
 
-    make nope                                           on a GPU, about 4 minutes; QUICK=1: 1.5 minutes
-    make nope-cpu                                       how the attention logits grow; 18 minutes on 2 cores
+    make nope                                           on a GPU, about 6 minutes; QUICK=1: 2 minutes
+    make nope-cpu                                       a quarter of an hour on 2 cores
+    make nope ARGS="--recipe half"                      at which rate do half the seeds fail: 280 runs of 16 s on an H100
     make nope ARGS="--recipe long --seeds 5"            another recipe of those below
     build-python/bin/python scripts/nope.py --help      all of its own flags
 
 Trains {block} x {head size} x {what is rotated} x {learning rate} x {seed}. What stands behind -- goes to `train` as it
-is. The way to instability that is measured is that of Wortsman et al. 2023 (arXiv 2309.14322): attention logits grow,
+is. A run fails if it ends more than 0.1 nats above 100 % rotation at the rate that suits 100 % best, or with inf or nan.
+This was fixed before the runs of recipe half. A soft-cap on the attention logits and a clip of the weights that make
+them ask whether the logits are the cause: if holding them cures it, they are.
+
+The way to instability that is measured is that of Wortsman et al. 2023 (arXiv 2309.14322): attention logits grow,
 the softmax saturates, the loss leaves its course; and a higher learning rate brings it forward.
 """
 import argparse
@@ -23,8 +28,8 @@ import study
 from runner import UserError
 from study import FULL, number
 
-# What is compared: the rotated share (above 1: a number of channels), and whether with QK-Norm.
-ARMS = [("0", False), ("0", True), ("2", False), ("0.1", False), ("1", False)]
+# What is compared: the rotated share (above 1: a number of channels), and what else is different (study.OTHERS).
+ARMS = ["0", "0:qk-norm", "0:softcap", "0:clip", "2", "0.1", "1"]
 
 # A recipe: block types, head sizes, learning rates, seeds 1 to `seeds`, steps, width; the rest are flags of `train`.
 # There are width / head size heads, so that all arms have the same number of parameters and of operations.
@@ -35,6 +40,9 @@ RECIPES = {
     # The shortest run found in which NoPE breaks down with every seed, and neither two channels nor QK-Norm with any.
     "default": GRID | dict(blocks=["parallel"], head_sizes=[32], lrs=["5e-3"], seeds=3,
                            train="--layers 6 --context 2048 --batch 32 --mlp-hidden 704"),
+    # The same at rates around it: at which do half the seeds fail?
+    "half": GRID | dict(blocks=["parallel"], head_sizes=[32], lrs=["3e-3", "4e-3", "5e-3", "6e-3", "7e-3"], seeds=8,
+                        train="--layers 6 --context 2048 --batch 32 --mlp-hidden 704"),
     "grid": GRID,
     "quick": GRID | dict(blocks=["parallel"], head_sizes=[128], lrs=["3e-3", "1e-2"]),
     "cpu": GRID | dict(blocks=["parallel"], head_sizes=[128], lrs=["3e-3", "1e-2"], seeds=1, width=128, steps=2500,
@@ -50,12 +58,15 @@ RECIPES = {
     "rates": ONE_HEAD_SIZE | dict(lrs=["1e-3", "3e-3", "1e-2", "3e-2", "1e-1"]),
 }
 
+# The primary outcome: a run failed if its loss became inf or nan, or ended this far above 100 %'s mean at the rate that is
+# best for 100 %, one bar for all arms and rates of a block and head size.
 # A learning rate is unstable for an arm if, with any seed, the loss became inf or nan, or spiked (7 standard deviations
-# above its rolling mean), or ended this far above the best that a smaller learning rate reached.
+# above its rolling mean), or ended as far above the best that a smaller learning rate of the same arm reached.
 TOLERANCE = 0.1  # nats per token
 
 # Flags of `train` that the study sets itself.
-OWN = "run resume steps ranks lanes seed rotary-dim rotary-fraction qk-norm block data width heads head-size lr".split()
+OWN = ("run resume steps ranks lanes seed rotary-dim rotary-fraction qk-norm attention-softcap qk-clip block data width heads "
+       "head-size lr").split()
 
 
 def parse(argv):
@@ -73,6 +84,7 @@ def parse(argv):
     parser.add_argument("--gpus-per-run", type=int, default=1, help="GPUs that train a run together (default 1)")
     parser.add_argument("--report", action="store_true", help="only write the report, of the runs that are there")
     changes = parser.add_argument_group("changes of the recipe")
+    changes.add_argument("--arms", type=items, metavar="LIST", help="rotated shares, or channels, such as 0,0:qk-norm,2,1")
     changes.add_argument("--blocks", type=items, metavar="LIST", help="sequential, parallel")
     changes.add_argument("--head-sizes", type=items, metavar="LIST", help="channels of a head")
     changes.add_argument("--lrs", type=items, metavar="LIST", help="peak learning rates")
@@ -88,15 +100,16 @@ def parse(argv):
 
 def jobs_of(args, recipe, passed):
     jobs = []
-    for seed, lr, block, head_size, (rotate, qk_norm) in itertools.product(
+    for seed, lr, block, head_size, arm in itertools.product(
             range(1, recipe["seeds"] + 1), recipe["lrs"], recipe["blocks"], recipe["head_sizes"], recipe["arms"]):
         heads, rest = divmod(recipe["width"], int(head_size))
         if rest or not heads:
             raise UserError(f"--head-sizes {head_size}: must divide the width of {recipe['width']}")
         flags = [f"--data={args.data}", f"--width={recipe['width']}", f"--heads={heads}", f"--block={block}"]
-        flags += runner.joined(shlex.split(recipe["train"])) + passed + ["--qk-norm"] * qk_norm
-        flags += [f"--lr={lr}", runner.rotation_flag("arms", rotate), f"--seed={seed}"]
-        name = f"block={block}_hs={head_size}_rotate={rotate}_qknorm={int(qk_norm)}_lr={lr}_seed={seed}"
+        flags += runner.joined(shlex.split(recipe["train"])) + passed
+        arm_flags, arm_name = study.arm_flags("--arms", arm)
+        flags += [f"--lr={lr}", *arm_flags, f"--seed={seed}"]
+        name = f"block={block}_hs={head_size}_{arm_name}_lr={lr}_seed={seed}"
         jobs.append(runner.Job(args.name, name, flags, recipe["steps"]))
     return jobs
 
@@ -134,6 +147,20 @@ def is_stable(arm, lr):
     best = min(mean_loss(arm[smaller]) for smaller in arm if smaller <= lr)
     return all(run.state == "finished" and not spiked(run) and run.final_loss <= best + TOLERANCE
                for run in arm[lr])
+
+
+def bar_of(arms):
+    """The loss above which a run of this block and head size failed; nan without runs of 100 %."""
+    return mean_loss(arms[FULL][best_lr(arms[FULL])]) + TOLERANCE if FULL in arms else math.nan
+
+
+def failed(run, bar):
+    return run.state == "diverged" or run.final_loss > bar
+
+
+def failures(arm, bar):
+    """{learning rate: (runs that failed, runs)}."""
+    return {lr: (sum(failed(run, bar) for run in runs), len(runs)) for lr, runs in arm.items()}
 
 
 def sensitivity(arm):
@@ -208,6 +235,48 @@ def summary(measured, label, groups, lrs):
             f"{sum(m['unstable'] for m in of)} of {sum(m['runs'] for m in of)}"]
 
 
+def rate_text(rate):
+    return "below all" if rate == 0 else "above all" if math.isinf(rate) else f"{1000 * rate:.2g}e-3"
+
+
+def failures_table(arms, lrs):
+    """Header and rows: how many failed, at which rate half do, and whether as many as of NoPE."""
+    bar = bar_of(arms)
+    counts = {label: failures(arm, bar) for label, arm in arms.items()}
+    total = {label: tuple(map(sum, zip(*of.values()))) for label, of in counts.items()}
+    nope = study.rotation_label(0)
+    # Each arm against NoPE, over the rates that both were trained at.
+    against = {label: study.fisher(*total[label], *total[nope]) for label in arms
+               if nope in arms and label != nope and set(arms[label]) == set(arms[nope])}
+    corrected = dict(zip(against, study.holm(list(against.values()))))
+    rows = []
+    for label, of in counts.items():
+        point, low, high = study.half_point(list(of), *zip(*of.values()))
+        count, n = total[label]
+        shares = " to ".join(f"{share:.0%}" for share in study.share_interval(count, n))
+        rows.append([label, *("{} of {}".format(*of[lr]) if lr in of else "-" for lr in lrs),
+                     f"{count} of {n} ({shares})", f"{rate_text(point)} ({rate_text(low)} to {rate_text(high)})",
+                     number(corrected.get(label, math.nan), 4)])
+    return ["rotated", *(f"failed at {lr:g}" for lr in lrs), "in all (95 %)", "half fail at (95 %)", "p against NoPE"], rows
+
+
+def plot_failures(ax, arms):
+    """The share of the seeds that failed by learning rate, with its exact 95 % interval, arms side by side."""
+    for i, (label, arm) in enumerate(arms.items()):
+        of = failures(arm, bar_of(arms))
+        lrs, shares = np.array(list(of)), np.array([count / n for count, n in of.values()])
+        ends = np.array([study.share_interval(*seen) for seen in of.values()]).T
+        line, marker = study.style(label)
+        shift = 1 + 0.008 * (i - len(arms) / 2)  # so that intervals stand beside each other
+        ax.errorbar(lrs * shift, shares, np.abs(ends - shares), label=label, markersize=5, elinewidth=0.8,
+                    **line | marker)
+    ax.axhline(0.5, color="#555555", linewidth=1)
+    ax.set(xlabel="peak learning rate", ylabel="share of seeds that failed", xscale="log", ylim=(-0.03, 1.03))
+    lrs = sorted({lr for arm in arms.values() for lr in arm})
+    ax.set_xticks(lrs, [f"{lr:g}" for lr in lrs])
+    ax.set_xticks([], minor=True)
+
+
 def panels(groups, draw):
     """A figure with a panel per group."""
     figure, axes = study.plt.subplots(1, len(groups), figsize=(max(5.5, 3.6 * len(groups)), 4), sharey=True,
@@ -238,11 +307,11 @@ def against_lr(ax, arms, value, what, scale="linear"):
 def write_runs(directory, runs):
     """runs.csv: a row per run."""
     with open(directory / "runs.csv", "w") as file:
-        print("block,head_size,rotate,qk_norm,lr,seed,state,steps,final_loss,max_logit,growth_per_1000,first_spike,"
+        print("block,head_size,rotate,with,lr,seed,state,steps,final_loss,max_logit,growth_per_1000,first_spike,"
               "spikes", file=file)
         for run in runs:
             arm, spike = run.arm, study.first_spike(run)
-            print(arm["block"], arm["hs"], arm["rotate"], arm["qknorm"], arm["lr"], run.seed, run.state,
+            print(arm["block"], arm["hs"], arm["rotate"], study.other_of(run), arm["lr"], run.seed, run.state,
                   len(run.log.get("step", [])), f"{run.final_loss:.6f}", run.logit[-1] if len(run.logit) else "",
                   f"{study.growth_per_1000(run.logit_step, run.logit):.4f}", "" if math.isinf(spike) else int(spike),
                   len(run.spikes.get("step", [])), sep=",", file=file)
@@ -268,6 +337,20 @@ def report(name):
         f"{config['batch'] * config['accumulate'] * config['context']:,} tokens, clip {config['clip']:g}, on "
         f"{config['data']}, which a run sees {number(runs[0].epochs, 2)} times; {len(runs)} runs. Losses are training "
         "losses, the mean of the last 5 % of the steps.")
+    page.heading("Which runs fail?")
+    page.text(
+        f"A run fails if it became inf or nan, or ended more than {TOLERANCE} nats above the mean of 100 % at the rate that is "
+        "best for 100 %. The rate at which half the seeds fail is interpolated between the rates, on a logarithmic scale; its "
+        "95 % interval supposes only that a higher rate makes no fewer fail, and is exact: from the last rate, upwards, at "
+        "which fewer than half are sure to fail to the last, downwards, at which more are. Shares have exact intervals "
+        "(Clopper and Pearson). The last column: Fisher's exact test of the failures against those of NoPE, over all rates, "
+        "corrected over the arms by Holm's method.")
+    for key, arms in groups.items():
+        if FULL in arms:
+            page.text(f"{key[0]} block, head size {key[1]}: the bar is {bar_of(arms):.4f} nats.")
+            page.table(f"failures-{key[0]}-{key[1]}", *failures_table(arms, lrs))
+    if all(FULL in arms for arms in groups.values()):
+        page.figure("failures", panels(groups, plot_failures), "Share of the seeds that failed, with exact 95 % intervals.")
     page.heading("What cures it, and at what price in loss?")
     page.table("cures", ["rotated", *summary_header(lrs)],
                [[label, *summary(measured, label, groups, lrs)] for label in labels])

@@ -171,7 +171,17 @@ def heads_at_end(run, column):
 
 # What an arm may have beside its rotation: the flag of `train`, and how tables call it.
 OTHERS = {"qk-norm": ("--qk-norm", " + QK-Norm"), "head": ("--rope-frequencies=head", ", the head's frequencies"),
-          "nope4": ("--rotary-layers=nope:4", ", every 4th layer NoPE")}
+          "nope4": ("--rotary-layers=nope:4", ", every 4th layer NoPE"),
+          "softcap": ("--attention-softcap=50", " + soft-cap"), "clip": ("--qk-clip=100", " + clip")}
+
+
+def arm_flags(flag, arm):
+    """The flags of `train` for an arm such as 0.1 or 0:qk-norm, which stands in `flag`; and the part of a run's name."""
+    rotate, _, other = arm.partition(":")
+    if other and other not in OTHERS:
+        raise runner.UserError(f"{flag} {arm}: behind the colon stands one of {', '.join(OTHERS)}")
+    flags = [runner.rotation_flag(flag, rotate)] + ([OTHERS[other][0]] if other else [])
+    return flags, f"rotate={rotate}" + f"_with={other}" * bool(other)
 
 
 def rotation_label(rotate, other=""):
@@ -186,18 +196,20 @@ FULL = rotation_label(1)
 MARGIN = 0.01
 
 
+def other_of(run):
+    """What its arm has beside the rotation, a key of OTHERS or nothing; older runs have qknorm=1 in their names."""
+    return run.arm.get("with") or ("qk-norm" if run.arm.get("qknorm") == "1" else "")
+
+
 def by_rotation(runs):
     """{label: runs in the order of their seeds}, from little to much rotation."""
-    def other(run):
-        return run.arm.get("with") or ("qk-norm" if run.arm.get("qknorm") == "1" else "")
-
     def key(run):  # channels come before shares
         rotate = float(run.arm["rotate"])
-        return rotate if rotate <= 1 else 1e-9 * rotate, other(run), run.seed
+        return rotate if rotate <= 1 else 1e-9 * rotate, other_of(run), run.seed
 
     groups = {}
     for run in sorted(runs, key=key):
-        groups.setdefault(rotation_label(run.arm["rotate"], other(run)), []).append(run)
+        groups.setdefault(rotation_label(run.arm["rotate"], other_of(run)), []).append(run)
     return groups
 
 
@@ -276,6 +288,60 @@ def holm(probabilities):
     return list(corrected)
 
 
+def at_least(count, n, share):
+    """The probability that at least `count` of n succeed, each with this probability."""
+    return sum(math.comb(n, k) * share**k * (1 - share)**(n - k) for k in range(count, n + 1))
+
+
+def share_interval(count, n):
+    """The exact 95 % interval of a share of which `count` of n were seen (Clopper and Pearson 1934)."""
+    def share_where(count, probability):  # that at least `count` are seen
+        low, high = 0.0, 1.0
+        for _ in range(60):
+            middle = (low + high) / 2
+            low, high = (middle, high) if at_least(count, n, middle) < probability else (low, middle)
+        return low
+
+    return share_where(count, 0.025) if count else 0.0, share_where(count + 1, 0.975) if count < n else 1.0
+
+
+def half_point(doses, counts, n):
+    """The dose at which half of them fail, if more fail the larger it is: (estimate, low, high) from the number `counts`
+    that failed of n each, at rising doses. 0 stands for below the smallest dose, inf for above the largest.
+
+    The estimate: shares that fall with the dose are averaged (isotonic regression), and half is looked for between them
+    on a logarithmic scale. The 95 % interval supposes no curve and is exact: from the smallest dose on, up to the last at
+    which by its own exact interval fewer than half fail, and likewise from the largest down. Each end errs only at the
+    first dose beyond the true one, so in 2.5 % of cases at most.
+    """
+    m, logs = len(doses), np.log(doses)
+    shares = [max(min(sum(counts[j:k + 1]) / sum(n[j:k + 1]) for k in range(i, m)) for j in range(i + 1)) for i in range(m)]
+    half, below = logs[np.equal(shares, 0.5)], sum(share < 0.5 for share in shares)
+    if len(half):  # the middle of all doses at which half fail
+        estimate = math.exp((half[0] + half[-1]) / 2)
+    elif below in (0, m):
+        estimate = math.inf if below else 0.0
+    else:
+        estimate = math.exp(np.interp(0.5, shares[below - 1:below + 1], logs[below - 1:below + 1]))
+    intervals = [share_interval(*seen) for seen in zip(counts, n)]
+    fewer = next((i for i, (_, upper) in enumerate(intervals) if upper >= 0.5), m)
+    more = next((i for i, (lower, _) in enumerate(intervals[::-1]) if lower <= 0.5), m)
+    return estimate, doses[fewer - 1] if fewer else 0.0, doses[-more] if more else math.inf
+
+
+def fisher(count, n, other_count, other_n):
+    """Fisher's exact test of two shares: the probability of counts that differ at least as much (no likelier than these)
+    if both shares are the same, two-sided."""
+    total, all_of = count + other_count, n + other_n
+
+    def probability(k):
+        return math.comb(n, k) * math.comb(other_n, total - k) / math.comb(all_of, total)
+
+    seen = probability(count)
+    possible = range(max(0, total - other_n), min(n, total) + 1)
+    return min(1.0, sum(p for p in map(probability, possible) if p <= seen * (1 + 1e-9)))
+
+
 def seeds_needed(deviation, half_width):
     """Runs of each of two arms whose losses have this standard deviation, for a 95 % interval of their difference."""
     return next((n for n in range(2, 10000) if t_quantile(2 * n - 2) * deviation * math.sqrt(2 / n) <= half_width), None)
@@ -332,7 +398,9 @@ def first_spike(run):
 # An arm has its colour in every plot, with another line and marker each for grey print.
 STYLES = {"0 % (NoPE)": (plots.RED, "-", "o"), "0 % (NoPE) + QK-Norm": (plots.PINK, "--", "s"),
           "2 channels": (plots.ORANGE, "-.", "^"), "10 %": (plots.GREEN, "-", "D"), "25 %": (plots.SKY, "--", "v"),
-          "50 %": (plots.GREY, "-.", "P"), "75 %": (plots.BLUE, ":", "X"), "100 %": (plots.BLACK, "-", "*")}
+          "50 %": (plots.GREY, "-.", "P"), "75 %": (plots.BLUE, ":", "X"), "100 %": (plots.BLACK, "-", "*"),
+          "0 % (NoPE) + soft-cap": (plots.BLUE, "-.", "x"), "0 % (NoPE) + clip": (plots.GREY, ":", "P"),
+          "10 %, the head's frequencies": (plots.GREEN, ":", "d"), "100 %, every 4th layer NoPE": (plots.BLACK, "--", "p")}
 
 
 def style(label):
