@@ -7,8 +7,10 @@
 # make notebooks       executes notebooks/*.ipynb in place; ARGS=notebooks/NAME.ipynb for one of them
 # make sweep   how much rotation does a model need: trains several fractions and seeds, writes runs/sweep/report.html (GPU)
 # make sweep-cpu   the same in a quarter of an hour on 2 cores; both go on where they were stopped
-# make nope    what makes a model without position unstable, what cures it: runs/nope/report.html (GPU, 4 min; QUICK=1: 1.5)
-# make nope-cpu   how its attention logits grow; 18 minutes on 2 cores
+# make nope    what makes a model without position unstable, what cures it: runs/nope/report.html (GPU, 6 min; QUICK=1: 2)
+# make nope-cpu   how its attention logits grow; a quarter of an hour on 2 cores
+# make length  how far does a model look that was trained on short windows: runs/length/report.html (GPU)
+# make length-cpu   the same in a quarter of an hour on 2 cores
 # make shakespeare     fetches a data set and trains on it: shakespeare, tinystories, wikitext, fineweb, fineweb-edu
 # make bench   tokens per second and the time of each operation on the CPU; for a GPU see bench/README.md
 #
@@ -52,7 +54,7 @@ endif
 # PCRE2 and utf8proc for tokenizers, libarchive for compressed text.
 LDLIBS += -lpcre2-8 -lutf8proc -larchive
 
-.PHONY: FORCE help all train test bench notebooks sweep sweep-cpu nope nope-cpu fuzz compile-cuda clean
+.PHONY: FORCE help all train test bench notebooks sweep sweep-cpu nope nope-cpu length length-cpu fuzz compile-cuda clean
 all: $(BUILD)/train $(BUILD)/data $(BUILD)/eval
 
 help:
@@ -183,6 +185,14 @@ nope: $(STUDY) data/stories-20M/meta.json
 nope-cpu: $(STUDY) data/stories/meta.json
 	@$(PYTHON) scripts/test_study.py
 	@BUILD=$(BUILD) $(PYTHON) scripts/nope.py --recipe cpu --data "$(or $(DATA),data/stories/train_*.bin)" $(ARGS) -- --device cpu
+length: $(STUDY) data/stories-20M/meta.json
+	@$(PYTHON) scripts/test_study.py
+	@BUILD=$(BUILD) $(PYTHON) scripts/length.py --data "$(or $(DATA),data/stories-20M/train_*.bin)" --context 512 \
+	  --step-tokens 65536 --steps 2000 $(ARGS) $(SWEEP_MODEL) --lr 0.004
+length-cpu: $(STUDY) data/stories/meta.json
+	@$(PYTHON) scripts/test_study.py
+	@BUILD=$(BUILD) $(PYTHON) scripts/length.py --name length-cpu --data "$(or $(DATA),data/stories/train_*.bin)" \
+	  --fractions 0,2,0.1,1:nope4,1 --context 64 --step-tokens 1024 --steps 700 --tokens 32768 $(ARGS) -- --device cpu
 
 clean:
 	rm -rf build build-*

@@ -231,6 +231,8 @@ def report(name):
     runs = [run for run in read(directory) if UNCHANGED in run.ends]
     if not runs:
         raise UserError(f"runs/{name}: no evaluation there")
+    if len({(run.text, run.windows, *run.ends[UNCHANGED]) for run in runs}) > 1:
+        raise UserError(f"runs/{name}: evaluations on different text; take another --name, or remove runs/{name}/evaluations")
     pack(runs, directory / "length.json")
     groups, lengths, config = study.by_rotation(runs), lengths_of(runs), runs[0].config
     longer, context = lengths[1:], lengths[0]

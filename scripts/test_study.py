@@ -1,4 +1,5 @@
 """Checks of study.py: its statistics against values by hand, and a run as its directory and as a packed file."""
+import json
 import math
 import tempfile
 from pathlib import Path
@@ -6,10 +7,13 @@ from types import SimpleNamespace
 
 import numpy as np
 
+import length
+import nope
 import runner
-from study import (POINTS, equivalence, first_spike, growth_per_1000, heads_at_end, holm, largest_stable, largest_z,
-                   losses_of, lr_sensitivity, no_difference, pack, paired_difference, read_run, read_runs,
-                   seeds_needed, t_quantile, t_tail, unpaired_difference)
+import study
+from study import (POINTS, equivalence, first_spike, fisher, growth_per_1000, half_point, heads_at_end, holm,
+                   largest_stable, largest_z, losses_of, lr_sensitivity, no_difference, pack, paired_difference, read_run,
+                   read_runs, seeds_needed, share_interval, t_quantile, t_tail, unpaired_difference)
 
 
 def test_pack():
@@ -54,6 +58,16 @@ def test_statistics():
     near(equivalence(a, b, 10), t_tail(8 / math.sqrt(2.5), degrees)), near(equivalence(a, b, 2), 0.5)
     assert np.allclose(holm([0.01, 0.04, 0.03]), [0.03, 0.06, 0.06]) and np.allclose(holm([0.9, 0.6]), [1, 1])
     assert seeds_needed(0.02, 0.01) == 32  # 2.0 * 0.02 * sqrt(2 / 32) = 0.01
+    # Exact intervals of shares: 1 - 0.025^(1/8) where none of 8 is seen; any table of Clopper and Pearson's for 3 of 10.
+    assert np.allclose(share_interval(0, 8), (0, 1 - 0.025 ** (1 / 8))) and share_interval(8, 8)[1] == 1
+    assert np.allclose(share_interval(3, 10), (0.0667, 0.6525), atol=1e-4)
+    near(fisher(1, 12, 9, 12), 0.002759), near(fisher(3, 3, 0, 3), 0.1), near(fisher(6, 24, 7, 24), 1)
+    # A quarter of 8 fails at 5, all at 6, so half at a third of the way; 0 and 8 of 8 are sure, 1 and 7 are not.
+    rates, n = [3, 4, 5, 6, 7], [8] * 5
+    assert np.allclose(half_point(rates, [0, 0, 2, 8, 8], n), (5 * 1.2 ** (1 / 3), 4, 6))
+    assert np.allclose(half_point(rates, [0, 1, 4, 7, 8], n), (5, 3, 7))
+    assert np.allclose(half_point(rates, [0, 0, 5, 3, 8], n), (30 ** 0.5, 4, 7))  # 5 and 3 count as 4 and 4
+    assert half_point(rates, [8] * 5, n) == (0, 0, 3) and half_point(rates, [1] * 5, n) == (math.inf, 0, math.inf)
     near(lr_sensitivity([3.0, 2.0, 2.5], 5.0), 0.5)
     near(lr_sensitivity([2.0, math.inf, math.nan, 7.0], 5.0), (2 + 3 * 5) / 4 - 2)
     assert math.isnan(lr_sensitivity([math.inf, math.nan], 5.0))
@@ -84,8 +98,57 @@ def test_states():
             assert job.state() == read_run(job.directory).state == state, (state, files)
 
 
+def test_failures():
+    """100 % is best at 2e-3, with 1.0 nats: a run fails above 1.1, and one that became nan does."""
+    def runs(*losses):
+        return [SimpleNamespace(final_loss=loss, state="finished" if math.isfinite(loss) else "diverged") for loss in losses]
+
+    arms = {study.FULL: {1e-3: runs(1.2, 1.2), 2e-3: runs(0.9, 1.1)},
+            study.rotation_label(0): {1e-3: runs(1.05, 1.09), 2e-3: runs(1.11, math.inf)}}
+    assert abs(nope.bar_of(arms) - 1.1) < 1e-12
+    header, (full, none) = nope.failures_table(arms, [1e-3, 2e-3])
+    assert full[1:3] == ["2 of 2", "0 of 2"] and none[1:3] == ["0 of 2", "2 of 2"], (full, none)
+    assert none[4].startswith("1.4e-3 "), none
+    assert header[-1] == "p against NoPE" and full[-1] == "1.0000"
+
+
+def test_length():
+    """Evaluations of two made-up runs: which runs are taken, what is gained, from the files and from the packed one."""
+    with tempfile.TemporaryDirectory() as directory:
+        for seed in 1, 101, 102, 103:
+            run = Path(directory, "sweep", f"rotate=0.1_with=head_lr=0.1_seed={seed}")
+            run.mkdir(parents=True)
+            (run / "config.json").write_text(json.dumps({"context": 4, "val": "val.bin", "seed": seed}))
+            (run / "summary.json").write_text(json.dumps({"val_loss": None if seed == 101 else 3.5}))
+        taken = length.chosen(f"{directory}/sweep", ["1", "0.1:head"], 2)
+        assert [run.seed for run in taken] == [102, 103] and length.chosen(f"{directory}/sweep", ["0.1"], 2) == []
+        out = Path(directory, "study", "evaluations")
+        out.mkdir(parents=True)
+        for run, (there, beyond, longer, half) in zip(taken, ((3.0, 3.5, 2.8, 3.2), (3.1, 3.2, 3.0, 3.2))):
+            for scaling, first, ends in (("none", 4, (there, beyond)), ("yarn", 4, (there + 1, longer)),
+                                         ("half", 2, (half, there))):
+                name = out / f"{run.name}_scaling={scaling}"
+                Path(f"{name}.txt").write_text(f"flags: --run={run.directory} --tokens=64 --data=novels.bin\n")
+                Path(f"{name}.ends.csv").write_text("context,windows,loss,stderr,gain,gain_stderr\n" + "".join(
+                    f"{first << i},16,{loss},0.1,0.2,0.03\n" for i, loss in enumerate(ends)))
+                Path(f"{name}.csv").write_text("context,begin,end,windows,loss,stderr\n4,0,4,16,9,1\n8,0,4,16,3,1\n"
+                                               "8,4,8,16,2,1\n")
+        read = length.read(Path(directory, "study"))
+        length.pack(read, Path(directory, "study.json"))
+        for runs in read, length.read(Path(directory, "study.json")):
+            assert [(run.seed, run.text, run.windows) for run in runs] == [(102, "novels.bin", 16), (103, "novels.bin", 16)]
+            assert runs[0].positions["none"] == {"begin": [0, 4], "end": [4, 8], "loss": [3, 2]}
+            # Against the loss at 4 with nothing changed, also where something is: 3.0 - 2.8 and 3.1 - 3.0.
+            mean, half, n = length.gains(runs, "yarn", 8)
+            assert abs(mean - 0.15) < 1e-6 and abs(half - 12.706 * 0.05) < 1e-3 and n == 2, (mean, half, n)
+            assert abs(length.gains(runs, "none", 8)[0] + 0.3) < 1e-6 and length.gains(runs, "none", 4)[0] == 0
+            assert abs(length.last_doubling(runs[0]) - 0.2) < 1e-6 and length.lengths_of(runs) == [4, 8]
+
+
 if __name__ == "__main__":
     test_statistics()
     test_pack()
     test_states()
+    test_failures()
+    test_length()
     print("statistics: as worked out by hand")
