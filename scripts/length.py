@@ -195,16 +195,18 @@ def lengths_of(runs):
 
 def plot_gain(ax, groups, scaling):
     """Gain by length with one scaling, a line for each arm that has it, and the band between its seeds."""
+    lengths = lengths_of(next(iter(groups.values())))
     for label, runs in groups.items():
-        curves = [(np.array(lengths_of(runs)), [gain(run, scaling, T) for T in lengths_of(runs)])
-                  for run in runs if scaling in run.ends]
+        curves = [(np.array(lengths), [gain(run, scaling, T) for T in lengths]) for run in runs if scaling in run.ends]
         if curves:
             study.draw_over_seeds(ax, label, curves, markers=True)
-            ax.set_xticks(lengths_of(runs), [f"{T:,}" for T in lengths_of(runs)])
     ax.axhline(0, color="#000000", linewidth=1)
     ax.set_xscale("log", base=2)
-    ax.set_xticks([], minor=True)
+    ax.set_xticks(lengths, [f"{T:,}" for T in lengths])
     ax.set_yscale("symlog", linthresh=0.1)
+    ticks = [-3, -1, -0.3, -0.1, -0.05, 0, 0.05, 0.1, 0.3, 1, 3]
+    ax.set_yticks(ticks, [f"{tick:+g}" if tick else "0" for tick in ticks])
+    ax.set_yticks([], minor=True)
     ax.set(xlabel="positions seen", ylabel="gain, nats per token")
     if ax.get_legend_handles_labels()[0]:
         ax.legend()
