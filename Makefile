@@ -188,7 +188,7 @@ nope-cpu: $(STUDY) data/stories/meta.json
 length: $(STUDY) data/stories-20M/meta.json
 	@$(PYTHON) scripts/test_study.py
 	@BUILD=$(BUILD) $(PYTHON) scripts/length.py --data "$(or $(DATA),data/stories-20M/train_*.bin)" --context 512 \
-	  --step-tokens 65536 --steps 2000 $(ARGS) $(SWEEP_MODEL) --lr 0.004
+	  --step-tokens 65536 --steps 2000 --lrs 0.002,0.004,0.008 --seeds 1 --confirm 3 $(ARGS) $(SWEEP_MODEL)
 length-cpu: $(STUDY) data/stories/meta.json
 	@$(PYTHON) scripts/test_study.py
 	@BUILD=$(BUILD) $(PYTHON) scripts/length.py --name length-cpu --data "$(or $(DATA),data/stories/train_*.bin)" \

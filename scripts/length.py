@@ -10,9 +10,9 @@ last 512 positions, or 1,024 and so on. The gain is how much lower it is than wi
 changed. So above 0 the model makes use of what lies further back, at 0 it might as well have had its window cut, and
 below 0 it should have.
 
-Its own flags are below; all others are those of sweep.py (see its --help), for which runs are trained and how many seeds
-of them are taken. With --runs nothing is trained: of each of --fractions the first --seeds seeds that are there are
-taken, those that confirm where there was a ladder of learning rates.
+Its own flags are below; all others are those of sweep.py (see its --help), for the runs that are trained. With --runs none
+is. Either way, of each of --fractions the first seeds that finished are evaluated: of those that confirm, where there was
+a ladder of learning rates.
 """
 import argparse
 import glob
@@ -54,6 +54,7 @@ def parse(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      allow_abbrev=False)
     parser.add_argument("--runs", metavar="DIRECTORY", help="a study, or a pattern of runs: evaluate these, train none")
+    parser.add_argument("--take", type=int, default=3, metavar="N", help="seeds of each arm, at most (default %(default)s)")
     parser.add_argument("--text-data", metavar="PATTERN", help="shards to read (default: each run's validation data)")
     parser.add_argument("--tokens", type=int, default=2**20, metavar="N",
                         help="tokens to predict at each length (default %(default)s)")
@@ -115,7 +116,7 @@ def chosen(pattern, arms, seeds):
 
 def evaluate(args, training, passed):
     """As runner.train_all."""
-    runs = chosen(args.runs or f"runs/{training.name}", training.fractions, training.seeds)
+    runs = chosen(args.runs or f"runs/{training.name}", training.fractions, args.take)
     if not runs:
         raise UserError(f"--runs {args.runs}: no finished run of {', '.join(training.fractions)} there" if args.runs else
                         f"runs/{training.name}: no finished run there")

@@ -309,10 +309,10 @@ def half_point(doses, counts, n):
     """The dose at which half of them fail, if more fail the larger it is: (estimate, low, high) from the number `counts`
     that failed of n each, at rising doses. 0 stands for below the smallest dose, inf for above the largest.
 
-    The estimate: shares that fall with the dose are averaged (isotonic regression), and half is looked for between them
-    on a logarithmic scale. The 95 % interval supposes no curve and is exact: from the smallest dose on, up to the last at
-    which by its own exact interval fewer than half fail, and likewise from the largest down. Each end errs only at the
-    first dose beyond the true one, so in 2.5 % of cases at most.
+    The estimate: shares that fall as the dose rises are averaged (isotonic regression), and half is looked for between them
+    on a logarithmic scale. The 95 % interval supposes no curve and is exact. It begins at the last dose, going up, whose
+    share has an exact interval below one half, and ends at the last, going down, whose share has one above it. An end is
+    wrong only if the first dose beyond the true one shows so, in 2.5 % of cases at most.
     """
     m, logs = len(doses), np.log(doses)
     shares = [max(min(sum(counts[j:k + 1]) / sum(n[j:k + 1]) for k in range(i, m)) for j in range(i + 1)) for i in range(m)]
