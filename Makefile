@@ -192,7 +192,7 @@ length: $(STUDY) data/stories-20M/meta.json
 length-cpu: $(STUDY) data/stories/meta.json
 	@$(PYTHON) scripts/test_study.py
 	@BUILD=$(BUILD) $(PYTHON) scripts/length.py --name length-cpu --data "$(or $(DATA),data/stories/train_*.bin)" \
-	  --fractions 0,2,0.1,1:nope4,1 --context 64 --step-tokens 1024 --steps 700 --tokens 32768 $(ARGS) -- --device cpu
+	  --fractions 0,2,0.1,0.1:head,1:nope4,1 --context 64 --step-tokens 1024 --steps 900 --tokens 32768 $(ARGS) -- --device cpu
 
 clean:
 	rm -rf build build-*

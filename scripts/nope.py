@@ -158,9 +158,16 @@ def failed(run, bar):
     return run.final_loss > bar  # that of a run that diverged is inf
 
 
-def failures(arm, bar):
-    """{learning rate: (runs that failed, runs)}."""
-    return {lr: (sum(failed(run, bar) for run in runs), len(runs)) for lr, runs in arm.items()}
+def failures(groups):
+    """{label: {learning rate: (runs that failed, runs)}} over several groups, each with its own bar."""
+    counts = {}
+    for arms in groups.values():
+        bar = bar_of(arms)
+        for label, arm in arms.items():
+            for lr, runs in arm.items():
+                count, n = counts.setdefault(label, {}).get(lr, (0, 0))
+                counts[label][lr] = count + sum(failed(run, bar) for run in runs), n + len(runs)
+    return counts
 
 
 def sensitivity(arm):
@@ -239,40 +246,35 @@ def rate_text(rate):
     return "below all" if rate == 0 else "above all" if math.isinf(rate) else f"{1000 * rate:.2g}e-3"
 
 
-def failures_table(arms, lrs):
-    """Header and rows: how many failed, at which rate half do, and whether as many as of NoPE."""
-    bar = bar_of(arms)
-    counts = {label: failures(arm, bar) for label, arm in arms.items()}
-    total = {label: tuple(map(sum, zip(*of.values()))) for label, of in counts.items()}
+def failures_table(counts, lrs):
+    """Header and rows, from what failures() gave: how many failed, at which rate half do, whether as many as of NoPE."""
     nope = study.rotation_label(0)
-    # Each arm against NoPE, over the rates that both were trained at.
-    against = {label: study.fisher(*total[label], *total[nope]) for label in arms
-               if nope in arms and label != nope and set(arms[label]) == set(arms[nope])}
+    total = {label: tuple(map(sum, zip(*of.values()))) for label, of in counts.items()}
+    against = {label: study.fisher(*total[label], *total[nope]) for label, of in counts.items()
+               if label != nope and set(of) == set(counts.get(nope, []))}  # trained at the same rates
     corrected = dict(zip(against, study.holm(list(against.values()))))
     rows = []
     for label, of in counts.items():
-        point, low, high = study.half_point(list(of), *zip(*of.values()))
-        count, n = total[label]
-        shares = " to ".join(f"{share:.0%}" for share in study.share_interval(count, n))
+        point, low, high = map(rate_text, study.half_point(list(of), *zip(*of.values())))
+        shares = " to ".join(f"{share:.0%}" for share in study.share_interval(*total[label]))
         rows.append([label, *("{} of {}".format(*of[lr]) if lr in of else "-" for lr in lrs),
-                     f"{count} of {n} ({shares})", f"{rate_text(point)} ({rate_text(low)} to {rate_text(high)})",
+                     "{} of {}".format(*total[label]) + f" ({shares})", f"{point} ({low} to {high})",
                      number(corrected.get(label, math.nan), 4)])
     return ["rotated", *(f"failed at {lr:g}" for lr in lrs), "in all (95 %)", "half fail at (95 %)", "p against NoPE"], rows
 
 
-def plot_failures(ax, arms):
-    """The share of the seeds that failed by learning rate, with its exact 95 % interval, arms side by side."""
-    for i, (label, arm) in enumerate(arms.items()):
-        of = failures(arm, bar_of(arms))
+def plot_failures(ax, counts):
+    """The share that failed by learning rate, from what failures() gave, with its exact 95 % interval."""
+    for i, (label, of) in enumerate(counts.items()):
         lrs, shares = np.array(list(of)), np.array([count / n for count, n in of.values()])
         ends = np.array([study.share_interval(*seen) for seen in of.values()]).T
         line, marker = study.style(label)
-        shift = 1 + 0.008 * (i - len(arms) / 2)  # so that intervals stand beside each other
+        shift = 1 + 0.01 * (i - len(counts) / 2)  # so that intervals stand beside each other
         ax.errorbar(lrs * shift, shares, np.abs(ends - shares), label=label, markersize=5, elinewidth=0.8,
                     **line | marker)
     ax.axhline(0.5, color="#555555", linewidth=1)
-    ax.set(xlabel="peak learning rate", ylabel="share of seeds that failed", xscale="log", ylim=(-0.03, 1.03))
-    lrs = sorted({lr for arm in arms.values() for lr in arm})
+    ax.set(xlabel="peak learning rate", ylabel="share of runs that failed", xscale="log", ylim=(-0.03, 1.03))
+    lrs = sorted({lr for of in counts.values() for lr in of})
     ax.set_xticks(lrs, [f"{lr:g}" for lr in lrs])
     ax.set_xticks([], minor=True)
 
@@ -345,12 +347,14 @@ def report(name):
         "up, whose share of failures has an interval below one half, and ends at the last, going down, whose share has one "
         "above it. Shares have exact intervals (Clopper and Pearson). The last column: Fisher's exact test of the failures against those of NoPE, over all rates, "
         "corrected over the arms by Holm's method.")
-    for key, arms in groups.items():
-        if FULL in arms:
-            page.text(f"{key[0]} block, head size {key[1]}: the bar is {bar_of(arms):.4f} nats.")
-            page.table(f"failures-{key[0]}-{key[1]}", *failures_table(arms, lrs))
-    if all(FULL in arms for arms in groups.values()):
-        page.figure("failures", panels(groups, lambda ax, key, arms: plot_failures(ax, arms)),
+    judged = {key: arms for key, arms in groups.items() if FULL in arms}
+    if len(judged) > 1:
+        page.table("failures", *failures_table(failures(judged), lrs))
+    for key, arms in judged.items():
+        page.text(f"{key[0]} block, head size {key[1]}; the bar is {bar_of(arms):.4f} nats:")
+        page.table(f"failures-{key[0]}-{key[1]}", *failures_table(failures({key: arms}), lrs))
+    if judged:
+        page.figure("failures", panels(judged, lambda ax, key, arms: plot_failures(ax, failures({key: arms}))),
                     "Share of the seeds that failed, with exact 95 % intervals.")
     page.heading("What cures it, and at what price in loss?")
     page.table("cures", ["rotated", *summary_header(lrs)],

@@ -106,7 +106,8 @@ def test_failures():
     arms = {study.FULL: {1e-3: runs(1.2, 1.2), 2e-3: runs(0.9, 1.1)},
             study.rotation_label(0): {1e-3: runs(1.05, 1.09), 2e-3: runs(1.11, math.inf)}}
     assert abs(nope.bar_of(arms) - 1.1) < 1e-12
-    header, (full, none) = nope.failures_table(arms, [1e-3, 2e-3])
+    header, (full, none) = nope.failures_table(nope.failures({"a model": arms}), [1e-3, 2e-3])
+    assert nope.failures({1: arms, 2: arms})[study.FULL] == {1e-3: (4, 4), 2e-3: (0, 4)}  # over two models
     assert full[1:3] == ["2 of 2", "0 of 2"] and none[1:3] == ["0 of 2", "2 of 2"], (full, none)
     assert none[4].startswith("1.4e-3 "), none
     assert header[-1] == "p against NoPE" and full[-1] == "1.0000"
