@@ -329,17 +329,15 @@ def half_point(doses, counts, n):
     return estimate, doses[fewer - 1] if fewer else 0.0, doses[-more] if more else math.inf
 
 
-def fisher(count, n, other_count, other_n):
-    """Fisher's exact test of two shares: the probability of counts that differ at least as much (no likelier than these)
-    if both shares are the same, two-sided."""
-    total, all_of = count + other_count, n + other_n
-
-    def probability(k):
-        return math.comb(n, k) * math.comb(other_n, total - k) / math.comb(all_of, total)
-
-    seen = probability(count)
-    possible = range(max(0, total - other_n), min(n, total) + 1)
-    return min(1.0, sum(p for p in map(probability, possible) if p <= seen * (1 + 1e-9)))
+def exact_test(counts, n, other_counts, other_n):
+    """The probability of counts that differ in sum at least as much (no likelier than these) if at each dose both have
+    the same share, two-sided: Fisher's exact test, over several doses at which two arms were tried (Mantel and Haenszel's
+    question, without their approximation). Each is a list with a number for each dose."""
+    distribution = np.ones(1)  # of the sum of `counts`, given how many of both failed at each dose
+    for size, other_size, total in zip(n, other_n, np.add(counts, other_counts)):
+        distribution = np.convolve(distribution, [math.comb(size, k) * math.comb(other_size, total - k) / math.comb(
+            size + other_size, total) if k <= total else 0.0 for k in range(size + 1)])
+    return float(distribution[distribution <= distribution[sum(counts)] * (1 + 1e-9)].sum())
 
 
 def seeds_needed(deviation, half_width):

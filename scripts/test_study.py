@@ -11,7 +11,7 @@ import length
 import nope
 import runner
 import study
-from study import (POINTS, equivalence, first_spike, fisher, growth_per_1000, half_point, heads_at_end, holm,
+from study import (POINTS, equivalence, exact_test, first_spike, growth_per_1000, half_point, heads_at_end, holm,
                    largest_stable, largest_z, losses_of, lr_sensitivity, no_difference, pack, paired_difference, read_run,
                    read_runs, seeds_needed, share_interval, t_quantile, t_tail, unpaired_difference)
 
@@ -61,7 +61,10 @@ def test_statistics():
     # Exact intervals of shares: 1 - 0.025^(1/8) where none of 8 is seen; any table of Clopper and Pearson's for 3 of 10.
     assert np.allclose(share_interval(0, 8), (0, 1 - 0.025 ** (1 / 8))) and share_interval(8, 8)[1] == 1
     assert np.allclose(share_interval(3, 10), (0.0667, 0.6525), atol=1e-4)
-    near(fisher(1, 12, 9, 12), 0.002759), near(fisher(3, 3, 0, 3), 0.1), near(fisher(6, 24, 7, 24), 1)
+    near(exact_test([1], [12], [9], [12]), 0.002759), near(exact_test([3], [3], [0], [3]), 0.1)
+    near(exact_test([6], [24], [7], [24]), 1)
+    # Doses at which all or none fail say nothing; two that do say more than one: 0.5^2 + 0.5^2 for one of one twice.
+    near(exact_test([0, 3, 5], [2, 3, 5], [0, 0, 4], [2, 3, 4]), 0.1), near(exact_test([1, 1], [1, 1], [0, 0], [1, 1]), 0.5)
     # A quarter of 8 fails at 5, all at 6, so half at a third of the way; 0 and 8 of 8 are sure, 1 and 7 are not.
     rates, n = [3, 4, 5, 6, 7], [8] * 5
     assert np.allclose(half_point(rates, [0, 0, 2, 8, 8], n), (5 * 1.2 ** (1 / 3), 4, 6))
@@ -109,8 +112,8 @@ def test_failures():
     header, (full, none) = nope.failures_table(nope.failures({"a model": arms}), [1e-3, 2e-3])
     assert nope.failures({1: arms, 2: arms})[study.FULL] == {1e-3: (4, 4), 2e-3: (0, 4)}  # over two models
     assert full[1:3] == ["2 of 2", "0 of 2"] and none[1:3] == ["0 of 2", "2 of 2"], (full, none)
-    assert none[4].startswith("1.4e-3 "), none
-    assert header[-1] == "p against NoPE" and full[-1] == "1.0000"
+    assert none[3].startswith("0.0014 "), none
+    assert header[-1] == "p against NoPE" and full[-1] == "1" and none[-1] == "-"
 
 
 def test_length():
