@@ -1,18 +1,18 @@
-"""How far does a model look that was trained on short windows? Reads windows of 1, 2, 4 and 8 times the training length,
-as the model is and with what is said to extend it, and writes a report.
+"""How far does a model look that was trained on short windows? Reads windows of 1, 2, 4 and 8 times the training
+length, as the model is and with what is said to extend it, and writes a report.
 
     make length                                            on GPUs: trains the arms at 512 positions, then evaluates
     make length-cpu                                        on 2 cores, smaller
     make length ARGS="--runs runs/sweep --text-data 'data/novels/val_*.bin'"   evaluates runs that a sweep trained
 
-The loss is that of the same target tokens at every length: the ends of the longest windows, of which the model sees the
-last 512 positions, or 1,024 and so on. The gain is how much lower it is than with the training length and nothing
+The loss is that of the same target tokens at every length: the ends of the longest windows, of which the model sees
+the last 512 positions, or 1,024 and so on. The gain is how much lower it is than with the training length and nothing
 changed. So above 0 the model makes use of what lies further back, at 0 it might as well have had its window cut, and
 below 0 it should have.
 
-Its own flags are below; all others are those of sweep.py (see its --help), for the runs that are trained. With --runs none
-is. Either way, of each of --fractions the first seeds that finished are evaluated: of those that confirm, where there was
-a ladder of learning rates.
+Its own flags are below; all others are those of sweep.py (see its --help), for the runs that are trained. With --runs
+none is. Either way, of each of --fractions the first seeds that finished are evaluated: of those that confirm, where
+there was a ladder of learning rates.
 """
 import argparse
 import glob
@@ -54,7 +54,8 @@ def parse(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      allow_abbrev=False)
     parser.add_argument("--runs", metavar="DIRECTORY", help="a study, or a pattern of runs: evaluate these, train none")
-    parser.add_argument("--take", type=int, default=3, metavar="N", help="seeds of each arm, at most (default %(default)s)")
+    parser.add_argument("--take", type=int, default=3, metavar="N",
+                        help="seeds of each arm at most (default %(default)s)")
     parser.add_argument("--text-data", metavar="PATTERN", help="shards to read (default: each run's validation data)")
     parser.add_argument("--tokens", type=int, default=2**20, metavar="N",
                         help="tokens to predict at each length (default %(default)s)")
@@ -108,18 +109,19 @@ def chosen(pattern, arms, seeds):
         confirming = [seed for seed in of_seed if seed >= sweep.FIRST_CONFIRMING_SEED]
         for rank, seed in enumerate(sorted(confirming or of_seed)[:seeds]):
             if len(of_seed[seed]) > 1:
-                raise UserError(f"{pattern}: several runs of seed {seed}, {', '.join(run.name for run in of_seed[seed])}; "
-                                "--runs takes a pattern too, to say which are meant")
+                names = ", ".join(run.name for run in of_seed[seed])
+                raise UserError(f"{pattern}: several runs of seed {seed}, {names}; --runs takes a pattern too, to say "
+                                "which are meant")
             runs += [(rank, run) for run in of_seed[seed]]
     return [run for _, run in sorted(runs, key=lambda ranked: ranked[0])]  # what is stopped early has whole seeds
 
 
 def evaluate(args, training, passed):
     """As runner.train_all."""
-    runs = chosen(args.runs or f"runs/{training.name}", training.fractions, args.take)
+    where = args.runs or f"runs/{training.name}"
+    runs = chosen(where, training.fractions, args.take)
     if not runs:
-        raise UserError(f"--runs {args.runs}: no finished run of {', '.join(training.fractions)} there" if args.runs else
-                        f"runs/{training.name}: no finished run there")
+        raise UserError(f"{where}: no finished run of {', '.join(training.fractions)} there")
     flags = [f"--tokens={args.tokens}"] + [f"--data={args.text_data}"] * bool(args.text_data)
     flags += [flag for flag in passed if flag.startswith(("--device=", "--dtype="))]
     return runner.train_all([Evaluation(training.name, run, scaling, flags) for run in runs
@@ -130,8 +132,8 @@ def evaluate(args, training, passed):
 # What they say
 
 def read(path):
-    """The evaluated runs of a study, runs/NAME, or of the file that its report wrote, with name, arm, seed, config, text
-    (the shards) and windows (how many). For each scaling: `ends`, {length: loss on the same targets}; `errors`, {length:
+    """The evaluated runs of a study, runs/NAME, or of the file that its report wrote: name, arm, seed, config, text
+    (the shards), windows (how many). For each scaling: `ends`, {length: loss on the same targets}; `errors`, {length:
     standard error between windows of its difference to the training length}; `positions`, the loss by position in the
     longest windows."""
     path = Path(path)
@@ -223,10 +225,12 @@ def plot_positions(ax, groups, scaling):
     ax.axvline(next(iter(groups.values()))[0].config["context"], color="#555555", linestyle=":", linewidth=1)
 
 
-def panels(groups):
-    """The scalings that at least two arms have."""
-    return [scaling for scaling in SCALINGS if scaling != "half" and
-            sum(any(scaling in run.ends for run in runs) for runs in groups.values()) > 1]
+def panels(groups, draw):
+    """A figure with a panel for each scaling that at least two arms have, drawn by draw(ax, groups, scaling)."""
+    shown = [scaling for scaling in SCALINGS if scaling != "half" and
+             sum(any(scaling in run.ends for run in runs) for runs in groups.values()) > 1]
+    return study.side_by_side({SCALINGS[scaling][0]: lambda ax, scaling=scaling: draw(ax, groups, scaling)
+                               for scaling in shown}, height=7, columns=2, same_y=True)[0]
 
 
 def report(name):
@@ -235,43 +239,44 @@ def report(name):
     if not runs:
         raise UserError(f"runs/{name}: no evaluation there")
     if len({(run.text, run.windows, *run.ends[UNCHANGED]) for run in runs}) > 1:
-        raise UserError(f"runs/{name}: evaluations on different text; take another --name, or remove runs/{name}/evaluations")
+        raise UserError(f"runs/{name}: evaluations of different text, or of different amounts; take another --name, or "
+                        f"remove {directory}/evaluations")
     pack(runs, directory / "length.json")
     groups, lengths, config = study.by_rotation(runs), lengths_of(runs), runs[0].config
     longer, context = lengths[1:], lengths[0]
     page = study.Report(directory, f"How far a model looks: {name}")
     error = np.mean([run.errors[UNCHANGED][lengths[-1]] for run in runs])
+    step_tokens = config["batch"] * config["context"] * config["accumulate"]
     page.text(
-        f"{config['layers']} layers x {config['width']}, {config['heads']} heads of {config['head_size']}, trained at "
-        f"{context} positions for {config['steps']:,} steps of {config['batch'] * config['context'] * config['accumulate']:,} "
-        f"tokens on {config['data']}; read here: {runs[0].text}, {runs[0].windows:,} windows of {lengths[-1]:,}. The loss is "
-        f"that of the last {context // 2} tokens of each, the same at every length. Gain: how much lower it is than with "
-        f"{context} positions and nothing changed. Above 0 what lies further back is used; below 0 a window cut to "
-        f"{context} is better; an interval that holds 0 tells neither. Intervals are of 95 %, over the seeds, which all read "
-        f"the same text: with other text of this amount a gain would differ by another {error:.4f} (standard error between "
-        f"the windows, at {lengths[-1]:,}).")
+        f"{config['layers']} layers x {config['width']}, {config['heads']} heads of {config['head_size']}, trained "
+        f"at {context} positions for {config['steps']:,} steps of {step_tokens:,} tokens on {config['data']}; read "
+        f"here: {runs[0].text}, {runs[0].windows:,} windows of {lengths[-1]:,}. The loss is that of the last "
+        f"{context // 2} tokens of each, the same at every length. Gain: how much lower it is than with {context} "
+        f"positions and nothing changed. Above 0 what lies further back is used; below 0 a window cut to {context} "
+        "is better; an interval that holds 0 tells neither. Intervals are of 95 %, over the seeds, which all read "
+        f"the same text: with other text of this amount a gain would differ by another {error:.4f} (standard error "
+        f"between the windows, at {lengths[-1]:,}).")
     page.heading("As they were trained")
-    page.text(f"The last column is what doubling the window from {context // 2} to {context} positions brings, which the "
-              "models were trained for: a yardstick for the gains.")
-    page.table("lengths", ["rotated", "seeds", f"loss at {context}", *(f"gain at {T:,}" for T in longer), "last doubling"],
-               [[label, len(of), number(float(np.mean([run.ends[UNCHANGED][context] for run in of]))),
-                 *(interval(gains(of, UNCHANGED, T)) for T in longer),
-                 number(float(np.mean([last_doubling(run) for run in of])), sign=True)] for label, of in groups.items()])
+    page.text(f"The last column is what doubling the window from {context // 2} to {context} positions brings, which "
+              "the models were trained for: a yardstick for the gains.")
+    rows = [[label, len(of), number(float(np.mean([run.ends[UNCHANGED][context] for run in of]))),
+             *(interval(gains(of, UNCHANGED, T)) for T in longer),
+             interval(study.mean_interval([last_doubling(run) for run in of]))] for label, of in groups.items()]
+    page.table("lengths", ["rotated", "seeds", f"loss at {context}", *(f"gain at {T:,}" for T in longer),
+                           f"gain of {context} over {context // 2}"], rows)
     page.heading("With what is said to extend them")
-    page.text(f"At {context} the gain is what the change costs there. PI and YaRN take the window's length over {context} as "
-              "their factor, and so change nothing there. A temperature below 1 sharpens attention.")
+    page.text(f"At {context} the gain is what the change costs there. PI and YaRN take the window's length over "
+              f"{context} as their factor, and so change nothing there. A temperature below 1 sharpens attention.")
     page.table("scalings", ["rotated", "changed", *(f"gain at {T:,}" for T in lengths)],
                [[label, SCALINGS[scaling][0], *(interval(gains(of, scaling, T)) for T in lengths)]
                 for label, of in groups.items() for scaling in SCALINGS
                 if scaling not in (UNCHANGED, "half") and any(scaling in run.ends for run in of)])
     page.heading("Plots")
     for file, draw, caption in (
-            ("gain", plot_gain, "Gain over a window cut to the training length, mean of the seeds and the band between them; "
-             "the scale is linear within 0.1 nats and logarithmic beyond."),
+            ("gain", plot_gain, "Gain over a window cut to the training length, mean of the seeds and the band between "
+             "them; the scale is linear within 0.1 nats and logarithmic beyond."),
             ("positions", plot_positions, f"Loss by position in windows of {lengths[-1]:,}, all tokens of them.")):
-        figure, _ = study.side_by_side({SCALINGS[scaling][0]: lambda ax, scaling=scaling, draw=draw: draw(ax, groups, scaling)
-                                        for scaling in panels(groups)}, height=7, columns=2, same_y=True)
-        page.figure(file, figure, caption)
+        page.figure(file, panels(groups, draw), caption)
     page.write()
 
 

@@ -2,14 +2,14 @@
 
     make nope                                           on a GPU, about 6 minutes; QUICK=1: 2 minutes
     make nope-cpu                                       a quarter of an hour on 2 cores
-    make nope ARGS="--recipe half"                      at which rate do half the seeds fail: 280 runs of 16 s on an H100
+    make nope ARGS="--recipe half"                      at which rate do half the seeds fail: 280 runs of 16 s
     make nope ARGS="--recipe long --seeds 5"            another recipe of those below
     build-python/bin/python scripts/nope.py --help      all of its own flags
 
-Trains {block} x {head size} x {what is rotated} x {learning rate} x {seed}. What stands behind -- goes to `train` as it
-is. A run fails if it ends more than 0.1 nats above 100 % rotation at the rate that suits 100 % best, or with inf or nan.
-This was fixed before the runs of recipe half. A soft-cap on the attention logits and a clip of the weights that make
-them ask whether the logits are the cause: if holding them cures it, they are.
+Trains {block} x {head size} x {what is rotated} x {learning rate} x {seed}. What stands behind -- goes to `train` as
+it is. A run fails if it ends more than 0.1 nats above 100 % rotation at the rate that suits 100 % best, or with inf or
+nan. This was fixed before the runs of recipe half. A soft-cap on the attention logits and a clip of the weights that
+make them ask whether the logits are the cause: if holding them cures it, they are.
 
 The way to instability that is measured is that of Wortsman et al. 2023 (arXiv 2309.14322): attention logits grow,
 the softmax saturates, the loss leaves its course; and a higher learning rate brings it forward.
@@ -58,15 +58,15 @@ RECIPES = {
     "rates": ONE_HEAD_SIZE | dict(lrs=["1e-3", "3e-3", "1e-2", "3e-2", "1e-1"]),
 }
 
-# The primary outcome: a run failed if its loss became inf or nan, or ended this far above 100 %'s mean at the rate that is
-# best for 100 %, one bar for all arms and rates of a block and head size.
+# The primary outcome: a run failed if its loss became inf or nan, or ended this far above 100 %'s mean at the rate that
+# is best for 100 %, one bar for all arms and rates of a block and head size.
 # A learning rate is unstable for an arm if, with any seed, the loss became inf or nan, or spiked (7 standard deviations
 # above its rolling mean), or ended as far above the best that a smaller learning rate of the same arm reached.
 TOLERANCE = 0.1  # nats per token
 
 # Flags of `train` that the study sets itself.
-OWN = ("run resume steps ranks lanes seed rotary-dim rotary-fraction qk-norm attention-softcap qk-clip block data width heads "
-       "head-size lr").split()
+OWN = ("run resume steps ranks lanes seed rotary-dim rotary-fraction qk-norm attention-softcap qk-clip block data "
+       "width heads head-size lr").split()
 
 
 def parse(argv):
@@ -84,7 +84,7 @@ def parse(argv):
     parser.add_argument("--gpus-per-run", type=int, default=1, help="GPUs that train a run together (default 1)")
     parser.add_argument("--report", action="store_true", help="only write the report, of the runs that are there")
     changes = parser.add_argument_group("changes of the recipe")
-    changes.add_argument("--arms", type=items, metavar="LIST", help="rotated shares, or channels, such as 0,0:qk-norm,2,1")
+    changes.add_argument("--arms", type=items, metavar="LIST", help="what is rotated, such as 0,0:qk-norm,2,0.1,1")
     changes.add_argument("--blocks", type=items, metavar="LIST", help="sequential, parallel")
     changes.add_argument("--head-sizes", type=items, metavar="LIST", help="channels of a head")
     changes.add_argument("--lrs", type=items, metavar="LIST", help="peak learning rates")
@@ -247,7 +247,7 @@ def rate_text(rate):
 
 
 def failures_table(counts, lrs):
-    """Header and rows, from what failures() gave: how many failed, at which rate half do, whether as many as of NoPE."""
+    """Header and rows, from what failures() gave: how many failed, at which rate half do, and the test against NoPE."""
     nope = study.rotation_label(0)
     against = {label: study.exact_test(*zip(*of.values()), *zip(*counts[nope].values())) for label, of in counts.items()
                if label != nope and list(of) == list(counts.get(nope, []))}  # trained at the same rates
@@ -338,12 +338,13 @@ def report(name):
         "losses, the mean of the last 5 % of the steps.")
     page.heading("Which runs fail?")
     page.text(
-        f"A run fails if it became inf or nan, or ended more than {TOLERANCE} nats above the mean of 100 % at the rate that is "
-        "best for 100 %. The rate at which half the seeds fail is interpolated between the rates, on a logarithmic scale; its "
-        "95 % interval supposes only that a higher rate makes no fewer fail, and is exact: it begins at the last rate, going "
-        "up, whose share of failures has an interval below one half, and ends at the last, going down, whose share has one "
-        "above it. Shares have exact intervals (Clopper and Pearson). The last column: the exact test of the failures "
-        "against those of NoPE, rate by rate, corrected over the arms by Holm's method.")
+        f"A run fails if it became inf or nan, or ended more than {TOLERANCE} nats above the mean of 100 % at the "
+        "rate that is best for 100 %. The rate at which half the seeds fail is interpolated between the rates, on a "
+        "logarithmic scale; its 95 % interval supposes only that a higher rate makes no fewer fail, and is exact: "
+        "it begins at the last rate, going up, whose share of failures has an interval below one half, and ends at "
+        "the last, going down, whose share has one above it. Shares have exact intervals (Clopper and Pearson). The "
+        "last column: the exact test of the failures against those of NoPE, rate by rate, corrected over the arms "
+        "by Holm's method.")
     judged = {key: arms for key, arms in groups.items() if FULL in arms}
     if len(judged) > 1:
         page.table("failures", *failures_table(failures(judged), lrs))

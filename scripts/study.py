@@ -176,7 +176,7 @@ OTHERS = {"qk-norm": ("--qk-norm", " + QK-Norm"), "head": ("--rope-frequencies=h
 
 
 def arm_flags(flag, arm):
-    """The flags of `train` for an arm such as 0.1 or 0:qk-norm, which stands in `flag`; and the part of a run's name."""
+    """The flags of `train` for an arm such as 0.1 or 0:qk-norm, that `flag` gave; and the part of a run's name."""
     rotate, _, other = arm.partition(":")
     if other and other not in OTHERS:
         raise runner.UserError(f"{flag} {arm}: behind the colon stands one of {', '.join(OTHERS)}")
@@ -306,16 +306,17 @@ def share_interval(count, n):
 
 
 def half_point(doses, counts, n):
-    """The dose at which half of them fail, if more fail the larger it is: (estimate, low, high) from the number `counts`
-    that failed of n each, at rising doses. 0 stands for below the smallest dose, inf for above the largest.
+    """The dose at which half of them fail, if more fail the larger it is: (estimate, low, high), from the numbers
+    `counts` that failed of `n` each at rising doses. 0 stands for below the smallest dose, inf for above the largest.
 
-    The estimate: shares that fall as the dose rises are averaged (isotonic regression), and half is looked for between them
-    on a logarithmic scale. The 95 % interval supposes no curve and is exact. It begins at the last dose, going up, whose
-    share has an exact interval below one half, and ends at the last, going down, whose share has one above it. An end is
-    wrong only if the first dose beyond the true one shows so, in 2.5 % of cases at most.
+    The estimate: shares that fall as the dose rises are averaged (isotonic regression), and half is looked for between
+    them on a logarithmic scale. The 95 % interval supposes no curve and is exact. It begins at the last dose, going up,
+    whose share has an exact interval below one half, and ends at the last, going down, whose share has one above it. An
+    end is wrong only if the first dose beyond the true one shows so, in 2.5 % of cases at most.
     """
     m, logs = len(doses), np.log(doses)
-    shares = [max(min(sum(counts[j:k + 1]) / sum(n[j:k + 1]) for k in range(i, m)) for j in range(i + 1)) for i in range(m)]
+    shares = [max(min(sum(counts[j:k + 1]) / sum(n[j:k + 1]) for k in range(i, m)) for j in range(i + 1))
+              for i in range(m)]
     half, below = logs[np.equal(shares, 0.5)], sum(share < 0.5 for share in shares)
     if len(half):  # the middle of all doses at which half fail
         estimate = math.exp((half[0] + half[-1]) / 2)
@@ -331,8 +332,8 @@ def half_point(doses, counts, n):
 
 def exact_test(counts, n, other_counts, other_n):
     """The probability of counts that differ in sum at least as much (no likelier than these) if at each dose both have
-    the same share, two-sided: Fisher's exact test, over several doses at which two arms were tried (Mantel and Haenszel's
-    question, without their approximation). Each is a list with a number for each dose."""
+    the same share, two-sided: Fisher's exact test, over several doses at which two arms were tried (the question of
+    Mantel and Haenszel, without their approximation). Each is a list with a number for each dose."""
     distribution = np.ones(1)  # of the sum of `counts`, given how many of both failed at each dose
     for size, other_size, total in zip(n, other_n, np.add(counts, other_counts)):
         distribution = np.convolve(distribution, [math.comb(size, k) * math.comb(other_size, total - k) / math.comb(
