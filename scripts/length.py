@@ -207,9 +207,9 @@ def plot_gain(ax, groups, scaling):
     ax.set_xscale("log", base=2)
     ax.set_xticks(lengths, [f"{T:,}" for T in lengths])
     ax.set_yscale("symlog", linthresh=0.1)
-    ticks = [-3, -1, -0.3, -0.1, -0.05, 0, 0.05, 0.1, 0.3, 1, 3]
-    ax.set_yticks(ticks, [f"{tick:+g}" if tick else "0" for tick in ticks])
-    ax.set_yticks([], minor=True)
+    ax.yaxis.set_major_locator(study.plt.FixedLocator([-3, -1, -0.3, -0.1, -0.05, 0, 0.05, 0.1, 0.3, 1]))
+    ax.yaxis.set_major_formatter(lambda value, _: f"{value:+g}" if value else "0")
+    ax.yaxis.set_minor_locator(study.plt.NullLocator())
     ax.set(xlabel="positions seen", ylabel="gain, nats per token")
     if ax.get_legend_handles_labels()[0]:
         ax.legend()
