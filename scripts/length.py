@@ -97,7 +97,7 @@ def chosen(pattern, arms, seeds):
     by_arm = {arm: {} for arm in arms}
     for directory in found:
         config, summary = directory / "config.json", directory / "summary.json"
-        if not config.exists() or not summary.exists() or json.loads(summary.read_text()).get("val_loss") is None:
+        if not config.exists() or not summary.exists() or json.loads(summary.read_text()).get("val_loss", 0) is None:
             continue
         run = SimpleNamespace(name=directory.name, directory=directory, config=json.loads(config.read_text()))
         study.read_name(run)
