@@ -5,19 +5,20 @@
     make sweep ARGS="--name wiki --data 'data/wiki/train_*.bin' --context 512,2048"
     build-python/bin/python scripts/sweep.py --help     all of its own flags
 
-With --lrs each arm is trained at every rate with seeds 1 to --seeds, the ladder; then --confirm seeds from 101 on at the
-rate that was best for that arm. Only these are compared: seeds that chose a rate say nothing about it. Two arms count as
-equivalent if two one-sided tests say that their means differ by less than study.MARGIN, which was fixed before any of
-these runs was made.
+With --lrs each arm is trained at every rate with seeds 1 to --seeds, the ladder; then --confirm seeds from 101 on at
+the rate that was best for that arm. Only these are compared: seeds that chose a rate say nothing about it. Two arms
+count as equivalent if two one-sided tests say that their means differ by less than study.MARGIN, which was fixed
+before any of these runs was made.
 
 An arm is a share of the head, or above 1 a number of channels, and what else is different behind a colon:
 0:qk-norm, 0.1:head (the frequencies of the whole head), 1:nope4 (every 4th layer without rotation). What stands behind
 -- goes to `train` as it is: -- --layers 12 --width 512. The paper's other axes take lists, and each combination gets a
-section of the report: --preset (size), --context, --data, --block.
+section of the report: --preset (size), --context, --data, --block, and --steps, whose runs are schedules of their own.
 """
 import argparse
 import itertools
 import math
+import re
 import sys
 import time
 from pathlib import Path
@@ -31,6 +32,7 @@ from study import number
 
 # Flags of `train` that a sweep sets itself.
 OWN = "run resume steps ranks lanes seed rotary-dim rotary-fraction preset context block data lr".split()
+AXES = "preset", "steps", "context", "block", "data"
 FIRST_CONFIRMING_SEED = 101
 
 
@@ -52,7 +54,7 @@ def parse(argv):
     add("lrs", None, "peak learning rates: first a ladder of them", items)
     add("seeds", 3, "seeds 1 to N (default 3)")
     add("confirm", 8, "with --lrs: new seeds at each arm's best rate (default 8)")
-    add("steps", 1000, "steps of a run (default 1000)")
+    add("steps", ["1000"], "steps of a run (default 1000); of several, each warms up over a tenth", items)
     add("preset", None, "presets of train", items)
     add("context", None, "positions in a window", items)
     add("block", None, "sequential, parallel", items)
@@ -72,10 +74,14 @@ def settings_of(args):
         raise UserError("--context: several contexts need --step-tokens, or steps would differ in tokens")
     if args.step_tokens and not args.context:
         raise UserError("--step-tokens: needs --context as well")
-    axes = [[(axis, value) for value in getattr(args, axis) or [""]] for axis in ("preset", "context", "block", "data")]
+    if not all(steps.isdigit() and int(steps) for steps in args.steps):
+        raise UserError(f"--steps {','.join(args.steps)}: must be numbers of steps, at least 1")
+    axes = [[(axis, value) for value in getattr(args, axis) or [""]] for axis in AXES]
     for choice in itertools.product(*axes):
-        flags = [f"--{axis}={value}" for axis, value in choice if value]
-        context = dict(choice)["context"]
+        flags = [f"--{axis}={value}" for axis, value in choice if value and axis != "steps"]
+        context, steps = dict(choice)["context"], int(dict(choice)["steps"])
+        if len(args.steps) > 1:
+            flags.append(f"--warmup={steps // 10}")
         if args.step_tokens:
             if not context.isdigit() or not int(context) or args.step_tokens % int(context):
                 raise UserError(f"--context {context}: must divide the --step-tokens of {args.step_tokens}")
@@ -84,25 +90,21 @@ def settings_of(args):
         for axis, value in choice:
             if len(getattr(args, axis) or []) > 1:
                 name += f"{axis}={Path(value).parent.name.replace('_', '-') if axis == 'data' else value}_"
-        yield name, flags
+        yield name, flags, steps
 
 
 def jobs_of(args, passed, rates_of, seeds):
     """A job for each setting, arm, rate and seed; rates_of(setting, arm) gives the arm's rates, "" for train's own."""
     settings = list(settings_of(args))
-    if len({name for name, _ in settings}) < len(settings):
+    if len({name for name, _, _ in settings}) < len(settings):
         raise UserError("--data: the data sets must lie in directories of different names")
     jobs = []
-    for seed, (setting, flags), arm in itertools.product(seeds, settings, args.fractions):
-        rotate, _, other = arm.partition(":")
-        if other and other not in study.OTHERS:
-            raise UserError(f"--fractions {arm}: behind the colon stands one of {', '.join(study.OTHERS)}")
-        own = [runner.rotation_flag("--fractions", rotate)] + ([study.OTHERS[other][0]] if other else [])
+    for seed, (setting, flags, steps), arm in itertools.product(seeds, settings, args.fractions):
+        own, arm_name = study.arm_flags("--fractions", arm)
         for lr in rates_of(setting, arm):
-            name = (f"{setting}rotate={rotate}" + f"_with={other}" * bool(other) + f"_lr={lr}" * bool(lr) +
-                    f"_seed={seed}")
+            name = f"{setting}{arm_name}" + f"_lr={lr}" * bool(lr) + f"_seed={seed}"
             rate = [f"--lr={lr}"] * bool(lr)
-            jobs.append(runner.Job(args.name, name, flags + passed + own + rate + [f"--seed={seed}"], args.steps,
+            jobs.append(runner.Job(args.name, name, flags + passed + own + rate + [f"--seed={seed}"], steps,
                                    args.positions))
     return jobs
 
@@ -150,6 +152,50 @@ def train(args, passed):
     return failed + more_failed, others
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# The report. A setting is a combination of the axes; in it {label of a rotation: runs by seed}.
+
+HEADER = ["rotated", "channels", "seeds", "validation loss ± sd", "less that of 100 % ± 95 % CI", "training loss, end",
+          "largest logit, end", "ever", "spike score 128 / 1,000, %", "RoPE table, bytes", "RoPE, ms/step", "tokens/s"]
+
+
+def row(label, runs, groups, speeds):
+    finished = [run for run in runs if run.state == "finished"]
+    diverged = sum(run.state == "diverged" for run in runs)
+
+    def of(summarise, key):
+        values = [run.summary[key] for run in finished if key in run.summary]
+        return float(summarise(values)) if values else math.nan
+
+    losses = [run.summary["val_loss"] for run in finished]
+    spread = f" ± {np.std(losses, ddof=1):.4f}" if len(losses) > 1 else ""
+    tokens, rope = next((speeds[run.directory] for run in runs if run.directory in speeds), (math.nan, math.nan))
+    config = runs[0].config
+    return [label, f"{config['rotary_dim']} of {config['head_size']}",
+            f"{len(finished)}" + (f" ({diverged} diverged)" if diverged else ""),
+            number(of(np.mean, "val_loss")) + spread,
+            "-" if label == study.FULL else study.interval_text(study.difference(groups, label)),
+            number(float(np.mean([run.final_loss for run in finished])) if finished else math.nan),
+            number(of(max, "max_logit"), 1), number(of(max, "max_logit_ever"), 1),
+            number(100 * of(np.mean, "spike_score_128"), 2) + " / " + number(100 * of(np.mean, "spike_score_1000"), 2),
+            number(of(max, "rope_table_bytes"), 0), number(1e3 * rope, 3), number(tokens, 0)]
+
+
+FIGURES = [
+    ("loss", study.plot_loss_curves, study.plot_loss_curve_difference,
+     "Left: training loss, mean of the seeds and the band from the lowest to the highest. Right: the means less that "
+     "of 100 %."),
+    ("fraction", study.plot_loss_by_fraction, study.plot_difference,
+     "Left: validation loss at the end, a mark per seed, the line through the means. Right: difference to 100 %, "
+     "paired by seed, with its 95 % interval."),
+    ("logits", study.plot_logits, study.plot_gradient_norms,
+     "Left: largest attention logit of all layers and heads. Right: norm of the gradient. A line per seed."),
+    ("positions", study.plot_loss_by_position,
+     lambda ax, groups: study.plot_loss_by_position(ax, groups, study.FULL),
+     "Left: loss by position in the window. Right: the same less that of 100 %."),
+]
+
+
 def rates_table(page, name, groups):
     """The ladder: which rate each arm was confirmed at, and whether a smaller and a larger one were worse."""
     ladders = {label: ladder_of(runs) for label, runs in groups.items()}
@@ -159,8 +205,8 @@ def rates_table(page, name, groups):
         best = min(losses, key=losses.get) if losses else None
         inside = best and list(losses).index(best) not in (0, len(losses) - 1)
         rows.append([label, *(number(losses.get(lr)) + " *" * (lr == best) for lr in rates), "yes" if inside else "no"])
-    page.text("The ladder: validation loss at each peak learning rate, mean of its seeds; * marks the best, at which the "
-              "arm is compared with new seeds. A best rate inside the ladder has a worse one on either side.")
+    page.text("The ladder: validation loss at each peak learning rate, mean of its seeds; * marks the best, at which "
+              "the arm is compared with new seeds. A best rate inside the ladder has a worse one on either side.")
     page.table(name, ["rotated", *(f"{float(lr):g}" for lr in rates), "inside"], rows)
 
 
@@ -185,39 +231,69 @@ def equivalence_table(page, name, groups):
                      study.interval_text(study.difference(groups, label)), number(p_same, 3), number(p_other, 3),
                      verdict or "undecided", number(study.seeds_needed(deviation, margin), 0)])
     page.text(
-        f"Less the loss of 100 %, with 95 % intervals, the arms taken as two samples (Welch) and as pairs with the same "
-        f"seed. Equivalent: two one-sided tests reject a difference of {margin:g} nats or more. Different: Welch's "
-        f"test rejects none. Both at 5 %, corrected over the arms by Holm's method. Undecided is not equal. The last column: "
-        f"seeds that it takes for an interval of ± {margin:g} with such a spread.")
+        f"Less the loss of 100 %, with 95 % intervals, the arms taken as two samples (Welch) and as pairs with the "
+        f"same seed. Equivalent: two one-sided tests reject a difference of {margin:g} nats or more. Different: Welch's "
+        f"test rejects none. Both at 5 %, corrected over the arms by Holm's method. Undecided is not equal. The last "
+        f"column: seeds that it takes for an interval of ± {margin:g} with such a spread.")
     page.table(name, ["rotated", "difference ± 95 % CI", "paired", "p of a difference ≥ margin", "p of none", "verdict",
                       "seeds for ± margin"], rows)
 
 
-def report(name):
+# Stretches of positions in the window: from where words are known to where there is much to look back on.
+POSITIONS = (8, 64), (64, 256), (256, math.inf)
+
+
+def positions_table(page, name, groups):
+    """Loss in stretches of the window, less that of 100 % at the same positions, as two samples."""
+    def losses(label, begin, end):
+        values = []
+        for run in groups.get(label, []):
+            if len(run.positions):
+                low, high = run.positions["begin"], run.positions["end"]
+                inside = (low >= begin) & (high <= end)
+                values.append(np.average(run.positions["loss"][inside], weights=(high - low)[inside])
+                              if inside.any() else math.nan)
+        return values
+
+    def text(label, stretch):
+        mean, half, _, _ = study.unpaired_difference(losses(label, *stretch), losses(study.FULL, *stretch))
+        return f"{number(mean, sign=True)} ± {number(half)}"
+
+    if any(len(run.positions) for run in groups.get(study.FULL, [])):
+        page.text("Loss by position in the window, less that of 100 % (Welch's interval):")
+        page.table(name, ["rotated", *(f"{begin} to {end - 1}" if end < math.inf else f"{begin} on"
+                                       for begin, end in POSITIONS)],
+                   [[label, *(text(label, stretch) for stretch in POSITIONS)]
+                    for label in groups if label != study.FULL])
+
+
+def report(directory, every_run, measure_speed):
+    """Writes report.html and what belongs to it into the directory; measure_speed: runner's, or what stands for it."""
     settings = {}
-    for run in study.read_runs(Path("runs", name)):
+    in_order = sorted(every_run, key=lambda run: [int(part) if part.isdigit() else part
+                                                  for part in re.split(r"(\d+)", setting_of(run))])
+    for run in in_order:
         if run.state != "unfinished":
             setting = setting_of(run).strip("_").replace("=", " ").replace("_", ", ")
             settings.setdefault(setting, []).append(run)
     if not settings:
-        raise UserError(f"runs/{name}: no finished run there")
+        raise UserError(f"{directory}: no finished run there")
     ladders = {setting: study.by_rotation(runs) for setting, runs in settings.items()}
     # Where there was a ladder, only what confirms is compared.
-    settings = {setting: study.by_rotation([run for run in runs if "lr" not in run.arm or confirms(run)])
-                for setting, runs in settings.items()}
-    settings = {setting: groups for setting, groups in settings.items() if groups} or ladders
+    settings = {setting: study.by_rotation(list(filter(confirms, runs)) or runs) for setting, runs in settings.items()}
     models = [next((run for run in runs if run.state == "finished"), runs[0])
               for groups in settings.values() for runs in groups.values()]
-    speeds = runner.measure_speed([run.directory for run in models])
+    speeds = measure_speed([run.directory for run in models])
 
-    page = study.Report(Path("runs", name), f"How much rotation: {name}")
+    page = study.Report(directory, f"How much rotation: {Path(directory).name}")
     page.text(
         "Mean and standard deviation over seeds, which change the initial weights and the order of the data. The "
         "difference to 100 % is paired by seed, with the 95 % interval of Student's t for n pairs: three seeds give a "
         "wide one, and an interval that holds 0 means that this sweep cannot tell the two apart. The logit is the "
         "largest |q.k|/sqrt(head size) of any layer, head and seed. The spike score is the share of steps whose loss "
-        "lies more than 7 standard deviations above the rolling mean of 128 or 1,000 steps. Tokens per second and the "
-        "time in RoPE were measured alone, after the runs.")
+        "lies more than 7 standard deviations above the rolling mean of 128 or 1,000 steps. The training loss is the "
+        "mean of the last 5 % of the steps: of text seen before, where a run sees it more than once. Tokens per second and "
+        "the time in RoPE were measured alone, after the runs.")
     if len(settings) > 1:
         page.heading("Validation loss less that of 100 %, ± 95 % interval")
         labels = list(dict.fromkeys(label for groups in settings.values() for label in groups if label != study.FULL))
@@ -232,11 +308,13 @@ def report(name):
             f"{config['layers']} layers x {config['width']}, {config['heads']} heads of {config['head_size']}, "
             f"{config['block']} block, context {config['context']}, {config['steps']:,} steps of "
             f"{config['batch'] * config['context'] * config['accumulate']:,} tokens, peak learning rate "
-            f"{'of the ladder' if 'lr' in first.arm else format(config['lr'], 'g')}, on {config['data']}, which a run sees {number(first.epochs, 2)} times.")
+            f"{'of the ladder' if 'lr' in first.arm else format(config['lr'], 'g')}, on {config['data']}, which a run "
+            f"sees {number(first.epochs, 2)} times.")
         prefix = setting.replace(", ", "-").replace(" ", "-") + "-" * bool(setting)
         if any(map(ladder_of, ladders[setting].values())):
             rates_table(page, prefix + "rates", ladders[setting])
         equivalence_table(page, prefix + "equivalence", groups)
+        positions_table(page, prefix + "by-position", groups)
         page.table(prefix + "table", HEADER, [row(label, runs, groups, speeds) for label, runs in groups.items()])
         for kind, left, right, caption in FIGURES:
             figure, axes = study.plt.subplots(1, 2, figsize=(11, 4.2))
@@ -252,7 +330,8 @@ def work():
     if not args.report:
         failed, others = train(args, passed)
     if not others:
-        report(args.name)
+        directory = Path("runs", args.name)
+        report(directory, study.read_runs(directory), runner.measure_speed)
     return 1 if failed else 0
 
 

@@ -1,4 +1,7 @@
 """Checks of study.py: its statistics against values by hand, and a run as its directory and as a packed file."""
+import contextlib
+import io
+import itertools
 import json
 import math
 import tempfile
@@ -11,6 +14,7 @@ import length
 import nope
 import runner
 import study
+import sweep
 from study import (POINTS, equivalence, exact_test, first_spike, growth_per_1000, half_point, heads_at_end, holm,
                    largest_stable, largest_z, losses_of, lr_sensitivity, no_difference, pack, paired_difference,
                    read_run, read_runs, seeds_needed, share_interval, t_quantile, t_tail, unpaired_difference)
@@ -141,7 +145,8 @@ def test_length():
         read = length.read(Path(directory, "study"))
         length.pack(read, Path(directory, "study.json"))
         for runs in read, length.read(Path(directory, "study.json")):
-            assert [(run.seed, run.text, run.windows) for run in runs] == [(seed, "novels.bin", 16) for seed in (102, 103)]
+            said = [(run.seed, run.text, run.windows) for run in runs]
+            assert said == [(102, "novels.bin", 16), (103, "novels.bin", 16)], said
             assert runs[0].positions["none"] == {"begin": [0, 4], "end": [4, 8], "loss": [3, 2]}
             # Against the loss at 4 with nothing changed, also where something is: 3.0 - 2.8 and 3.1 - 3.0.
             mean, half, n = length.gains(runs, "yarn", 8)
@@ -150,10 +155,39 @@ def test_length():
             assert abs(length.last_doubling(runs[0]) - 0.2) < 1e-6 and length.lengths_of(runs) == [4, 8]
 
 
+def test_report():
+    """The report of made-up runs: a ladder whose best rate is confirmed by other seeds, two schedules."""
+    with tempfile.TemporaryDirectory() as directory:
+        for steps, rotate, seed, lr in itertools.product((40, 200), ("0.1", "1"), (1, 101, 102), ("0.1", "0.2")):
+            if seed > 100 and lr == "0.1":
+                continue
+            run = Path(directory, f"steps={steps}_rotate={rotate}_lr={lr}_seed={seed}")
+            run.mkdir()
+            loss = 3 + 0.25 * (rotate == "0.1") + 0.5 * (lr == "0.1") + 0.01 * (seed == 102) + 0.125 * (steps == 40)
+            (run / "config.json").write_text(json.dumps(dict(
+                rotary_dim=6, head_size=64, layers=6, width=256, heads=4, block="parallel", context=512, steps=steps,
+                batch=2, accumulate=1, data="wiki", preset="nano")))
+            (run / "summary.json").write_text(f'{{"val_loss": {loss}}}')
+            (run / "log.csv").write_text("step,tokens,loss,lr,grad_norm\n" + "".join(
+                f"{i},{1024 * i},{loss},0.1,1\n" for i in range(1, steps + 1)))
+            (run / "positions.csv").write_text("context,begin,end,windows,loss,stderr\n" + "".join(
+                f"512,{begin},{end},1,{at},0\n" for begin, end, at in (
+                    (8, 32, loss), (32, 64, loss + 0.1), (64, 256, 9 + seed), (256, 512, loss))))
+        with contextlib.redirect_stdout(io.StringIO()) as printed:
+            sweep.report(Path(directory), read_runs(directory), lambda runs: {})
+        lines = printed.getvalue().splitlines()
+        assert Path(directory, "report.html").stat().st_size > 100_000  # its plots are in it
+    assert [line for line in lines if line.startswith("## ")][1:] == ["## steps 40", "## steps 200"]
+    assert "| 10 % | 3.8750 | 3.3750 * | no |" in lines and "| 100 % | 3.5000 | 3.0000 * | no |" in lines, lines
+    rows = [line for line in lines if line.startswith("| 10 % | +0.2500 ± ")]
+    assert len(rows) == 4 and "worse" in rows[0] and rows[1].count("+0.2500") == 2 and "+0.0000" in rows[1], rows
+
+
 if __name__ == "__main__":
     test_statistics()
     test_pack()
     test_states()
     test_failures()
     test_length()
+    test_report()
     print("statistics: as worked out by hand")
