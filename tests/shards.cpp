@@ -259,7 +259,7 @@ TEST_CASE("data: every byte survives encoding and decoding") {
 
 TEST_CASE("data: text becomes shards of documents and comes back") {
   TemporaryDirectory directory;
-  std::string binary;
+  std::string binary(4096, 'a');  // whose first bytes are text, or it would be refused
   for (int i = 0; i < 256; i++) binary += char(i);
   const std::string separator = "<|endoftext|>", line = separator + "\n";
   const std::string one = "first\n" + binary + "\nnot a " + separator + "\n", two = "\n\nsecond " + separator + "\n";
@@ -494,6 +494,13 @@ TEST_CASE("data: archives, UTF-16 and what is no text") {
       CHECK(TextInput::size(directory / "archive") == 13);
       CHECK(text_of_file(read_text_file(directory / "archive")) == "one\ntwo\n#\nthree");
     }
+  // Another encoding, or none. Stray bytes that are no text are kept.
+  std::string latin1, sparse(2000, 'a');
+  for (int i = 0; i < 40; ++i) latin1 += "caf\xE9 au lait, ";
+  for (int i = 0; i < 20; ++i) sparse[97 * i] = i % 2 ? '\0' : '\xE9';
+  CHECK(contains(error_of([&] { text_of_file(latin1); }), "is no UTF-8 text: 40 of its first 560 bytes"));
+  CHECK(contains(error_of([&] { text_of_file(utf16(u"no mark, but text", false)); }), "17 of its first 34 bytes"));
+  CHECK(text_of_file(sparse) == sparse);
   // A .gz in a .tar, and other files that somebody may take for text.
   for (const std::string& begin : {std::string("PAR1\x15"), std::string("%PDF-1.7"), std::string("7z\xBC\xAF\x27\x1C"),
                                    std::string("\xFF\xFE\0\0a\0\0\0", 8), shard_bytes(counting(4))}) {

@@ -4,6 +4,7 @@
 #include <archive_entry.h>
 #include <sys/stat.h>
 
+#include <algorithm>
 #include <cerrno>
 #include <cstdint>
 #include <cstring>
@@ -18,7 +19,7 @@
 
 // Text from a file or, for "-", from standard input. What gzip, bzip2, xz, lzma, zstd or lz4 compressed is unpacked on
 // the way, and the files of a .zip or .tar come one after the other (libarchive). UTF-16 with its mark becomes UTF-8.
-// UserError for what is no text by its first bytes.
+// UserError for what is no text, or not UTF-8, by its first bytes.
 class TextInput {
  public:
   explicit TextInput(const std::string& path)
@@ -55,7 +56,7 @@ class TextInput {
     }
     ready_.clear();
     utf16_ = 0;
-    char first[16];
+    char first[4096];
     size_t n = 0;
     while (const size_t got = n < sizeof first ? read_bytes(first + n, sizeof first - n) : 0) n += got;
     look_at(std::string(first, n));
@@ -120,6 +121,17 @@ class TextInput {
       if (begins(with) && (with != "BZh" || first.find("1AY&SY", 4) == 4))
         throw UserError(name_ + ": is no text but " + what +
                         ", by its first bytes; text is wanted, plain or compressed once");
+    // A stray byte that is no text is text of a kind, and kept; many are another encoding, or a file of another kind.
+    size_t wrong = size_t(std::count(first.begin(), first.end(), '\0'));
+    for (size_t i = 0, bad = 0; i + 4 <= first.size();) {  // the last character may go on behind them
+      const size_t length = utf8_length(first.data(), first.size(), i, bad);
+      wrong += length ? 0 : bad;
+      i += length ? length : bad;
+    }
+    if (wrong >= 8 && 100 * wrong > first.size())
+      throw UserError(name_ + ": is no UTF-8 text: " + std::to_string(wrong) + " of its first " +
+                      std::to_string(first.size()) + " bytes are 0 or in no character; iconv -f ENCODING -t UTF-8 " +
+                      "converts text in another encoding");
     ready_ = first;
   }
 
