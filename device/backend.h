@@ -55,7 +55,7 @@ struct Cpu {
     void* p = std::aligned_alloc(64, padded ? padded : 64);
     if (!p)
       throw UserError("out of memory: could not allocate " + std::to_string(bytes >> 20) +
-                      " MiB; try a smaller --batch");
+                      " MiB; try a smaller --batch or --accumulate");
     std::memset(p, 0, padded);
     return p;
   }

@@ -71,6 +71,7 @@ inline double learning_rate(const Settings& s, int done) {
 inline bool nothing_saved(const std::string& directory) {
   if (!newest_checkpoint(directory).empty()) return false;
   if (std::filesystem::exists(directory + "/config.json")) return true;
+  if (!std::filesystem::is_directory(directory)) return false;
   for (const auto& entry : std::filesystem::directory_iterator(directory))
     if (entry.path().filename() != "lock") return false;
   return true;
@@ -353,8 +354,12 @@ void expect_memory(Config c, int B, const Division& division, size_t available) 
     advice = "; --recompute would take " + human_bytes(needed());
     c.recompute = false;
   }
-  while (B > 1 && needed() > available) --B;
-  if (needed() <= available)
+  int fits = 0, too_many = B;  // by halves: a batch may be a billion
+  while (too_many - fits > 1) {
+    B = fits + (too_many - fits) / 2;
+    (needed() <= available ? fits : too_many) = B;
+  }
+  if (B = fits; B > 0)
     advice += "; --batch " + std::to_string(B) + " fits (with more --accumulate)";
   else
     advice += "; even --batch 1 does not fit: a smaller model or --context is needed";

@@ -124,6 +124,8 @@ refuse "rotary-layers 4,0: up to 4 .* mean 2" $train --rotary-layers 4,0 --rotar
 refuse "rope-frequencies .*wavelengths" $train --rotary-dim 4 --rope-frequencies 6.3
 refuse "rope-scaling yarn:2: must be none" $train --rope-scaling yarn:2
 refuse "no checkpoint" $train --init nothing
+touch runs/file && refuse "run file: runs/file exists" $train --run file --steps 1
+refuse "not enough memory.*--batch [0-9]* fits" $train --run big --batch 99999999
 refuse "hf: exists" "$programs/eval" export --run straight --out hf
 refuse "runs/back: exists" "$programs/eval" import --from hf --run back
 check "a model without a class" $train --run paper --block parallel --steps 1
