@@ -122,6 +122,19 @@ inline RopeAngles rope_angles(int R, int HS, double base, const std::string& rul
   return angles;
 }
 
+// A rule of rope_scale() in its parts, TYPE:x[;y]; without a semicolon y is empty. UserError for what is no number.
+struct RopeScaling {
+  std::string type;
+  std::vector<double> x, y;
+};
+inline RopeScaling rope_scaling_parts(const std::string& rule) {
+  const size_t colon = std::min(rule.find(':'), rule.size()), semicolon = std::min(rule.find(';'), rule.size());
+  RopeScaling parts{rule.substr(0, colon), {}, {}};
+  if (colon < semicolon) parts.x = parse_list("--rope-scaling", rule.substr(colon + 1, semicolon - colon - 1));
+  if (semicolon < rule.size()) parts.y = parse_list("--rope-scaling", rule.substr(semicolon + 1));
+  return parts;
+}
+
 // What published models do to their frequencies to reach further than they were trained, as
 //   none
 //   linear:FACTOR                                 theta / FACTOR: positions as if between those of training
@@ -135,13 +148,10 @@ inline RopeAngles rope_angles(int R, int HS, double base, const std::string& rul
 // Equal to ROPE_INIT_FUNCTIONS of Hugging Face's Transformers.
 inline void rope_scale(RopeAngles& angles, const std::string& scaling, double base, int denominator) {
   if (scaling == "none") return;
-  const size_t colon = std::min(scaling.find(':'), scaling.size()),
-               semicolon = std::min(scaling.find(';'), scaling.size());
-  const std::string type = scaling.substr(0, colon);
-  std::vector<double> x, y;
-  if (colon < semicolon) x = parse_list("--rope-scaling", scaling.substr(colon + 1, semicolon - colon - 1));
-  if (semicolon < scaling.size()) y = parse_list("--rope-scaling", scaling.substr(semicolon + 1));
-  bool positive = semicolon == scaling.size() || (type == "longrope" && y.size() == x.size());
+  const RopeScaling parts = rope_scaling_parts(scaling);
+  const std::string& type = parts.type;
+  const std::vector<double>&x = parts.x, &y = parts.y;
+  bool positive = y.empty() || (type == "longrope" && y.size() == x.size());
   for (const auto* list : {&x, &y})
     for (double v : *list) positive = positive && v > 0;
   const size_t n = positive ? x.size() : 0, pairs = angles.theta.size();

@@ -78,7 +78,7 @@ struct Tile {
 template <int THREADS, int ROWS, int HS>
 __device__ __forceinline__ void load_tile(Tile<ROWS, HS> tile, const bf16* source, size_t stride, int first, int T) {
 #if __CUDA_ARCH__ >= 800
-  // A thread copies the same 16 bytes of every kStep-th row, past the registers and the L1 cache.
+  // A thread copies the same 16 bytes of every kStep-th row.
   constexpr int kChunks = HS / 8, kStep = THREADS / kChunks;
   static_assert(ROWS % kStep == 0);
   const int row = threadIdx.x / kChunks, chunk = threadIdx.x % kChunks;

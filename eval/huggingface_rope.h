@@ -196,12 +196,9 @@ inline void write_rotation(const Family& family, const Config& c, nlohmann::orde
     return;
   }
   const bool phi3 = family.type == "phi3", plain = c.rope_frequencies == "rotary";
-  const std::string &scaling = c.rope_scaling, type = scaling.substr(0, scaling.find(':'));
-  auto list = [&](size_t from, size_t to) {
-    return from < to ? parse_list("--rope-scaling", scaling.substr(from, to - from)) : std::vector<double>();
-  };
-  const size_t semicolon = std::min(scaling.find(';'), scaling.size());
-  const std::vector<double> x = list(type.size() + 1, semicolon), y = list(semicolon + 1, scaling.size());
+  const RopeScaling parts = rope_scaling_parts(c.rope_scaling);
+  const std::string& type = parts.type;
+  const std::vector<double>&x = parts.x, &y = parts.y;
   nlohmann::ordered_json rope = {{"rope_type", "default"}};
   // Phi3's class counts its factors by width / heads, so it refuses them where the head size is another one. Where it
   // is not, they are also a guard: versions that do not know of a fraction refuse lists that are not of HS/2 factors.

@@ -201,10 +201,8 @@ void with_model(const Place& place, const Source& source, int most, int T, Work 
 // Tokens and means
 
 inline std::vector<int> prompt_tokens(const Tokenizer& tokenizer, const std::string& prompt) {
-  std::vector<int> ids;
-  tokenizer.encode(prompt.data(), prompt.size(), ids);
   std::vector<int> tokens = {tokenizer.end_of_text()};  // stands before every document in training
-  tokens.insert(tokens.end(), ids.begin(), ids.end());
+  tokenizer.encode(prompt.data(), prompt.size(), tokens);
   return tokens;
 }
 

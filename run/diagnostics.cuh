@@ -80,8 +80,7 @@ void add_squares(Cpu&, double* sums, const Real* x, int N, int groups, int width
         partial[size_t(chunk) * groups + g] += sum;
       }
   });
-  for (int chunk = 0; chunk < row_chunks(N); ++chunk)
-    for (int g = 0; g < groups; ++g) sums[g] += partial[size_t(chunk) * groups + g];
+  add_row_chunks(sums, partial.data(), N, groups, groups);
 }
 
 // What diagnostics say of a parameter tensor: sums of squares of its gradient (before clipping), of its weights, and of

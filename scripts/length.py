@@ -167,7 +167,7 @@ def read(path):
 
 def pack(runs, path):
     """What read() gave, as a file that it reads: a line for what the configurations share, and one for each run."""
-    shared = {key: value for key, value in runs[0].config.items() if all(run.config[key] == value for run in runs)}
+    shared = study.shared_config(runs)
     lines = [{key: getattr(run, key) for key in ("name", "text", "windows", "ends", "errors", "positions")}
              | {"config": {key: value for key, value in run.config.items() if key not in shared}} for run in runs]
     study.write_lines(path, [shared, *lines])

@@ -103,11 +103,16 @@ POINTS = 60
 KEPT = ["name", "state", "epochs", "initial_loss", "final_loss", "largest_z", "summary", "spikes", "positions"]
 
 
+def shared_config(runs):
+    """What the configurations of all runs have in common."""
+    return {key: value for key, value in runs[0].config.items() if all(run.config[key] == value for run in runs)}
+
+
 def pack(directory, path):
     runs = [run for run in read_runs(directory) if run.state != "unfinished"]
     if not runs:
         raise runner.UserError(f"{directory}: no finished run there")
-    shared = {key: value for key, value in runs[0].config.items() if all(run.config[key] == value for run in runs)}
+    shared = shared_config(runs)
     lines = []
     for run in runs:
         parts = [slice(len(run.log["loss"]) * i // POINTS, len(run.log["loss"]) * (i + 1) // POINTS)
