@@ -119,7 +119,7 @@ void finish(Trainer<Backend, Real>& trainer, const RunLog& log, double val_loss,
 template <class Backend, class Real>
 int train(Backend& be, Comm<Backend>& comm, Run& run) {
   const Settings& s = run.s;
-  const int val_every = s.val_every ? s.val_every : std::max(1, s.steps / 8);
+  const int val_every = s.val_every ? s.val_every : std::max(1, s.steps / 4);
   const int checkpoint_every = s.checkpoint_every ? s.checkpoint_every : std::max(1, s.steps / 4);
   const bool terminal = isatty(STDOUT_FILENO);
   const std::string resume = program + " --run " + s.run + " --resume";

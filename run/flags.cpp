@@ -111,10 +111,10 @@ void add_run_flags(Flags& f, Settings& s) {
   f.add("run", s.run, "the run's files go to runs/NAME; default: the preset's name, numbered");
   f.add("device", s.device, "auto, cpu or cuda")->type_name("auto|cpu|cuda");
   f.add("dtype", s.dtype, "auto, fp32 or bf16 (cuda only)")->type_name("auto|fp32|bf16");
-  f.add("val-every", s.val_every, "steps between validations; 0: eight in a run");
+  f.add("val-every", s.val_every, "steps between validations; 0: four in a run");
   f.add("val-tokens", s.val_tokens, "tokens of a validation");
   f.add("sample-every", s.sample_every, "steps between samples of text; 0: none");
-  f.add("checkpoint-every", s.checkpoint_every, "steps between checkpoints; 0: eight in a run");
+  f.add("checkpoint-every", s.checkpoint_every, "steps between checkpoints; 0: four in a run");
   f.add("diagnostics-every", s.diagnostics_every, "steps between rows of layers.csv and tensors.csv; 0: none");
   f.add("threads", s.threads, "CPU threads; 0: all cores");
   f.add("recompute", s.model.recompute, "less memory: make cheap activations again in the backward pass");

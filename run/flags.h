@@ -32,7 +32,7 @@ struct Settings {
   std::string preset = "nano", data = "data/stories/train_*.bin", val, run, init, device = "auto",
               dtype = "auto";
   int val_every = 0, val_tokens = 65536, sample_every = 0,
-      checkpoint_every = 0;  // 0: eight validations, no samples, four checkpoints
+      checkpoint_every = 0;  // 0: four validations, no samples, four checkpoints
   int threads = 0;                                                                // 0: all cores
   int diagnostics_every = 0;  // 0: never
   int replay_step = -1;       // -1: train
