@@ -248,9 +248,11 @@ def rate_text(rate):
 
 def failures_table(counts, lrs):
     """Header and rows, from what failures() gave: how many failed, at which rate half do, and the test against NoPE."""
-    nope = study.rotation_label(0)
-    against = {label: study.exact_test(*zip(*of.values()), *zip(*counts[nope].values())) for label, of in counts.items()
-               if label != nope and list(of) == list(counts.get(nope, []))}  # trained at the same rates
+    nope, against = study.rotation_label(0), {}
+    for label, of in counts.items():
+        both = [lr for lr in of if lr in counts.get(nope, {})]  # rates at which both were trained
+        if label != nope and both:
+            against[label] = study.exact_test(*zip(*(of[lr] for lr in both)), *zip(*(counts[nope][lr] for lr in both)))
     corrected = dict(zip(against, study.holm(list(against.values()))))
     rows = []
     for label, of in counts.items():

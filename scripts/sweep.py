@@ -52,7 +52,7 @@ def parse(argv):
     add("fractions", items("0,2,0.1,0.25,0.5,0.75,1"),
         "shares of the head, up to 1; above 1 numbers of channels (default 0,2,0.1,0.25,0.5,0.75,1)", items)
     add("lrs", None, "peak learning rates: first a ladder of them", items)
-    add("seeds", 3, "seeds 1 to N (default 3)")
+    add("seeds", 3, "seeds 1 to N (default 3); 0 with one of --lrs: no ladder, it is the best rate of another study")
     add("confirm", 8, "with --lrs: new seeds at each arm's best rate (default 8)")
     add("steps", ["1000"], "steps of a run (default 1000); of several, each warms up over a tenth", items)
     add("preset", None, "presets of train", items)
@@ -145,7 +145,7 @@ def train(args, passed):
         rotate, _, other = arm.partition(":")
         losses = ladder_of([run for run in runs if setting_of(run) == setting and run.arm["rotate"] == rotate and
                             run.arm.get("with", "") == other])
-        return [min(losses, key=losses.get)] if losses else []
+        return [min(losses, key=losses.get)] if losses else args.lrs if len(args.lrs) == 1 else []
 
     seeds = range(FIRST_CONFIRMING_SEED, FIRST_CONFIRMING_SEED + args.confirm)
     more_failed, others = train_all(jobs_of(args, passed, best, seeds))

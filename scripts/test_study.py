@@ -119,6 +119,22 @@ def test_failures():
     assert full[1:3] == ["2 of 2", "0 of 2"] and none[1:3] == ["0 of 2", "2 of 2"], (full, none)
     assert none[3].startswith("0.0014 "), none
     assert header[-1] == "p against NoPE" and full[-1] == "1" and none[-1] == "-"
+    # An arm at one of NoPE's rates only is tested there: of 2 failures in 2 and 2 runs none is its, or all, 1/6 each.
+    arms["another"] = {2e-3: runs(1.0, 1.0)}
+    another = nope.failures_table(nope.failures({"a model": arms}), [1e-3, 2e-3])[1][2]
+    assert another[1:3] == ["-", "0 of 2"] and another[-1] == "0.67", another  # twice 1/3, by Holm
+
+
+def test_one_rate():
+    """A sweep at one rate, without a ladder, trains the seeds that confirm at it."""
+    args, passed = sweep.parse("--name no-such --lrs 0.004 --seeds 0 --confirm 2 --fractions 0.1,1".split())
+    trained, runner_train_all = [], runner.train_all
+    runner.train_all = lambda jobs, *_: (trained.extend(job.run for job in jobs), ([], False))[1]
+    try:
+        sweep.train(args, passed)
+    finally:
+        runner.train_all = runner_train_all
+    assert trained == [f"no-such/rotate={rotate}_lr=0.004_seed={seed}" for seed in (101, 102) for rotate in ("0.1", "1")]
 
 
 def test_length():
@@ -188,6 +204,7 @@ if __name__ == "__main__":
     test_pack()
     test_states()
     test_failures()
+    test_one_rate()
     test_length()
     test_report()
     print("statistics: as worked out by hand")
