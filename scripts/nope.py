@@ -344,7 +344,8 @@ def report(name):
         "rate that is best for 100 %. The rate at which half the seeds fail is interpolated between the rates, on a "
         "logarithmic scale; its 95 % interval supposes only that a higher rate makes no fewer fail, and is exact: "
         "it begins at the last rate, going up, whose share of failures has an interval below one half, and ends at "
-        "the last, going down, whose share has one above it. Shares have exact intervals (Clopper and Pearson). The "
+        "the last, going down, whose share has one above it; rates with fewer than six runs cannot show that. Shares "
+        "have exact intervals (Clopper and Pearson). The "
         "last column: the exact test of the failures against those of NoPE, rate by rate where both were trained, "
         "corrected over the arms by Holm's method.")
     judged = {key: arms for key, arms in groups.items() if FULL in arms}

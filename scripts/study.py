@@ -317,7 +317,8 @@ def half_point(doses, counts, n):
     The estimate: shares that fall as the dose rises are averaged (isotonic regression), and half is looked for between
     them on a logarithmic scale. The 95 % interval supposes no curve and is exact. It begins at the last dose, going up,
     whose share has an exact interval below one half, and ends at the last, going down, whose share has one above it. An
-    end is wrong only if the first dose beyond the true one shows so, in 2.5 % of cases at most.
+    end is wrong only if the first dose beyond the true one shows so, in 2.5 % of cases at most. Doses with so few runs
+    (up to five) that not even the same end of all of them would show anything are passed over.
     """
     m, logs = len(doses), np.log(doses)
     shares = [max(min(sum(counts[j:k + 1]) / sum(n[j:k + 1]) for k in range(i, m)) for j in range(i + 1))
@@ -329,10 +330,18 @@ def half_point(doses, counts, n):
         estimate = math.inf if below else 0.0
     else:
         estimate = math.exp(np.interp(0.5, shares[below - 1:below + 1], logs[below - 1:below + 1]))
-    intervals = [share_interval(*seen) for seen in zip(counts, n)]
-    fewer = next((i for i, (_, upper) in enumerate(intervals) if upper >= 0.5), m)
-    more = next((i for i, (lower, _) in enumerate(intervals[::-1]) if lower <= 0.5), m)
-    return estimate, doses[fewer - 1] if fewer else 0.0, doses[-more] if more else math.inf
+    shown = [(dose, *share_interval(count, size)) for dose, count, size in zip(doses, counts, n)
+             if share_interval(0, size)[1] < 0.5]
+    low, high = 0.0, math.inf
+    for dose, _, upper in shown:
+        if upper >= 0.5:
+            break
+        low = dose
+    for dose, lower, _ in shown[::-1]:
+        if lower <= 0.5:
+            break
+        high = dose
+    return estimate, low, high
 
 
 def exact_test(counts, n, other_counts, other_n):

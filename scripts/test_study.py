@@ -75,6 +75,9 @@ def test_statistics():
     assert np.allclose(half_point(rates, [0, 0, 2, 8, 8], n), (5 * 1.2 ** (1 / 3), 4, 6))
     assert np.allclose(half_point(rates, [0, 1, 4, 7, 8], n), (5, 3, 7))
     assert np.allclose(half_point(rates, [0, 0, 5, 3, 8], n), (30 ** 0.5, 4, 7))  # 5 and 3 count as 4 and 4
+    # Five of five at the last one would show nothing (0.5^5 > 0.025), so it does not keep 6 from being the end.
+    assert half_point(rates, [0, 0, 2, 8, 5], [8, 8, 8, 8, 5])[1:] == (4, 6)
+    assert half_point(rates, [0, 0, 2, 8, 3], [8, 8, 8, 8, 6])[1:] == (4, math.inf)
     assert half_point(rates, [8] * 5, n) == (0, 0, 3) and half_point(rates, [1] * 5, n) == (math.inf, 0, math.inf)
     near(lr_sensitivity([3.0, 2.0, 2.5], 5.0), 0.5)
     near(lr_sensitivity([2.0, math.inf, math.nan, 7.0], 5.0), (2 + 3 * 5) / 4 - 2)
