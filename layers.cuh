@@ -7,6 +7,7 @@
 #include "device/backend.h"
 #include "device/gemm.cuh"
 #include "device/matmul.cuh"
+#include "rope.cuh"
 
 enum class NormKind { rms, layer };
 enum class GeluKind { exact, tanh };
@@ -100,6 +101,27 @@ void norm_backward(Cpu&, NormKind kind, Real* dx, Acc<Real>* dweight, Acc<Real>*
   if (layer) add_row_chunks(dbias, partial.data() + C, N, C, 2 * C);
 }
 
+// Two norms of the same x, as in the parallel block: out1 and out2 (N, C) by their own weights and biases (C). mean and
+// rstd (N) are the same for both.
+template <class Real>
+void norm_pair_forward(Cpu& be, NormKind kind, Real* out1, Real* out2, Acc<Real>* mean, Acc<Real>* rstd, const Real* x,
+                       const Real* weight1, const Real* bias1, const Real* weight2, const Real* bias2, int N, int C,
+                       double eps) {
+  norm_forward(be, kind, out1, mean, rstd, x, weight1, bias1, N, C, eps);
+  norm_forward(be, kind, out2, mean, rstd, x, weight2, bias2, N, C, eps);
+}
+
+// dx (N, C) = dresidual + the gradient through both norms, from dout1 and dout2 (N, C); dweight and dbias (C) of each
+// accumulate. dx may be dresidual. The two may share a weight.
+template <class Real>
+void norm_pair_backward(Cpu& be, NormKind kind, Real* dx, Acc<Real>* dweight1, Acc<Real>* dbias1, Acc<Real>* dweight2,
+                        Acc<Real>* dbias2, const Real* dresidual, const Real* dout1, const Real* dout2, const Real* x,
+                        const Acc<Real>* mean, const Acc<Real>* rstd, const Real* weight1, const Real* weight2, int N,
+                        int C) {
+  norm_backward(be, kind, dx, dweight2, dbias2, dresidual, dout2, x, mean, rstd, weight2, N, C);
+  norm_backward(be, kind, dx, dweight1, dbias1, (const Real*)dx, dout1, x, mean, rstd, weight1, N, C);
+}
+
 // out (N, OC) = inp (N, IC) weight^T + bias; weight (OC, IC), bias (OC) or nullptr. torch.nn.functional.linear.
 template <class Real>
 void linear_forward(Cpu&, Real* out, const Real* inp, const Real* weight, const Real* bias, int N, int IC, int OC) {
@@ -119,15 +141,16 @@ void linear_residual_forward(Cpu&, Real* out, const Real* residual, const Real* 
   matmul(out, residual, OC, row_major(inp, IC), transposed(weight, IC), N, OC, IC);
 }
 
-// dinp (N, IC) = dout (N, OC) weight;  dweight (OC, IC) += dout^T inp;  dbias (OC) += column sums of dout.
+// dinp (N, IC) = dout (N, OC) weight;  dweight (OC, IC) += dout^T inp;  dbias (OC) += column sums of dout. With `first`,
+// dweight is assigned, whatever it held.
 // Errors: products as matmul.cuh says; dbias by kSumChunk u at most of the sum of |dout|.
 template <class Real>
 void linear_backward(Cpu&, Real* dinp, Acc<Real>* dweight, Acc<Real>* dbias, const Real* dout, const Real* inp,
-                     const Real* weight, int N, int IC, int OC) {
+                     const Real* weight, int N, int IC, int OC, bool first = false) {
   // Forward, out[n][o] = sum_i inp[n][i] weight[o][i] + bias[o]. Each factor's gradient is dout times the other factor,
   // summed over the index that it does not have: inp's over o, the weight's over n; so is the bias's, times 1.
   matmul<Real>(dinp, nullptr, 0, row_major(dout, OC), row_major(weight, IC), N, IC, OC);
-  matmul<Real>(dweight, dweight, IC, transposed(dout, OC), row_major(inp, IC), OC, IC, N);
+  matmul<Real>(dweight, first ? nullptr : dweight, IC, transposed(dout, OC), row_major(inp, IC), OC, IC, N);
   if (!dbias) return;
   std::vector<Acc<Real>> partial(size_t(row_chunks(N)) * OC);  // (chunks, OC)
   for_row_chunks(N, [&](int chunk, int begin, int end) {
@@ -174,6 +197,27 @@ void swiglu_backward(Cpu&, Real* dgate_up, const Real* dout, const Real* gate_up
       dup[f] = d[f] * silu;
     }
   }
+}
+
+// Backward through SwiGLU and the linear layer behind it, out (N, C) = swiglu(gate_up) weight (C, F)^T [+ bias]:
+// dgate_up (N, 2F) from dout (N, C), and dweight, dbias as in linear_backward(). act (N, F) is swiglu(gate_up), dact (N, F)
+// room for its gradient, which may not be made.
+template <class Real>
+void linear_swiglu_backward(Cpu& be, Real* dgate_up, Real* dact, Acc<Real>* dweight, Acc<Real>* dbias, const Real* dout,
+                            const Real* act, const Real* gate_up, const Real* weight, int N, int F, int C,
+                            bool first = false) {
+  linear_backward(be, dact, dweight, dbias, dout, act, weight, N, F, C, first);
+  swiglu_backward(be, dgate_up, dact, gate_up, N, F);
+}
+
+// A linear layer and RoPE at once: the rows of qkv (B, T, NH + 2*NKV, HS) from position s.first on are inp weight^T
+// [+ bias], weight (., C), then their queries and keys are turned. inp has those rows only; with s.first > 0, B is 1.
+template <class Real>
+void linear_rope_forward(Cpu& be, Real* qkv, const Real* inp, const Real* weight, const Real* bias,
+                         const RopeTable& table, RopeShape s, int C) {
+  const int width = (s.NH + 2 * s.NKV) * s.HS;
+  linear_forward(be, qkv + size_t(s.first) * width, inp, weight, bias, s.B * (s.T - s.first), C, width);
+  rope_forward(be, qkv, table, s);
 }
 
 // 2u of GELU's tanh form below, and its derivative.
@@ -389,12 +433,13 @@ void embedding_backward(Cuda& be, Acc<Real>* dweight, const Real* dx, const int*
 
 constexpr int kNormWarps = 8;
 
-// A warp normalises one row, and reads it up to three times: from memory once, then from the L1 cache.
+// A warp normalises one row, and reads it up to three times: from memory once, then from the L1 cache. With PAIR two
+// norms of it are made.
 // Errors: a lane adds up C / 32 squares, then 32 lanes meet: so rstd is off by (C / 64 + 8) u at most, relatively.
-template <class Real, int W, NormKind KIND>
+template <class Real, int W, NormKind KIND, bool PAIR>
 __global__ void __launch_bounds__(kNormWarps * 32)
-    norm_forward_kernel(Real* out, float* mean, float* rstd, const Real* x, const Real* weight, const Real* bias, int N,
-                        int C, float eps) {
+    norm_forward_kernel(Real* out, Real* out2, float* mean, float* rstd, const Real* x, const Real* weight,
+                        const Real* bias, const Real* weight2, const Real* bias2, int N, int C, float eps) {
   const size_t n = blockIdx.x * size_t(kNormWarps) + threadIdx.x / 32;
   if (n >= N) return;
   const int start = threadIdx.x % 32 * W;
@@ -422,38 +467,59 @@ __global__ void __launch_bounds__(kNormWarps * 32)
 #pragma unroll 4
   for (int c = start; c < C; c += 32 * W) {
     load<W>(v, row + c);
-    load<W>(w, weight + c);
-    if (KIND == NormKind::layer) load<W>(b, bias + c);
 #pragma unroll
-    for (int k = 0; k < W; ++k) v[k] = KIND == NormKind::layer ? (v[k] - m) * r * w[k] + b[k] : v[k] * r * w[k];
-    store<W>(out + n * C + c, v);
+    for (int which = 0; which < (PAIR ? 2 : 1); ++which) {
+      load<W>(w, (which ? weight2 : weight) + c);
+      if (KIND == NormKind::layer) load<W>(b, (which ? bias2 : bias) + c);
+      float y[W];
+#pragma unroll
+      for (int k = 0; k < W; ++k) y[k] = KIND == NormKind::layer ? (v[k] - m) * r * w[k] + b[k] : v[k] * r * w[k];
+      store<W>((which ? out2 : out) + n * C + c, y);
+    }
   }
 }
 
+template <bool PAIR, class Real>
+void start_norm_forward(Cuda& be, NormKind kind, Real* out, Real* out2, float* mean, float* rstd, const Real* x,
+                        const Real* weight, const Real* bias, const Real* weight2, const Real* bias2, int N, int C,
+                        double eps) {
+  with_width<kWide<Real>>(wide(C, out, out2, x, weight, bias, weight2, bias2), [&](auto W) {
+    launch(be, "norm_forward",
+           kind == NormKind::rms ? norm_forward_kernel<Real, W(), NormKind::rms, PAIR>
+                                 : norm_forward_kernel<Real, W(), NormKind::layer, PAIR>,
+           divide_up(N, kNormWarps), kNormWarps * 32, 0, out, out2, mean, rstd, x, weight, bias, weight2, bias2, N, C,
+           float(eps));
+  });
+}
 template <class Real>
 void norm_forward(Cuda& be, NormKind kind, Real* out, Acc<Real>* mean, Acc<Real>* rstd, const Real* x,
                   const Real* weight, const Real* bias, int N, int C, double eps) {
-  with_width<kWide<Real>>(wide(C, out, x, weight, bias), [&](auto W) {
-    launch(be, "norm_forward",
-           kind == NormKind::rms ? norm_forward_kernel<Real, W(), NormKind::rms>
-                                 : norm_forward_kernel<Real, W(), NormKind::layer>,
-           divide_up(N, kNormWarps), kNormWarps * 32, 0, out, mean, rstd, x, weight, bias, N, C, float(eps));
-  });
+  const Real* none = nullptr;
+  start_norm_forward<false>(be, kind, out, (Real*)nullptr, mean, rstd, x, weight, bias, none, none, N, C, eps);
+}
+template <class Real>
+void norm_pair_forward(Cuda& be, NormKind kind, Real* out1, Real* out2, Acc<Real>* mean, Acc<Real>* rstd, const Real* x,
+                       const Real* weight1, const Real* bias1, const Real* weight2, const Real* bias2, int N, int C,
+                       double eps) {
+  start_norm_forward<true>(be, kind, out1, out2, mean, rstd, x, weight1, bias1, weight2, bias2, N, C, eps);
 }
 
 // A warp works through many rows. Its sums for dweight (and dbias) lie in shared memory, (warps, C) of each, where a
-// lane only ever touches its own columns; at the end the block adds the warps up to one row of partial (blocks, 1 or 2,
-// C). Errors, of the sums of the terms' sizes: the two means by (C / 32 + 8) u at most; dweight and dbias by
+// lane only ever touches its own columns; at the end the block adds the warps up to one row of partial (blocks, sums, C),
+// sums being dweight, dbias of a LayerNorm, and with PAIR those of the second norm. Errors, of the sums of the terms' sizes: the two means by (C / 32 + 8) u at most; dweight and dbias by
 // (k + 80) u, k being the rows of a warp: with 800 blocks of 8 warps 11, where N is 65,536.
-template <class Real, int W, NormKind KIND>
-__global__ void norm_backward_kernel(Real* dx, float* partial, const Real* dresidual, const Real* dout, const Real* x,
-                                     const float* mean, const float* rstd, const Real* weight, int N, int C) {
+HOST_DEVICE constexpr int norm_sums(NormKind kind, bool pair) { return (kind == NormKind::layer ? 2 : 1) * (pair ? 2 : 1); }
+
+template <class Real, int W, NormKind KIND, bool PAIR>
+__global__ void norm_backward_kernel(Real* dx, float* partial, const Real* dresidual, const Real* dout,
+                                     const Real* dout2, const Real* x, const float* mean, const float* rstd,
+                                     const Real* weight, const Real* weight2, int N, int C) {
   extern __shared__ float4 shared_sums[];
   constexpr bool layer = KIND == NormKind::layer;
+  constexpr int kSums = norm_sums(KIND, PAIR);
   const int warp = threadIdx.x / 32, warps = blockDim.x / 32, start = threadIdx.x % 32 * W;
-  float* sums = reinterpret_cast<float*>(shared_sums);  // (dweight or dbias, warps, C)
-  float *dw = sums + size_t(warp) * C, *db = dw + size_t(warps) * C;
-  for (int i = threadIdx.x; i < (layer ? 2 : 1) * warps * C; i += blockDim.x) sums[i] = 0;
+  float* sums = reinterpret_cast<float*>(shared_sums);  // (kSums, warps, C)
+  for (int i = threadIdx.x; i < kSums * warps * C; i += blockDim.x) sums[i] = 0;
   __syncthreads();
   for (int n = blockIdx.x * warps + warp; n < N; n += gridDim.x * warps) {
     // Forward, out = xhat weight + bias with xhat = (x - mean) rstd, so g = dout weight is the gradient of xhat.
@@ -463,18 +529,23 @@ __global__ void norm_backward_kernel(Real* dx, float* partial, const Real* dresi
 #pragma unroll 4
     for (int c = start; c < C; c += 32 * W) {
       load<W>(v, x + at + c);
-      load<W>(d, dout + at + c);
-      load<W>(w, weight + c);
-      float add[W];
+      float* sum = sums + size_t(warp) * C + c;
 #pragma unroll
-      for (int k = 0; k < W; ++k) {
-        const float xhat = (v[k] - m) * r, g = d[k] * w[k];
-        if (layer) g_mean += g;
-        gx_mean += g * xhat;
-        add[k] = d[k] * xhat;
+      for (int which = 0; which < (PAIR ? 2 : 1); ++which) {
+        load<W>(d, (which ? dout2 : dout) + at + c);
+        load<W>(w, (which ? weight2 : weight) + c);
+        float add[W];
+#pragma unroll
+        for (int k = 0; k < W; ++k) {
+          const float xhat = (v[k] - m) * r, g = d[k] * w[k];
+          if (layer) g_mean += g;
+          gx_mean += g * xhat;
+          add[k] = d[k] * xhat;
+        }
+        add_to<W>(sum, add);
+        sum += size_t(warps) * C;
+        if (layer) add_to<W>(sum, d), sum += size_t(warps) * C;
       }
-      add_to<W>(dw + c, add);
-      if (layer) add_to<W>(db + c, d);
     }
     g_mean = layer ? warp_sum(g_mean) / C : 0;
     gx_mean = warp_sum(gx_mean) / C;
@@ -482,45 +553,147 @@ __global__ void norm_backward_kernel(Real* dx, float* partial, const Real* dresi
     // cache: registers would hold it only if C were a constant.
 #pragma unroll 4
     for (int c = start; c < C; c += 32 * W) {
-      float past[W] = {};
+      float past[W] = {}, g[W] = {};
       load<W>(v, x + at + c);
-      load<W>(d, dout + at + c);
-      load<W>(w, weight + c);
+#pragma unroll
+      for (int which = 0; which < (PAIR ? 2 : 1); ++which) {
+        load<W>(d, (which ? dout2 : dout) + at + c);
+        load<W>(w, (which ? weight2 : weight) + c);
+#pragma unroll
+        for (int k = 0; k < W; ++k) g[k] += d[k] * w[k];
+      }
       if (dresidual) load<W>(past, dresidual + at + c);
 #pragma unroll
-      for (int k = 0; k < W; ++k) past[k] += r * (d[k] * w[k] - g_mean - (v[k] - m) * r * gx_mean);
+      for (int k = 0; k < W; ++k) past[k] += r * (g[k] - g_mean - (v[k] - m) * r * gx_mean);
       store<W>(dx + at + c, past);
     }
   }
   __syncthreads();
   // Always in the order of warps here and of blocks in add_rows(): no atomic addition, so the bits are always the same.
-  for (int i = threadIdx.x; i < (layer ? 2 : 1) * C; i += blockDim.x) {
+  for (int i = threadIdx.x; i < kSums * C; i += blockDim.x) {
     float sum = 0;
     for (int w = 0; w < warps; ++w) sum += sums[(size_t(i / C) * warps + w) * C + i % C];
-    partial[size_t(blockIdx.x) * (layer ? 2 : 1) * C + i] = sum;
+    partial[size_t(blockIdx.x) * kSums * C + i] = sum;
   }
 }
 
-template <class Real>
-void norm_backward(Cuda& be, NormKind kind, Real* dx, Acc<Real>* dweight, Acc<Real>* dbias, const Real* dresidual,
-                   const Real* dout, const Real* x, const Acc<Real>* mean, const Acc<Real>* rstd, const Real* weight,
-                   int N, int C) {
-  const int sums = kind == NormKind::rms ? 1 : 2;
+// The same for rows of which a lane holds at most 2 vectors: everything stays in registers, the sums for dweight and dbias
+// too, which meet in shared memory, (warps, C), at the end. Errors: dweight and dbias with 264 blocks, k = 31.
+template <class Real, int W, NormKind KIND, bool PAIR, int VECTORS>
+__global__ void __launch_bounds__(kNormWarps * 32)
+    norm_backward_narrow_kernel(Real* dx, float* partial, const Real* dresidual, const Real* dout, const Real* dout2,
+                                const Real* x, const float* mean, const float* rstd, const Real* weight,
+                                const Real* weight2, int N, int C) {
+  extern __shared__ float4 shared_sums[];
+  constexpr bool layer = KIND == NormKind::layer;
+  constexpr int kSums = norm_sums(KIND, PAIR), kNorms = PAIR ? 2 : 1;
+  const int warp = threadIdx.x / 32, start = threadIdx.x % 32 * W;
+  float sums[kSums][VECTORS][W] = {};
+  for (int n = blockIdx.x * kNormWarps + warp; n < N; n += gridDim.x * kNormWarps) {
+    const size_t at = size_t(n) * C;
+    const float m = layer ? mean[n] : 0, r = rstd[n];
+    float xhat[VECTORS][W] = {}, g[VECTORS][W] = {}, past[VECTORS][W] = {}, d[W], w[W], g_mean = 0, gx_mean = 0;
+#pragma unroll
+    for (int p = 0; p < VECTORS; ++p) {
+      const int c = start + p * 32 * W;
+      if (c >= C) continue;
+      load<W>(xhat[p], x + at + c);
+      if (dresidual) load<W>(past[p], dresidual + at + c);
+#pragma unroll
+      for (int k = 0; k < W; ++k) xhat[p][k] = (xhat[p][k] - m) * r;
+#pragma unroll
+      for (int which = 0; which < kNorms; ++which) {
+        load<W>(d, (which ? dout2 : dout) + at + c);
+        load<W>(w, (which ? weight2 : weight) + c);
+#pragma unroll
+        for (int k = 0; k < W; ++k) {
+          g[p][k] += d[k] * w[k];
+          sums[which * (kSums / kNorms)][p][k] += d[k] * xhat[p][k];
+          if (layer) sums[which * (kSums / kNorms) + (layer ? 1 : 0)][p][k] += d[k];
+        }
+      }
+#pragma unroll
+      for (int k = 0; k < W; ++k) gx_mean += g[p][k] * xhat[p][k], g_mean += g[p][k];
+    }
+    g_mean = layer ? warp_sum(g_mean) / C : 0;
+    gx_mean = warp_sum(gx_mean) / C;
+#pragma unroll
+    for (int p = 0; p < VECTORS; ++p) {
+      const int c = start + p * 32 * W;
+      if (c >= C) continue;
+#pragma unroll
+      for (int k = 0; k < W; ++k) past[p][k] += r * (g[p][k] - g_mean - xhat[p][k] * gx_mean);
+      store<W>(dx + at + c, past[p]);
+    }
+  }
+  float* shared = reinterpret_cast<float*>(shared_sums);
+#pragma unroll
+  for (int s = 0; s < kSums; ++s) {
+    __syncthreads();
+#pragma unroll
+    for (int p = 0; p < VECTORS; ++p)
+      if (start + p * 32 * W < C) store<W>(shared + warp * C + start + p * 32 * W, sums[s][p]);
+    __syncthreads();
+    for (int c = threadIdx.x; c < C; c += kNormWarps * 32) {
+      float sum = 0;
+      for (int i = 0; i < kNormWarps; ++i) sum += shared[i * C + c];
+      partial[(size_t(blockIdx.x) * kSums + s) * C + c] = sum;
+    }
+  }
+}
+
+// dsums: where each of the kernel's sums goes.
+template <bool PAIR, class Real>
+void start_norm_backward(Cuda& be, NormKind kind, Real* dx, const std::vector<float*>& dsums, const Real* dresidual,
+                         const Real* dout, const Real* dout2, const Real* x, const float* mean, const float* rstd,
+                         const Real* weight, const Real* weight2, int N, int C) {
+  const int sums = norm_sums(kind, PAIR);
+  float* partial = static_cast<float*>(be.workspace);
+  if (constexpr int W = kWide<Real>; C <= 2 * 32 * W && wide(C, dx, dresidual, dout, dout2, x, weight, weight2)) {
+    const int blocks = int(std::min<size_t>(2 * be.multiprocessors, divide_up(N, kNormWarps)));
+    auto start = [&](auto* kernel) {
+      launch(be, "norm_backward", kernel, blocks, kNormWarps * 32, kNormWarps * C * sizeof(float), dx, partial,
+             dresidual, dout, dout2, x, mean, rstd, weight, weight2, N, C);
+    };
+    if (kind == NormKind::rms)
+      start(C <= 32 * W ? norm_backward_narrow_kernel<Real, W, NormKind::rms, PAIR, 1>
+                        : norm_backward_narrow_kernel<Real, W, NormKind::rms, PAIR, 2>);
+    else
+      start(C <= 32 * W ? norm_backward_narrow_kernel<Real, W, NormKind::layer, PAIR, 1>
+                        : norm_backward_narrow_kernel<Real, W, NormKind::layer, PAIR, 2>);
+    for (int i = 0; i < sums; ++i) add_rows(be, dsums[i], partial + size_t(i) * C, blocks, C, sums * C);
+    return;
+  }
   const size_t bytes = size_t(sums) * C * sizeof(float);  // per warp
   const int warps = int(std::min<size_t>(kNormWarps, be.shared_bytes / bytes));
   if (warps == 0)
     throw UserError("--width " + std::to_string(C) + ": too wide for the norms on this GPU; use --device cpu");
   const int per_multiprocessor = kind == NormKind::rms && C <= 1024 ? 4 : 6;  // found by measurement on an H200
-  const int blocks = int(std::min<size_t>(per_multiprocessor * be.multiprocessors, divide_up(N, warps)));
-  float* partial = static_cast<float*>(be.workspace);
-  with_width<kWide<Real>>(wide(C, dx, dresidual, dout, x, weight), [&](auto W) {
+  const int blocks = int(std::min({size_t(per_multiprocessor * be.multiprocessors), divide_up(N, warps),
+                                   Cuda::kWorkspaceBytes / bytes}));
+  with_width<kWide<Real>>(wide(C, dx, dresidual, dout, dout2, x, weight, weight2), [&](auto W) {
     launch(be, "norm_backward",
-           kind == NormKind::rms ? norm_backward_kernel<Real, W(), NormKind::rms>
-                                 : norm_backward_kernel<Real, W(), NormKind::layer>,
-           blocks, warps * 32, warps * bytes, dx, partial, dresidual, dout, x, mean, rstd, weight, N, C);
+           kind == NormKind::rms ? norm_backward_kernel<Real, W(), NormKind::rms, PAIR>
+                                 : norm_backward_kernel<Real, W(), NormKind::layer, PAIR>,
+           blocks, warps * 32, warps * bytes, dx, partial, dresidual, dout, dout2, x, mean, rstd, weight, weight2, N, C);
   });
-  add_rows(be, dweight, partial, blocks, C, sums * C);
-  if (kind == NormKind::layer) add_rows(be, dbias, partial + C, blocks, C, sums * C);
+  for (int i = 0; i < sums; ++i) add_rows(be, dsums[i], partial + size_t(i) * C, blocks, C, sums * C);
+}
+template <class Real>
+void norm_backward(Cuda& be, NormKind kind, Real* dx, Acc<Real>* dweight, Acc<Real>* dbias, const Real* dresidual,
+                   const Real* dout, const Real* x, const Acc<Real>* mean, const Acc<Real>* rstd, const Real* weight,
+                   int N, int C) {
+  const Real* none = nullptr;
+  start_norm_backward<false>(be, kind, dx, {dweight, dbias}, dresidual, dout, none, x, mean, rstd, weight, none, N, C);
+}
+template <class Real>
+void norm_pair_backward(Cuda& be, NormKind kind, Real* dx, Acc<Real>* dweight1, Acc<Real>* dbias1, Acc<Real>* dweight2,
+                        Acc<Real>* dbias2, const Real* dresidual, const Real* dout1, const Real* dout2, const Real* x,
+                        const Acc<Real>* mean, const Acc<Real>* rstd, const Real* weight1, const Real* weight2, int N,
+                        int C) {
+  std::vector<float*> dsums = {dweight1, dweight2};
+  if (kind == NormKind::layer) dsums = {dweight1, dbias1, dweight2, dbias2};
+  start_norm_backward<true>(be, kind, dx, dsums, dresidual, dout1, dout2, x, mean, rstd, weight1, weight2, N, C);
 }
 
 template <class Real>
@@ -551,17 +724,29 @@ __global__ void __launch_bounds__(256) bias_backward_kernel(float* partial, cons
   partial[size_t(blockIdx.y) * OC + c] = sum;
 }
 
+// What linear_backward() gives besides dinp.
 template <class Real>
-void linear_backward(Cuda& be, Real* dinp, Acc<Real>* dweight, Acc<Real>* dbias, const Real* dout, const Real* inp,
-                     const Real* weight, int N, int IC, int OC) {
-  multiply(be, Product<Real>{dinp, nullptr, nullptr, IC, N, OC, false, false}, weight, dout);
-  multiply(be, Product<Acc<Real>>{dweight, dweight, nullptr, IC, OC, N, false, true}, inp, dout);
+void linear_backward_parameters(Cuda& be, Acc<Real>* dweight, Acc<Real>* dbias, const Real* dout, const Real* inp,
+                                int N, int IC, int OC, bool first = false) {
+  multiply(be, Product<Acc<Real>>{dweight, first ? nullptr : dweight, nullptr, IC, OC, N, false, true}, inp, dout);
   if (!dbias) return;
   float* partial = static_cast<float*>(be.workspace);
   const size_t most = Cuda::kWorkspaceBytes / sizeof(float) / OC;  // of a vocabulary of a million, 16
   const int rows = int(std::min({size_t(64), divide_up(N, 8), most}));
   launch(be, "bias_backward", bias_backward_kernel<Real>, dim3(divide_up(OC, 32), rows), 256, 0, partial, dout, N, OC);
   add_rows(be, dbias, partial, rows, OC, OC);
+}
+
+template <class Real>
+void linear_backward_input(Cuda& be, Real* dinp, const Real* dout, const Real* weight, int N, int IC, int OC) {
+  multiply(be, Product<Real>{dinp, nullptr, nullptr, IC, N, OC, false, false}, weight, dout);
+}
+
+template <class Real>
+void linear_backward(Cuda& be, Real* dinp, Acc<Real>* dweight, Acc<Real>* dbias, const Real* dout, const Real* inp,
+                     const Real* weight, int N, int IC, int OC, bool first = false) {
+  linear_backward_input(be, dinp, dout, weight, N, IC, OC);
+  linear_backward_parameters(be, dweight, dbias, dout, inp, N, IC, OC, first);
 }
 
 // A thread works out W of the F channels of one row.
@@ -591,12 +776,7 @@ __global__ void swiglu_backward_kernel(Real* dgate_up, const Real* dout, const R
   load<W>(up, gate_up + at + F);
   load<W>(d, dout + n * F + f);
 #pragma unroll
-  for (int k = 0; k < W; ++k) {
-    // Forward, out = silu(gate) up. The arrays are used again, for the gradients of what they held.
-    const float s = sigmoid(gate[k]), silu = gate[k] * s;
-    gate[k] = d[k] * up[k] * (s + silu * (1 - s));
-    up[k] = d[k] * silu;
-  }
+  for (int k = 0; k < W; ++k) gemm::swiglu_gradient(gate[k], up[k], d[k]);
   store<W>(dgate_up + at, gate);
   store<W>(dgate_up + at + F, up);
 }
@@ -609,8 +789,7 @@ void swiglu_forward(Cuda& be, Real* out, const Real* gate_up, int N, int F) {
   });
 }
 
-// On Hopper the product's own kernel can do both; whichever is faster for the shape, by the clock, if it gives the same
-// bits, which it does unless cuBLASLt splits the sums.
+// On Hopper a product's kernel can do what comes next as well; below a billion multiply-adds it is not tried.
 template <class Real>
 void linear_swiglu_forward(Cuda& be, Real* out, Real* gate_up, const Real* inp, const Real* weight, const Real* bias,
                            int N, int C, int F) {
@@ -619,19 +798,10 @@ void linear_swiglu_forward(Cuda& be, Real* out, Real* gate_up, const Real* inp, 
     swiglu_forward(be, out, gate_up, N, F);
   };
   if constexpr (std::is_same_v<Real, bf16>)
-    if (!bias && F % 64 == 0 && 4.0 * N * C * F > 1e9 && gemm::supports(be, 2 * F, C, gate_up, inp, weight)) {
-      auto together = [&] { gemm::multiply(be, gate_up, inp, weight, N, 2 * F, C, gemm::SwiGlu{out}); };
-      static std::map<std::tuple<cublasLtHandle_t, int, int, int>, bool> pays;
-      const auto key = std::make_tuple(be.blas, N, C, F);
-      if (!pays.count(key) && !be.recording()) {
-        apart();  // so that its product's algorithm is chosen before it is timed
-        pays[key] = fastest_of_same_bits(be, out, size_t(N) * F, 2, [&](int way) {
-          way ? together() : apart();
-          return true;
-        });
-      }
-      if (pays.count(key) && pays[key]) return together();
-    }
+    if (!bias && F % 64 == 0 && 4.0 * N * C * F > 1e9 && gemm::supports(be, 2 * F, C, gate_up, inp, weight))
+      return start_faster(be, {N, C, F}, out, size_t(N) * F, apart, [&] {
+        gemm::multiply(be, gate_up, inp, weight, N, 2 * F, C, gemm::SwiGlu(out));
+      });
   apart();
 }
 
@@ -641,6 +811,52 @@ void swiglu_backward(Cuda& be, Real* dgate_up, const Real* dout, const Real* gat
     launch(be, "swiglu_backward", swiglu_backward_kernel<Real, W()>, divide_up(size_t(N) * F / W(), 256), 256, 0,
            dgate_up, dout, gate_up, N, F);
   });
+}
+
+// The product is dact, which in one kernel never reaches memory.
+template <class Real>
+void linear_swiglu_backward(Cuda& be, Real* dgate_up, Real* dact, Acc<Real>* dweight, Acc<Real>* dbias,
+                            const Real* dout, const Real* act, const Real* gate_up, const Real* weight, int N, int F,
+                            int C, bool first = false) {
+  auto apart = [&] {
+    linear_backward_input(be, dact, dout, weight, N, F, C);
+    swiglu_backward(be, dgate_up, dact, gate_up, N, F);
+  };
+  auto input = [&] {
+    if constexpr (std::is_same_v<Real, bf16>)
+      if (2.0 * N * C * F > 1e9 && gemm::supports(be, F, C, dgate_up, dout, weight) && wide(F, gate_up))
+        return start_faster(be, {N, C, F}, dgate_up, size_t(N) * 2 * F, apart, [&] {
+          gemm::multiply<true>(be, dgate_up, dout, weight, N, F, C, gemm::SwiGluBackward(gate_up, dgate_up));
+        });
+    apart();
+  };
+  input();
+  linear_backward_parameters(be, dweight, dbias, dout, act, N, F, C, first);
+}
+
+// Of the whole sequence in one kernel, where heads end with a tile.
+template <class Real>
+void linear_rope_forward(Cuda& be, Real* qkv, const Real* inp, const Real* weight, const Real* bias,
+                         const RopeTable& table, RopeShape s, int C) {
+  const int N = s.B * (s.T - s.first), heads = s.NH + s.NKV, width = (heads + s.NKV) * s.HS, R = table.R;
+  auto apart = [&] {
+    linear_forward(be, qkv + size_t(s.first) * width, inp, weight, bias, N, C, width);
+    rope_forward(be, qkv, table, s);
+  };
+  if constexpr (std::is_same_v<Real, bf16>)
+    if (R > 0 && s.first == 0 && !bias && gemm::kN % s.HS == 0 && 2.0 * N * C * width > 1e9 &&
+        gemm::supports(be, width, C, qkv, inp, weight)) {
+      const bool half = table.pairs == RopePairs::half;
+      auto start = [&](auto epilogue) {
+        start_faster(be, {N, C, width, half ? R : -R}, qkv, size_t(N) * width, apart,
+                     [&] { gemm::multiply(be, qkv, inp, weight, N, width, C, epilogue); });
+      };
+      return with_width<4>(R % 8 == 0, [&](auto W) {
+        half ? start(gemm::Rope<W(), false>(table.cos_sin, s.T, R, heads, s.HS))
+             : start(gemm::Rope<W(), true>(table.cos_sin, s.T, R, heads, s.HS));
+      });
+    }
+  apart();
 }
 
 // Phi, the normal distribution up to x, and its density, from one exponential: erfc by Abramowitz and Stegun (1964,
@@ -719,6 +935,33 @@ __device__ __forceinline__ SoftmaxSum merge(SoftmaxSum a, SoftmaxSum b) {
   return {highest, a.sum * __expf(a.highest - highest) + b.sum * __expf(b.highest - highest)};
 }
 
+__device__ __forceinline__ SoftmaxSum merge_over_warp(SoftmaxSum total) {
+#pragma unroll
+  for (int step = 16; step > 0; step /= 2)
+    total = merge(total, {__shfl_xor_sync(~0u, total.highest, step), __shfl_xor_sync(~0u, total.sum, step)});
+  return total;
+}
+
+// e^x in two instructions, where __expf() has more for results under 2^-126, which become 0 here.
+__device__ __forceinline__ float exp_of(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x * 1.4426950408889634f));
+  return y;
+}
+
+// Of W neighbours: the maximum first, then the exponentials, so that they are rescaled as one.
+template <int W, class Real>
+__device__ __forceinline__ SoftmaxSum softmax_sum(const Real* logits) {
+  float x[W];
+  load<W>(x, logits);
+  SoftmaxSum here = {x[0], 0};
+#pragma unroll
+  for (int k = 1; k < W; ++k) here.highest = fmaxf(here.highest, x[k]);
+#pragma unroll
+  for (int k = 0; k < W; ++k) here.sum += exp_of(x[k] - here.highest);
+  return here;
+}
+
 constexpr int kLossThreads = 512;  // at most
 
 // A block works on one row: one pass for the maximum and the sum together, then one that writes the gradient. A thread
@@ -746,26 +989,19 @@ __global__ void __launch_bounds__(kLossThreads)
     return;
   }
   const float target_logit = float(row[target]);
-  // A vector's maximum first, then its exponentials: one rescaling per vector, not one per logit.
   SoftmaxSum total = {-INFINITY, 0};
 #pragma unroll 4
   for (int i = threadIdx.x; i < vectors; i += blockDim.x) {
     const Logits logit = reinterpret_cast<const Logits*>(row)[i];
     if (KEEP) kept[i] = logit;
-    SoftmaxSum here = {float(logit.x[0]), 0};
-#pragma unroll
-    for (int k = 1; k < W; ++k) here.highest = fmaxf(here.highest, float(logit.x[k]));
-#pragma unroll
-    for (int k = 0; k < W; ++k) here.sum += __expf(float(logit.x[k]) - here.highest);
-    total = merge(total, here);
+    total = merge(total, softmax_sum<W>(logit.x));
   }
-#pragma unroll
-  for (int step = 16; step > 0; step /= 2)
-    total = merge(total, {__shfl_xor_sync(~0u, total.highest, step), __shfl_xor_sync(~0u, total.sum, step)});
-  if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = total;
+  total = merge_over_warp(total);
+  const int lane = threadIdx.x % 32;
+  if (lane == 0) warps[threadIdx.x / 32] = total;
   __syncthreads();
-  total = warps[0];  // every thread for itself: the second pass needs it everywhere
-  for (int w = 1; w < blockDim.x / 32; ++w) total = merge(total, warps[w]);
+  // Every warp for itself: the second pass needs it everywhere.
+  total = merge_over_warp(lane < blockDim.x / 32 ? warps[lane] : SoftmaxSum{-INFINITY, 0});
 
   const float z = total.highest + logf(total.sum), factor = scale * (1 + 2 * z_loss * z) / total.sum;
   // The loss is not z - target_logit: where the target is all but certain, little but z's rounding would be left.
@@ -775,15 +1011,113 @@ __global__ void __launch_bounds__(kLossThreads)
   for (int i = threadIdx.x; i < vectors; i += blockDim.x) {
     const Logits logit = KEEP ? kept[i] : reinterpret_cast<const Logits*>(row)[i];
 #pragma unroll
-    for (int k = 0; k < W; ++k)
-      x[k] = factor * __expf(float(logit.x[k]) - total.highest) - (i * W + k == target ? scale : 0);
+    for (int k = 0; k < W; ++k) x[k] = factor * exp_of(float(logit.x[k]) - total.highest);
+    if (i == target / W)
+#pragma unroll
+      for (int k = 0; k < W; ++k) x[k] -= k == target % W ? scale : 0;
     store<W>(row + i * W, x);
   }
+}
+
+// The same on Hopper, for long rows of which at least two fit in shared memory: a row is read once, and written once. A
+// block works on every gridDim.x'th row. Its last warp has the copy engine bring rows into `slots` places, one after the
+// other, and take them away again when the other warps have put the gradient in the logits' place; meanwhile these are at
+// work on the next row.
+// Errors: as above with 992 threads, log Z by (V / 992 + 72) u at most.
+constexpr int kLossWorkers = 992, kMostSlots = 4;
+
+template <class Real, int W>
+__global__ void __launch_bounds__(kLossWorkers + 32, 1)
+    cross_entropy_stream_kernel(float* losses, float* log_z, Real* logits, const int* targets, float scale, float z_loss,
+                                int N, int V, int slots) {
+#if GEMM_HOPPER
+  extern __shared__ float4 shared_row[];
+  __shared__ SoftmaxSum warps[2][kLossWorkers / 32];
+  __shared__ uint64_t barriers[2 * kMostSlots];
+  const uint32_t bytes = V * sizeof(Real), places = uint32_t(__cvta_generic_to_shared(shared_row)),
+                 arrived = uint32_t(__cvta_generic_to_shared(barriers)), ready = arrived + 8 * kMostSlots;
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < slots; ++i) {
+      gemm::init_barrier(arrived + 8 * i, 1);                // the bytes of a row
+      gemm::init_barrier(ready + 8 * i, kLossWorkers / 32);  // every warp has written its part
+    }
+    gemm::publish();
+  }
+  __syncthreads();
+  const int step = gridDim.x, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  if (warp == kLossWorkers / 32) {
+    if (lane > 0) return;
+    auto bring = [&](int n, int slot) {
+      gemm::expect_bytes(arrived + 8 * slot, bytes);
+      asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+                       places + slot * bytes),
+                   "l"(logits + size_t(n) * V), "r"(bytes), "r"(arrived + 8 * slot)
+                   : "memory");
+    };
+    for (int slot = 0, n = blockIdx.x; slot < slots && n < N; ++slot, n += step) bring(n, slot);
+    for (int n = blockIdx.x, slot = 0, parity = 0; n < N; n += step) {
+      gemm::wait_barrier(ready + 8 * slot, parity);
+      asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(logits + size_t(n) * V),
+                   "r"(places + slot * bytes), "r"(bytes)
+                   : "memory");
+      gemm::commit_stores();
+      gemm::wait_stores();  // the place is free
+      if (n + slots * step < N) bring(n + slots * step, slot);
+      if (++slot == slots) slot = 0, parity ^= 1;
+    }
+    return;
+  }
+  const int vectors = V / W;
+  for (int n = blockIdx.x, slot = 0, parity = 0, turn = 0; n < N; n += step, turn ^= 1) {
+    Real* row = reinterpret_cast<Real*>(reinterpret_cast<char*>(shared_row) + slot * size_t(bytes));
+    const int target = targets[n];
+    gemm::wait_barrier(arrived + 8 * slot, parity);
+    float x[W];
+    if (target < 0) {
+      for (int i = threadIdx.x; i < vectors; i += kLossWorkers) {
+        const float zeros[W] = {};
+        store<W>(row + i * W, zeros);
+      }
+      if (threadIdx.x == 0) losses[n] = log_z[n] = 0;
+    } else {
+      SoftmaxSum total = {-INFINITY, 0};
+#pragma unroll 4
+      for (int i = threadIdx.x; i < vectors; i += kLossWorkers) total = merge(total, softmax_sum<W>(row + i * W));
+      total = merge_over_warp(total);
+      if (lane == 0) warps[turn][warp] = total;
+      const float target_logit = float(row[target]);
+      asm volatile("bar.sync 1, %0;" ::"n"(kLossWorkers) : "memory");
+      total = merge_over_warp(lane < kLossWorkers / 32 ? warps[turn][lane] : SoftmaxSum{-INFINITY, 0});
+      const float z = total.highest + logf(total.sum), factor = scale * (1 + 2 * z_loss * z) / total.sum;
+      if (threadIdx.x == 0) log_z[n] = z, losses[n] = total.highest - target_logit + logf(total.sum);
+#pragma unroll 4
+      for (int i = threadIdx.x; i < vectors; i += kLossWorkers) {
+        load<W>(x, row + i * W);
+#pragma unroll
+        for (int k = 0; k < W; ++k) x[k] = factor * exp_of(x[k] - total.highest);
+        if (i == target / W)
+#pragma unroll
+          for (int k = 0; k < W; ++k) x[k] -= k == target % W ? scale : 0;
+        store<W>(row + i * W, x);
+      }
+    }
+    gemm::publish();  // to the copy engine
+    __syncwarp();
+    if (lane == 0) gemm::arrive(ready + 8 * slot);
+    if (++slot == slots) slot = 0, parity ^= 1;
+  }
+#endif
 }
 
 template <class Real>
 void cross_entropy(Cuda& be, Acc<Real>* losses, Acc<Real>* log_z, Real* logits, const int* targets, double scale,
                    double z_loss, int N, int V) {
+  const size_t row_bytes = V * sizeof(Real);
+  const int slots = int(std::min<size_t>(kMostSlots, (be.shared_bytes - 2048) / row_bytes));
+  if (be.capability == 90 && row_bytes > 16 * 1024 && slots > 1 && wide(V, logits))
+    return launch(be, "cross_entropy", cross_entropy_stream_kernel<Real, kWide<Real>>,
+                  int(std::min<size_t>(N, be.multiprocessors)), kLossWorkers + 32, slots * row_bytes, losses, log_z,
+                  logits, targets, float(scale), float(z_loss), N, V, slots);
   with_width<kWide<Real>>(wide(V, logits), [&](auto W) {  // at least four accesses per thread, where there are as many
     const int threads = int(std::min<size_t>(kLossThreads, 32 * divide_up(V / W(), 4 * 32)));
     const size_t bytes = V * sizeof(Real);

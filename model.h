@@ -1,8 +1,8 @@
 #pragma once
 // The model: configuration, the table of parameters, the activations, forward(), backward(), memory.
 //
-// A block, with rows N = B*T. The parallel block differs in one thing: norm2 reads x instead of x2. With a shared norm,
-// h2 is h1.
+// A block, with rows N = B*T. The parallel block differs in one thing: norm2 reads x instead of x2, so that one pass makes
+// both norms. With a shared norm, h2 is h1.
 //
 //     h1   = norm1(x)
 //     qkv  = h1 Wqkv^T                      (N, NH + 2*NKV, HS), side by side
@@ -273,9 +273,9 @@ struct ActivationGradients {
 // vocabulary does not dominate memory.
 template <class Backend>
 int loss_rows(const Config& c, size_t N) {
-  const size_t elements = std::is_base_of_v<Cpu, Backend> ? size_t(1) << 26 : size_t(1) << 28;
-  const size_t rows = std::max<size_t>(elements / c.vocab / 64 * 64, 64);
-  return int(std::min(N, rows));
+  const size_t elements = std::is_base_of_v<Cpu, Backend> ? size_t(1) << 26 : size_t(1) << 29;
+  const size_t most = std::max<size_t>(elements / c.vocab / 64 * 64, 64), chunks = N / most + 1;
+  return int(std::min(N, N / (64 * chunks) * 64 + 64));  // all chunks of the same size
 }
 
 // Visits every activation tensor of N = B*T tokens: visit(name, elements, pointer). With recompute, all blocks share
@@ -301,9 +301,9 @@ void visit_activations(const Config& c, size_t N, Activations<Real>& a, Visit vi
     visit("att", N * A, b.att);
     visit("lse", N * c.heads, b.lse);
     visit("x2", N * C, b.x2);
-    if (c.shared_norm) b.h2 = b.h1, b.mean2 = b.mean1, b.rstd2 = b.rstd1;
-    if (!c.shared_norm) visit("mean2", N, b.mean2);
-    if (!c.shared_norm) visit("rstd2", N, b.rstd2);
+    if (c.shared_norm) b.h2 = b.h1;
+    if (c.block == BlockKind::sequential) visit("mean2", N, b.mean2);
+    if (c.block == BlockKind::sequential) visit("rstd2", N, b.rstd2);
     if (!c.shared_norm && !share) visit("h2", N * C, b.h2);
     visit("up", N * UP, b.up);
     if (!share) visit("act", N * F, b.act);
@@ -523,18 +523,17 @@ struct Model {
       const BlockActivations<Real>&a = rows.blocks[l], &all = acts.blocks[l];  // all: RoPE and attention know `first`
       Real* next = l + 1 < c.layers ? rows.blocks[l + 1].x : rows.x;
 
-      norm_forward(be, c.norm, a.h1, a.mean1, a.rstd1, a.x, w.norm1, w.norm1_bias, N, C, c.norm_eps);
-      linear_forward(be, a.qkv, a.h1, w.qkv, w.qkv_bias, N, C, QKV);
-      if (c.qk_norm)
+      first_norms(a, w, N);
+      if (c.qk_norm) {
+        linear_forward(be, a.qkv, a.h1, w.qkv, w.qkv_bias, N, C, QKV);
         qk_norm_rope_forward(be, all.qkv, all.qk_raw, all.qk_rstd, w.q_norm, w.k_norm, rope[l], shape, c.norm_eps);
-      else
-        rope_forward(be, all.qkv, rope[l], shape);
+      } else {
+        linear_rope_forward(be, all.qkv, a.h1, w.qkv, w.qkv_bias, rope[l], shape, C);
+      }
       attention_forward(be, all.att, all.lse, all.qkv, shape, c.attention_softcap);
       linear_residual_forward(be, a.x2, a.x, a.att, w.proj, w.proj_bias, N, A, C);
 
-      if (!c.shared_norm)
-        norm_forward(be, c.norm, a.h2, a.mean2, a.rstd2, parallel ? a.x : a.x2, w.norm2, w.norm2_bias, N, C,
-                     c.norm_eps);
+      if (!parallel) norm_forward(be, c.norm, a.h2, a.mean2, a.rstd2, a.x2, w.norm2, w.norm2_bias, N, C, c.norm_eps);
       if (c.mlp == MlpKind::swiglu) {
         linear_swiglu_forward(be, a.act, a.up, a.h2, w.up, w.up_bias, N, C, F);
       } else {
@@ -545,6 +544,16 @@ struct Model {
     }
     norm_forward(be, c.norm, rows.final, rows.final_mean, rows.final_rstd, rows.x, weights.final_norm,
                  weights.final_norm_bias, N, C, c.norm_eps);
+  }
+
+  // The norm or norms of a block's x.
+  void first_norms(const BlockActivations<Real>& a, const BlockParameters<Real>& w, int N) {
+    const Config& c = config;
+    if (c.block == BlockKind::parallel && !c.shared_norm)
+      norm_pair_forward(be, c.norm, a.h1, a.h2, a.mean1, a.rstd1, a.x, w.norm1, w.norm1_bias, w.norm2, w.norm2_bias, N,
+                        c.width, c.norm_eps);
+    else
+      norm_forward(be, c.norm, a.h1, a.mean1, a.rstd1, a.x, w.norm1, w.norm1_bias, N, c.width, c.norm_eps);
   }
 
   // After forward(): losses per token in nats, host (batch, length), for targets, host (batch, length); a negative
@@ -572,9 +581,13 @@ struct Model {
     }
   }
 
+  // Begins a sum of micro-batches. The first of them assigns the gradients of all matrices but the embedding's, which,
+  // like those of vectors, is added to zeros.
   void zero_gradients() {
-    be.zero(gradients_flat, table.total * sizeof(Acc<Real>));
+    be.zero(gradients.embedding, size_t(config.vocab) * config.width * sizeof(Acc<Real>));
+    be.zero(gradients_flat + table.decayed, (table.total - table.decayed) * sizeof(Acc<Real>));
     be.zero(result, sizeof *result);
+    first_ = true;
   }
 
   // One micro-batch of training, forward and backward: host tokens and targets (B, T). Nothing here waits for the
@@ -582,10 +595,11 @@ struct Model {
   void train_batch(const int* tokens, const int* targets, double scale, double z_loss) {
     be.upload(acts.tokens, tokens, size_t(B) * T * sizeof(int));
     be.upload(acts.targets, targets, size_t(B) * T * sizeof(int));
-    be.replay(training_step_, [&] {
+    be.replay(training_step_[first_], [&] {
       forward_uploaded(B, T, 0);
       backward_uploaded(B, T, scale, z_loss);
     });
+    first_ = false;
   }
 
   // After forward() on the same tokens: adds to the gradients those of scale * (sum of the losses + z-loss), leaves
@@ -594,6 +608,7 @@ struct Model {
   void backward(const int* targets, int batch, int length, double scale, double z_loss) {
     be.upload(acts.targets, targets, size_t(batch) * length * sizeof(int));
     backward_uploaded(batch, length, scale, z_loss);
+    first_ = false;
   }
 
   void backward_uploaded(int batch, int length, double scale, double z_loss) {
@@ -610,7 +625,7 @@ struct Model {
       linear_forward(be, acts.logits, final, weights.head, weights.head_bias, rows, C, V);
       cross_entropy(be, acts.losses + n, acts.log_z + n, acts.logits, acts.targets + n, scale, z_loss, rows, V);
       linear_backward(be, d.dh + size_t(n) * C, gradients.head, gradients.head_bias, acts.logits, final, weights.head,
-                      rows, C, V);
+                      rows, C, V, first_ && n == 0);
     }
     add_losses(be, &result->loss, &result->log_z, acts.losses, acts.log_z, N);
     norm_backward(be, c.norm, d.dx, gradients.final_norm, gradients.final_norm_bias, (const Real*)nullptr, d.dh, acts.x,
@@ -621,10 +636,8 @@ struct Model {
       const BlockActivations<Real>& a = acts.blocks[l];
 
       if (c.recompute) {  // the same calls as in forward(), with the same results
-        norm_forward(be, c.norm, a.h1, a.mean1, a.rstd1, a.x, w.norm1, w.norm1_bias, N, C, c.norm_eps);
-        if (!c.shared_norm)
-          norm_forward(be, c.norm, a.h2, a.mean2, a.rstd2, parallel ? a.x : a.x2, w.norm2, w.norm2_bias, N, C,
-                       c.norm_eps);
+        first_norms(a, w, N);
+        if (!parallel) norm_forward(be, c.norm, a.h2, a.mean2, a.rstd2, a.x2, w.norm2, w.norm2_bias, N, C, c.norm_eps);
         if (c.mlp == MlpKind::swiglu)
           swiglu_forward(be, a.act, a.up, N, F);
         else
@@ -632,25 +645,30 @@ struct Model {
       }
 
       // d.dx is the gradient of the block's output. It reaches x2 along the residual stream as it is.
-      linear_backward(be, d.dact, g.down, g.down_bias, d.dx, a.act, w.down, N, F, C);
-      if (c.mlp == MlpKind::swiglu)
-        swiglu_backward(be, d.dup, d.dact, a.up, N, F);
-      else
+      if (c.mlp == MlpKind::swiglu) {
+        linear_swiglu_backward(be, d.dup, d.dact, g.down, g.down_bias, d.dx, a.act, a.up, w.down, N, F, C, first_);
+      } else {
+        linear_backward(be, d.dact, g.down, g.down_bias, d.dx, a.act, w.down, N, F, C, first_);
         gelu_backward(be, c.gelu(), d.dup, d.dact, a.up, N, F);
-      linear_backward(be, d.dh, g.up, g.up_bias, d.dup, a.h2, w.up, N, C, UP);
-      // A shared norm's gradients add up: its weight's in g.norm2, which is g.norm1, that of x in dx2, then dx.
-      norm_backward(be, c.norm, d.dx2, g.norm2, g.norm2_bias, d.dx, d.dh, parallel ? a.x : a.x2, a.mean2, a.rstd2,
-                    w.norm2, N, C);
+      }
+      // Parallel: the gradient of h2 waits for that of h1, in the place of dx2.
+      linear_backward(be, parallel ? d.dx2 : d.dh, g.up, g.up_bias, d.dup, a.h2, w.up, N, C, UP, first_);
+      if (!parallel)
+        norm_backward(be, c.norm, d.dx2, g.norm2, g.norm2_bias, d.dx, d.dh, a.x2, a.mean2, a.rstd2, w.norm2, N, C);
 
       // Sequential: x2 feeds norm2, so its gradient is dx2. Parallel: norm2 hangs on x, so that of x2 is still dx.
-      linear_backward(be, d.datt, g.proj, g.proj_bias, parallel ? d.dx : d.dx2, a.att, w.proj, N, A, C);
+      linear_backward(be, d.datt, g.proj, g.proj_bias, parallel ? d.dx : d.dx2, a.att, w.proj, N, A, C, first_);
       attention_backward(be, d.dqkv, d.D, d.datt, a.qkv, a.att, a.lse, shape, c.attention_softcap);
       if (c.qk_norm)
         qk_norm_rope_backward(be, d.dqkv, g.q_norm, g.k_norm, a.qk_raw, a.qk_rstd, w.q_norm, w.k_norm, rope[l], shape);
       else
         rope_backward(be, d.dqkv, rope[l], shape);
-      linear_backward(be, d.dh, g.qkv, g.qkv_bias, d.dqkv, a.h1, w.qkv, N, C, QKV);
-      norm_backward(be, c.norm, d.dx, g.norm1, g.norm1_bias, d.dx2, d.dh, a.x, a.mean1, a.rstd1, w.norm1, N, C);
+      linear_backward(be, d.dh, g.qkv, g.qkv_bias, d.dqkv, a.h1, w.qkv, N, C, QKV, first_);
+      if (parallel)  // a shared norm's gradients add up: g.norm2 is g.norm1
+        norm_pair_backward(be, c.norm, d.dx, g.norm1, g.norm1_bias, g.norm2, g.norm2_bias, d.dx, d.dh, d.dx2, a.x,
+                           a.mean1, a.rstd1, w.norm1, w.norm2, N, C);
+      else
+        norm_backward(be, c.norm, d.dx, g.norm1, g.norm1_bias, d.dx2, d.dh, a.x, a.mean1, a.rstd1, w.norm1, N, C);
     }
     embedding_backward(be, gradients.embedding, d.dx, acts.tokens, N, V, C);
   }
@@ -682,5 +700,6 @@ struct Model {
  private:
   Buffer<Backend> weights_memory_, master_memory_, training_memory_, activations_memory_, activation_gradients_memory_;
   std::map<int, Buffer<Backend>> rope_memory_;  // by R
-  typename Backend::Recording training_step_;
+  bool first_ = false;  // the next backward pass is the first after zero_gradients()
+  typename Backend::Recording training_step_[2];  // of later micro-batches, and of the first
 };

@@ -297,8 +297,8 @@ __global__ void rope_pair_kernel(Real* qkv, RopeTable table, RopeShape s, float 
   Real& first = head[rope_first(table.pairs, i)];
   Real& second = head[rope_second(table.pairs, i, table.R)];
   const float a = float(first), b = float(second);
-  first = Real(a * c - b * sine);
-  second = Real(a * sine + b * c);
+  first = Real(turned_first(a, b, c, sine));
+  second = Real(turned_second(a, b, c, sine));
 }
 
 template <class Real>
@@ -332,12 +332,12 @@ __global__ void __launch_bounds__(256) rope_sector_kernel(Real* qkv, RopeTable t
     load<2>(angle, table.cos_sin + size_t(t) * R + 2 * i);
     const float c = angle[0], sine = direction * angle[1];
     if (first / W == second / W) {  // one lane has both
-      const float turned = a * c - b * sine;
-      if (lane == first / W) b = b * c + a * sine, a = turned;
+      const float turned = turned_first(a, b, c, sine);
+      if (lane == first / W) b = turned_second(a, b, c, sine), a = turned;
     } else {  // each of two lanes sends the one that it has, and gets the other
       const float other = __shfl_xor_sync(~0u, lane == first / W ? a : b, first / W ^ second / W);
-      if (lane == first / W) a = a * c - other * sine;
-      if (lane == second / W) b = b * c + other * sine;
+      if (lane == first / W) a = turned_first(a, other, c, sine);
+      if (lane == second / W) b = turned_second(other, b, c, sine);
     }
   }
   if (inside) store<W>(channels, x);
@@ -406,8 +406,8 @@ __global__ void rope_wide_kernel(Real* qkv, RopeTable table, RopeShape s, float 
 #pragma unroll
     for (int j = 0; j < W; ++j) {
       const float c = cos_sin[2 * j], sine = direction * cos_sin[2 * j + 1];
-      const float turned = a[k][j] * c - b[k][j] * sine;
-      b[k][j] = a[k][j] * sine + b[k][j] * c;
+      const float turned = turned_first(a[k][j], b[k][j], c, sine);
+      b[k][j] = turned_second(a[k][j], b[k][j], c, sine);
       a[k][j] = turned;
     }
     store_pairs<PAIRS>(token + (h + k * columns) * s.HS, a[k], b[k], i, R);

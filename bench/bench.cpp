@@ -115,6 +115,8 @@ TIMED(embedding_forward)
 TIMED(embedding_backward)
 TIMED(norm_forward)
 TIMED(norm_backward)
+TIMED(norm_pair_forward)
+TIMED(norm_pair_backward)
 TIMED(linear_forward)
 TIMED(linear_residual_forward)
 TIMED(linear_backward)
@@ -125,8 +127,8 @@ TIMED(qk_norm_rope_backward)
 TIMED(attention_forward)
 TIMED(attention_backward)
 TIMED(linear_swiglu_forward)
+TIMED(linear_swiglu_backward)
 TIMED(swiglu_forward)
-TIMED(swiglu_backward)
 TIMED(gelu_forward)
 TIMED(gelu_backward)
 TIMED(cross_entropy)
@@ -137,6 +139,19 @@ TIMED(adamw)
 TIMED(attention_statistics)
 TIMED(add_squares)
 TIMED(tensor_statistics)
+
+// On the CPU that is two operations, and RoPE has a time of its own.
+template <class Base, class Real>
+void linear_rope_forward(Timed<Base>& be, Real* qkv, const Real* inp, const Real* weight, const Real* bias,
+                         const RopeTable& table, RopeShape s, int C) {
+  if constexpr (std::is_same_v<Base, Cpu>) {
+    linear_forward(be, qkv, inp, weight, bias, s.B * s.T, C, (s.NH + 2 * s.NKV) * s.HS);
+    rope_forward(be, qkv, table, s);
+  } else {
+    timed(be, "linear_rope_forward",
+          [&](Base& base) { linear_rope_forward(base, qkv, inp, weight, bias, table, s, C); });
+  }
+}
 
 namespace {
 

@@ -3,6 +3,8 @@
 //   ops_gpu                every operation at the shapes of a 12 x 768 model, then whole steps of four models
 //   ops_gpu ops            the operations only
 //   ops_gpu steps [NAME]   the steps only, of models with NAME in their names
+//   ops_gpu fused [NAME]   products with what comes next in their epilogue, at the shapes of these models
+//   ops_gpu floor [NAME]   a step of each beside what its products, attention and bytes take at least
 //   ops_gpu kernels        every rung of RoPE and attention as CSV: notebooks/kernels.csv, which 05_kernels reads
 //
 // GB/s counts each tensor that an operation must read or write once, next to a plain device-to-device copy (bytes read
@@ -65,7 +67,7 @@ static void rope_rungs() {
 }
 
 static void operations() {
-  const int B = 64, T = 1024, NH = 12, HS = 64, C = 768, F = 2048, V = 50304, N = B * T, QKV = 3 * C, rows = 5312;
+  const int B = 64, T = 1024, NH = 12, HS = 64, C = 768, F = 2048, V = 50304, N = B * T, QKV = 3 * C, rows = 9408;
   const size_t n = N;
   using R = bf16;
   {
@@ -109,7 +111,7 @@ static void operations() {
       2.0 * N * C * C);
   linear("up", up(), h(), wup(), N, C, 2 * F);
   linear("down", h(), act(), wdown(), N, F, C);
-  linear("head, 5312 rows", logits(), h(), head(), rows, C, V);
+  linear("head, 9408 rows", logits(), h(), head(), rows, C, V);
 
   rope_rungs();
   {
@@ -162,7 +164,7 @@ static void operations() {
       double(n) * F * 2 * 4);
   row("gelu backward", milliseconds([&] { gelu_backward(*be, GeluKind::exact, dup(), up(), up(), N, 2 * F); }),
       double(n) * F * 2 * 6);
-  row("cross-entropy, 5312 rows",
+  row("cross-entropy, 9408 rows",
       milliseconds([&] { cross_entropy(*be, losses(), losses() + rows, logits(), tokens, 1e-5, 0.0, rows, V); }),
       double(rows) * V * 2 * 2);
   {
@@ -255,13 +257,81 @@ struct Row {
   BlockKind block;
 };
 
+// A product and what comes next, bf16: as two kernels, as one (Hopper), and as an operation of the trainer, which takes
+// the faster. For RoPE the product alone as well: what rotation costs is the difference.
+static void fused(const Row& r) {
+  const int N = r.B * r.T, C = r.width, F = r.mlp_hidden, QKV = (r.heads + 2 * r.kv_heads) * r.head_size;
+  const size_t n = N;
+  if (!gemm::supports(*be, 8, 8, nullptr, nullptr, nullptr)) return;
+  auto line = [&](const char* what, int R, double apart, double one, double used, double alone, double own) {
+    std::printf("%-20s %-18s R %3d  apart %7.3f  one %7.3f  as used %7.3f ms", r.name, what, R, apart, one, used);
+    if (alone > 0) std::printf("  product alone %7.3f, own %7.3f", alone, own);
+    std::printf("\n");
+    std::fflush(stdout);
+  };
+  Tensor<bf16> x(n * C), w(size_t(2) * F * C, 0.02f), up(n * 2 * F), act(n * F), dup(n * 2 * F);
+  const double forward_apart = milliseconds([&] {
+    linear_forward(*be, up(), x(), w(), (bf16*)nullptr, N, C, 2 * F);
+    swiglu_forward(*be, act(), up(), N, F);
+  });
+  const double forward = milliseconds(
+      [&] { gemm::multiply(*be, up(), x(), w(), N, 2 * F, C, gemm::SwiGlu(act())); });
+  line("up, swiglu", 0, forward_apart, forward, milliseconds([&] {
+         linear_swiglu_forward(*be, act(), up(), x(), w(), (bf16*)nullptr, N, C, F);
+       }), 0, 0);
+  auto input = [&] { linear_backward_input(*be, act(), x(), w(), N, F, C); };
+  const double backward_apart = milliseconds([&] {
+    input();
+    swiglu_backward(*be, dup(), act(), up(), N, F);
+  });
+  const double backward = milliseconds([&] {
+    gemm::multiply<true>(*be, dup(), x(), w(), N, F, C, gemm::SwiGluBackward(up(), dup()));
+  });
+  Tensor<float> dw(size_t(C) * F);
+  const double weight = milliseconds(
+      [&] { linear_backward_parameters(*be, dw(), (float*)nullptr, x(), act(), N, F, C); });
+  line("swiglu, down, back", 0, backward_apart, backward, milliseconds([&] {
+         linear_swiglu_backward(*be, dup(), act(), dw(), (float*)nullptr, x(), act(), up(), w(), N, F, C);
+       }) - weight, milliseconds(input), milliseconds([&] {
+         gemm::multiply<true>(*be, act(), x(), w(), N, F, C, gemm::Store{});
+       }));
+  Tensor<bf16> qkv(n * QKV);
+  Tensor<float> angles(size_t(r.T) * r.head_size);
+  const double alone = milliseconds([&] { linear_forward(*be, qkv(), x(), w(), (bf16*)nullptr, N, C, QKV); });
+  const double own = milliseconds([&] { gemm::multiply(*be, qkv(), x(), w(), N, QKV, C, gemm::Store{}); });
+  for (double fraction : {0.1, 0.25, 1.0}) {
+    const int R = rotary_dim_from_fraction(fraction, r.head_size);
+    const RopeShape s = {r.B, r.T, r.heads, r.kv_heads, r.head_size};
+    const RopeTable table(angles(), r.T, R, RopePairs::half);
+    const double apart = milliseconds([&] {
+      linear_forward(*be, qkv(), x(), w(), (bf16*)nullptr, N, C, QKV);
+      rope_forward(*be, qkv(), table, s);
+    });
+    double one = 0;
+    with_width<4>(R % 8 == 0, [&](auto W) {
+      one = milliseconds([&] {
+        gemm::multiply(*be, qkv(), x(), w(), N, QKV, C,
+                       gemm::Rope<W(), false>(table.cos_sin, r.T, R, r.heads + r.kv_heads, r.head_size));
+      });
+    });
+    line("qkv, rope", R, apart, one, milliseconds([&] {
+           linear_rope_forward(*be, qkv(), x(), w(), (bf16*)nullptr, table, s, C);
+         }), alone, own);
+  }
+}
+
+static Config config_of(const Row& r, int percent) {
+  Config c;
+  c.layers = r.layers, c.width = r.width, c.heads = r.heads, c.kv_heads = r.kv_heads, c.head_size = r.head_size,
+  c.mlp_hidden = r.mlp_hidden, c.vocab = r.vocab;
+  c.context = r.T, c.block = r.block, c.rotary_dim = rotary_dim_from_fraction(percent / 100.0, r.head_size);
+  resolve(c);
+  return c;
+}
+
 static void whole_steps(const Row& r) {
   for (int percent : {0, 10, 100}) {
-    Config c;
-    c.layers = r.layers, c.width = r.width, c.heads = r.heads, c.kv_heads = r.kv_heads, c.head_size = r.head_size,
-    c.mlp_hidden = r.mlp_hidden, c.vocab = r.vocab;
-    c.context = r.T, c.block = r.block, c.rotary_dim = rotary_dim_from_fraction(percent / 100.0, r.head_size);
-    resolve(c);
+    const Config c = config_of(r, percent);
     const int N = r.B * r.T;
     Model<Cuda, bf16> model(*be, c, r.B, r.T, true);
     model.initialise_weights(1);
@@ -286,6 +356,77 @@ static void whole_steps(const Row& r) {
   }
 }
 
+// What a step cannot be faster than with its products and its attention one after the other as they are, each in a loop
+// of its own, so at the clock that the card holds under that load; all else would cost no more than to read and write
+// its tensors once, at the rate of a copy, RoPE nothing.
+static void step_floor(const Row& r) {
+  const Config c = config_of(r, 10);
+  const int N = r.B * r.T, C = c.width, A = c.heads * c.head_size, F = c.mlp_hidden, V = c.vocab, QKV = c.qkv_width();
+  Model<Cuda, bf16> model(*be, c, r.B, r.T, true);
+  model.initialise_weights(1);
+  std::vector<int> tokens(N + 1);
+  std::mt19937 random(3);
+  for (int& t : tokens) t = random() % V;
+  int step = 0;
+  auto whole = [&] {
+    model.zero_gradients();
+    model.train_batch(tokens.data(), tokens.data() + 1, 1.0 / N, 0);
+    model.update({1e-4, 0.9, 0.95, 1e-8, 0.1, 1.0, ++step});
+  };
+  auto& d = model.grads;
+  auto products = [&] {
+    for (int l = 0; l < c.layers; ++l) {
+      const auto& w = model.weights.blocks[l];
+      const auto& a = model.acts.blocks[l];
+      linear_forward(*be, a.qkv, a.h1, w.qkv, (bf16*)nullptr, N, C, QKV);
+      linear_residual_forward(*be, a.x2, a.x, a.att, w.proj, (bf16*)nullptr, N, A, C);
+      linear_forward(*be, a.up, a.h2, w.up, (bf16*)nullptr, N, C, 2 * F);
+      linear_residual_forward(*be, a.x2, a.x, a.act, w.down, (bf16*)nullptr, N, F, C);
+    }
+    for (int n = 0, chunk = loss_rows<Cuda>(c, N); n < N; n += chunk) {
+      const int rows = std::min(chunk, N - n);
+      const bf16* final = model.acts.final + size_t(n) * C;
+      linear_forward(*be, model.acts.logits, final, model.weights.head, (bf16*)nullptr, rows, C, V);
+      linear_backward(*be, d.dh + size_t(n) * C, model.gradients.head, (float*)nullptr, model.acts.logits, final,
+                      model.weights.head, rows, C, V, n == 0);
+    }
+    for (int l = c.layers - 1; l >= 0; --l) {
+      const auto& w = model.weights.blocks[l];
+      const auto& g = model.gradients.blocks[l];
+      const auto& a = model.acts.blocks[l];
+      linear_backward(*be, d.dact, g.down, (float*)nullptr, d.dx, a.act, w.down, N, F, C, true);
+      linear_backward(*be, d.dh, g.up, (float*)nullptr, d.dup, a.h2, w.up, N, C, 2 * F, true);
+      linear_backward(*be, d.datt, g.proj, (float*)nullptr, d.dx, a.att, w.proj, N, A, C, true);
+      linear_backward(*be, d.dh, g.qkv, (float*)nullptr, d.dqkv, a.h1, w.qkv, N, C, QKV, true);
+    }
+  };
+  auto attention = [&] {
+    const RopeShape s = c.heads_shape(r.B, r.T, 0);
+    for (int l = 0; l < c.layers; ++l) {
+      const auto& a = model.acts.blocks[l];
+      attention_forward(*be, a.att, a.lse, a.qkv, s);
+      attention_backward(*be, d.dqkv, d.D, d.datt, a.qkv, a.att, a.lse, s);
+    }
+  };
+  const size_t copied = size_t(2) << 30;
+  Tensor<char> from(copied), to(copied);
+  auto copy = [&] { check(cudaMemcpyAsync(to(), from(), copied, cudaMemcpyDeviceToDevice, be->stream), "copy"); };
+  // Elements of activations, 2 bytes: a block's two norms, forward (x, h) and backward (dh, x, the gradient that runs
+  // past, dx), and SwiGLU (act written; gate, up read, their gradients written); embedding and final norm; the logits.
+  const double elements = double(N) * (c.layers * (2 * 6.0 * C + 5.0 * F) + 4.0 * C + 5.0 * C + 2.0 * V);
+  const double parameters = double(model.table.parameters);  // 4 bytes for the norm; gradient, m, v, master, weight
+  const double bytes = 2 * elements + parameters * (4 + 30);
+  const int runs = r.layers * r.width > 20000 ? 3 : 10;
+  const double step_ms = milliseconds(whole, runs), product_ms = milliseconds(products, runs),
+               attention_ms = milliseconds(attention, runs), rest_ms = milliseconds(copy, 10) * bytes / (2.0 * copied),
+               floor_ms = product_ms + attention_ms + rest_ms;
+  std::printf("%-22s step %8.2f ms %9.0f tokens/s   floor %8.2f ms %9.0f tokens/s = products %.2f + attention %.2f + "
+              "%.1f GB of the rest %.2f\n",
+              r.name, step_ms, N / step_ms * 1e3, floor_ms, N / floor_ms * 1e3, product_ms, attention_ms, bytes * 1e-9,
+              rest_ms);
+  std::fflush(stdout);
+}
+
 int main(int argc, char** argv) {
   try {
     Cuda cuda;
@@ -295,14 +436,18 @@ int main(int argc, char** argv) {
       kernels();
       return 0;
     }
-    if (only != "steps") operations();
+    if (only != "steps" && only != "fused" && only != "floor") operations();
     if (only == "ops") return 0;
     const BlockKind sequential = BlockKind::sequential, parallel = BlockKind::parallel;
     for (const Row& r : {Row{"12 x 768", 12, 768, 12, 12, 64, 2048, 50304, 1024, 64, sequential},
                          Row{"6 x 384", 6, 384, 6, 6, 64, 1024, 256, 256, 64, sequential},
                          Row{"12 x 256, parallel", 12, 256, 2, 2, 128, 704, 4096, 2048, 32, parallel},
                          Row{"llama-1b", 16, 2048, 32, 8, 64, 8192, 50304, 2048, 8, sequential}})
-      if (argc < 3 || std::string(r.name).find(argv[2]) != std::string::npos) whole_steps(r);
+      if (argc < 3 || std::string(r.name).find(argv[2]) != std::string::npos) {
+        if (only == "fused") fused(r);
+        if (only != "fused" && only != "floor") whole_steps(r);
+        if (only != "fused" && only != "steps") step_floor(r);
+      }
   } catch (const std::exception& e) {
     std::fprintf(stderr, "error: %s\n", e.what());
     return 2;

@@ -330,8 +330,23 @@ __device__ __forceinline__ float warp_max(float x) {
   return x;
 }
 
-// 1 / (1 + e^-x). The fast division is within 2 ulp, no more than __expf is off by itself; 0 where e^-x passes 2^126.
-__device__ __forceinline__ float sigmoid(float x) { return __fdividef(1, 1 + __expf(-x)); }
+// 1 / (1 + e^-x) by the GPU's own 2^x and 1/x, which are within 2 ulp and 1 ulp: __expf and __fdividef would take as much
+// again to treat numbers below 2^-126 well, which make no difference here. 0 where e^-x passes 2^126.
+__device__ __forceinline__ float sigmoid(float x) {
+  float e, s;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(e) : "f"(-1.44269504f * x));
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(s) : "f"(1 + e));
+  return s;
+}
+
+// The point (a, b) turned by the angle whose cosine and sine are c and s: its first and second coordinate. Which of the
+// products is rounded is spelled out, so that all kernels give the same bits.
+__device__ __forceinline__ float turned_first(float a, float b, float c, float s) {
+  return __fmaf_rn(a, c, -__fmul_rn(b, s));
+}
+__device__ __forceinline__ float turned_second(float a, float b, float c, float s) {
+  return __fmaf_rn(b, c, __fmul_rn(a, s));
+}
 
 // Sum over the block, whose number of threads is a power of two, in double and in a fixed order.
 __device__ inline double block_sum(double x) {

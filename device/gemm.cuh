@@ -1,9 +1,11 @@
 #pragma once
 // A matrix product of our own for Hopper (sm_90a), in bf16 with fp32 sums, which can go on with what comes next:
-//     out (M, N) = A (M, K) B (N, K)^T, then an epilogue: nothing, or SwiGLU.
-// That is a linear layer's forward product: A holds its inputs, B its weights, both with K running along memory. The
-// product alone is a little slower than cuBLASLt's; an epilogue pays because what it needs is still on the chip, while
-// an operation of its own would read it from device memory again.
+//     out (M, N) = A (M, K) B (N, K)^T, then an epilogue: nothing, SwiGLU, RoPE,
+//     out (M, N) = A (M, K) B (K, N), then SwiGLU's gradient.
+// The first is a linear layer's forward product: A holds its inputs, B its weights, both with K running along memory. The
+// second is the gradient of its inputs, where the same weights are read across (BY_COLUMN below). The product alone is a
+// little slower than cuBLASLt's; an epilogue pays because what it needs is still on the chip, while an operation of its
+// own would read it from device memory again.
 //
 // How it works (bench/matmul_ladder.cu leads up to it). A block makes tiles of 128 x 256 of `out`, one after the other:
 //   - One thread, the producer, asks the copy engine (TMA) for slices of A (128, 64) and B (256, 64), as slots for them
@@ -37,14 +39,14 @@ namespace gemm {
 constexpr int kM = 128, kN = 256, kK = 64;  // a block's tile, and the depth of a slice
 constexpr int kSlots = 3;                 // for slices that are on their way or in use
 constexpr int kCluster = 2;  // blocks
-constexpr int kThreads = 3 * 128;
+constexpr int kThreads = 3 * 128;  // at most 168 registers each, of which a consumer needs 128 for its sums
 constexpr int kBytesA = kM * kK * 2, kBytesB = kN * kK * 2, kBytesSlice = kBytesA + kBytesB;
 constexpr int kBytesTile = kM * kN * 2;     // a finished tile: of each consumer four panels of (64, 64)
-constexpr int kBytesPanel = 64 * 64 * 2;
-constexpr int kBytesShared = kSlots * kBytesSlice + kBytesTile + 1024 + 128;  // all begin at multiples of 1024
-constexpr int kFinishers = 96;
+constexpr int kBytesPanel = 64 * 64 * 2;  // a slice of a B by column is four of them, too
+constexpr int kBytesShared = kSlots * kBytesSlice + kBytesTile + 128;  // 128: barriers
+constexpr int kFinishers = 3 * 32;
 
-// Where a tile of `out` begins, and which rows of B make its two halves of 128 columns.
+// Where a tile of `out` begins, and which rows of B (columns, BY_COLUMN) make its two halves of 128 columns.
 struct Place {
   int row, column, first_half, second_half;
 };
@@ -86,7 +88,7 @@ __device__ __forceinline__ void arrive_at(uint32_t barrier, int rank) {
       "r"(rank)
       : "memory");
 }
-__device__ __forceinline__ void finishers_barrier() { asm volatile("bar.sync 1, 96;" ::: "memory"); }
+__device__ __forceinline__ void finishers_barrier() { asm volatile("bar.sync 1, %0;" ::"n"(kFinishers) : "memory"); }
 __device__ __forceinline__ void cluster_barrier() {
   asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
@@ -125,11 +127,15 @@ __device__ __forceinline__ void publish() { asm volatile("fence.proxy.async.shar
 // ---------------------------------------------------------------------------------------------------------------------
 // wgmma
 
-// Its description of 64 or 256 rows of 64 bf16 at a multiple of 1024 bytes, 128-byte swizzle (PTX ISA, "Matrix
-// descriptor"): address, distance of one group of 8 rows from the next. 16 columns further on is 32 bytes further.
+// Its description of rows of 64 bf16 at a multiple of 1024 bytes, 128-byte swizzle (PTX ISA, "Matrix descriptor"), in
+// units of 16 bytes: address, distance of one group of 8 rows from the next, and, if the rows are k, that of one panel of
+// 64 columns from the next. 16 further along k is 32 bytes further where k runs along the rows, else 16 rows.
 __device__ __forceinline__ uint64_t descriptor(uint32_t at) {
-  return uint64_t(1) << 62 | uint64_t(1024 >> 4) << 32 | uint64_t(1) << 16 | at >> 4;
+  // In the second block of a cluster an address has a bit set above the 18 that belong here.
+  return uint64_t(1) << 62 | uint64_t(1024 >> 4) << 32 | uint64_t(kBytesPanel >> 4) << 16 | (at & 0x3ffff) >> 4;
 }
+template <bool BY_COLUMN>
+constexpr int kStepK = (BY_COLUMN ? 16 * 128 : 32) >> 4;
 
 // clang-format off
 #define GEMM_D4(n) "+f"(d[n][0]), "+f"(d[n][1]), "+f"(d[n][2]), "+f"(d[n][3])
@@ -143,13 +149,14 @@ __device__ __forceinline__ uint64_t descriptor(uint32_t at) {
   "%111,%112,%113,%114,%115,%116,%117,%118,%119,%120,%121,%122,%123,%124,%125,%126,%127}"
 // clang-format on
 
-// d (64, 256) = [d +] A (64, 16) B (256, 16)^T. Of each piece of 8 columns a thread holds, as everywhere in tensor
+// d (64, 256) = [d +] A (64, 16) B (256, 16)^T, or B (16, 256) with BY_COLUMN. Of each piece of 8 columns a thread holds, as everywhere in tensor
 // cores, rows g and g + 8 (g = lane / 4, from its warp's 16 rows on), columns 2t and 2t + 1 (t = lane % 4).
+template <bool BY_COLUMN>
 __device__ __forceinline__ void wgmma(float (&d)[32][4], uint64_t a, uint64_t b, int accumulate) {
   asm volatile("{.reg .pred p; setp.ne.b32 p, %130, 0;\n"
-               "wgmma.mma_async.sync.aligned.m64n256k16.f32.bf16.bf16 " GEMM_R128 ", %128, %129, p, 1, 1, 0, 0;}"
+               "wgmma.mma_async.sync.aligned.m64n256k16.f32.bf16.bf16 " GEMM_R128 ", %128, %129, p, 1, 1, 0, %131;}"
                : GEMM_D64(0), GEMM_D64(16)
-               : "l"(a), "l"(b), "r"(accumulate));
+               : "l"(a), "l"(b), "r"(accumulate), "n"(int(BY_COLUMN)));
 }
 template <int PENDING>
 __device__ __forceinline__ void wait_products(float (&d)[32][4]) {
@@ -165,7 +172,7 @@ __device__ __forceinline__ void wait_products(float (&d)[32][4]) {
 
 // The address of 8 columns of a row: panels have rows of 128 bytes, whose 16-byte chunks are permuted by the row's
 // number. So 8 rows never meet in the same banks, and the copy engine knows it as its 128-byte swizzle.
-__device__ __forceinline__ uint32_t chunk_address(uint32_t tile, int row, int chunk) {
+__device__ __forceinline__ uint32_t chunk_address(uint32_t tile, uint32_t row, uint32_t chunk) {
   const uint32_t panel = tile + row / 64 * (kBytesTile / 2) + (chunk >> 3) * kBytesPanel;
   return panel + row % 64 * 128 + (((chunk & 7) ^ (row & 7)) << 4);
 }
@@ -184,39 +191,47 @@ __device__ __forceinline__ void write_tile(uint32_t tile, int row, const float (
                  "r"(pack_pair(d[n + 1][0], d[n + 1][1])), "r"(pack_pair(d[n + 1][2], d[n + 1][3]))
                  : "memory");
 }
-// 8 columns as fp32, and back to bf16.
-__device__ __forceinline__ void read_chunk(float (&x)[8], uint32_t address) {
-  uint32_t pair[4];
+// The same as a pointer, to any column.
+__device__ __forceinline__ bf16* element(uint32_t tile, int row, int column) {
+  return static_cast<bf16*>(__cvta_shared_to_generic(chunk_address(tile, row, column >> 3) + (column & 7) * 2));
+}
+// 8 columns as they lie in memory, and as fp32.
+__device__ __forceinline__ uint4 read_chunk(uint32_t address) {
+  uint4 packed;
   asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(pair[0]), "=r"(pair[1]), "=r"(pair[2]), "=r"(pair[3])
+               : "=r"(packed.x), "=r"(packed.y), "=r"(packed.z), "=r"(packed.w)
                : "r"(address)
                : "memory");
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    x[2 * i] = __uint_as_float(pair[i] << 16);
-    x[2 * i + 1] = __uint_as_float(pair[i] & 0xffff0000u);
-  }
+  return packed;
 }
-__device__ __forceinline__ uint4 packed_chunk(const float (&x)[8]) {
-  return make_uint4(pack_pair(x[0], x[1]), pack_pair(x[2], x[3]), pack_pair(x[4], x[5]), pack_pair(x[6], x[7]));
+__device__ __forceinline__ void unpack(float (&x)[8], uint4 packed) {
+  const uint32_t pairs[4] = {packed.x, packed.y, packed.z, packed.w};
+#pragma unroll
+  for (int i = 0; i < 8; ++i) x[i] = __uint_as_float(i % 2 ? pairs[i / 2] & 0xffff0000u : pairs[i / 2] << 16);
 }
 #endif  // GEMM_HOPPER
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Epilogues. Each says which rows of B make a tile, and to which columns of out its four panels go (N: nowhere). While
-// the tile is copied to device memory, finisher number `thread` of 96 calls finish().
+// Epilogues. Each says which rows of B make a tile, and to which columns of out its four panels go (N: nowhere).
+// Finisher number `thread` of kFinishers calls prepare() while a tile is being made, and finish() once it is there: before
+// the tile is copied to device memory if finish() changes it, else meanwhile. Behind the tile it has kBytes of shared
+// memory.
 
 // out as it is.
 struct Store {
+  static constexpr bool kChanges = false;
+  static constexpr int kBytes = 0;
   __device__ Place place(int row, int j, int /*N*/) const { return {row, j * kN, j * kN, j * kN + 128}; }
   __device__ int panel_column(Place at, int panel, int) const { return at.column + panel * 64; }
+  __device__ void prepare(uint32_t, Place, int, int, int) const {}
   __device__ void finish(uint32_t, Place, int, int, int) const {}
 };
 
 // out (M, 2F) holds gates in its first F columns and ups behind them; act (M, F) = silu(gate) * up, to the bit as from
 // swiglu_forward(). A tile has 128 gates and the 128 ups that go with them. F is a multiple of 64.
-struct SwiGlu {
+struct SwiGlu : Store {
   bf16* act;
+  explicit SwiGlu(bf16* to) : act(to) {}
   __device__ Place place(int row, int j, int N) const { return {row, j * 128, j * 128, N / 2 + j * 128}; }
   __device__ int panel_column(Place at, int panel, int N) const {
     if (at.column + panel % 2 * 64 >= N / 2) return N;  // the right half of the last tile
@@ -226,14 +241,137 @@ struct SwiGlu {
 #if GEMM_HOPPER
     const int F = N / 2;
     for (int i = thread; i < kM * 16; i += kFinishers) {
-      const int row = i / 16, chunk = i % 16, r = at.row + row, c = at.column + chunk * 8;
+      const int row = i / 16, r = at.row + row, c = at.column + i % 16 * 8;
       if (r >= M || c >= F) continue;
       float gate[8], up[8];
-      read_chunk(gate, chunk_address(tile, row, chunk));
-      read_chunk(up, chunk_address(tile, row, chunk + 16));
+      unpack(gate, read_chunk(chunk_address(tile, row, i % 16)));
+      unpack(up, read_chunk(chunk_address(tile, row, i % 16 + 16)));
 #pragma unroll
       for (int k = 0; k < 8; ++k) up[k] *= gate[k] * sigmoid(gate[k]);
-      *reinterpret_cast<uint4*>(act + size_t(r) * F + c) = packed_chunk(up);
+      store<8>(act + size_t(r) * F + c, up);
+    }
+#endif
+  }
+};
+
+// From d, the gradient of silu(gate) up, those of gate and up, in their place.
+__device__ __forceinline__ void swiglu_gradient(float& gate, float& up, float d) {
+  const float s = sigmoid(gate), silu = gate * s;
+  gate = d * up * (s + silu * (1 - s));
+  up = d * silu;
+}
+
+// The product is the gradient of SwiGLU's output, of which only those of gate and up are kept: dgate_up (M, 2F), to the
+// bit as from swiglu_backward(). gate_up is as SwiGlu left it. F is N, a multiple of 8.
+//
+// Of each tile a warp has every third row, a lane 8 columns of it. Memory answers late: gates and ups are asked for kAhead
+// rows before they are needed, the first while the tile is still being made, and come to a place in shared memory that
+// each thread has for itself.
+struct SwiGluBackward : Store {
+  static constexpr int kAhead = 6, kStep = kFinishers / 32, kBytesRow = kFinishers * 16, kBytes = kAhead * 2 * kBytesRow;
+  const bf16* gate_up;
+  bf16* dgate_up;
+  SwiGluBackward(const bf16* from, bf16* to) : gate_up(from), dgate_up(to) {}
+  __device__ int panel_column(Place, int, int N) const { return N; }
+#if GEMM_HOPPER
+  __device__ void prepare(uint32_t tile, Place at, int thread, int M, int N) const {
+    for (int i = 0; i < kAhead; ++i) start_copy(tile, at, thread, thread / 32 + i * kStep, i, M, N);
+  }
+  __device__ void start_copy(uint32_t tile, Place at, int thread, int row, int place, int M, int N) const {
+    const int r = at.row + row, c = at.column + thread % 32 * 8;
+    const uint32_t to = tile + kBytesTile + place * 2 * kBytesRow + thread * 16;
+    const bf16* from = gate_up + size_t(r) * 2 * N + c;
+    if (row < kM && r < M && c < N)
+      asm volatile("cp.async.cg.shared.global [%0], [%2], 16;\n"
+                   "cp.async.cg.shared.global [%1], [%3], 16;" ::"r"(to), "r"(to + kBytesRow), "l"(from), "l"(from + N)
+                   : "memory");
+    asm volatile("cp.async.commit_group;" ::: "memory");
+  }
+  __device__ void finish(uint32_t tile, Place at, int thread, int M, int N) const {
+    const int column = thread % 32 * 8, rows = min(kM, M - at.row);
+    if (at.column + column >= N) return;
+    bf16* to = dgate_up + size_t(at.row + thread / 32) * 2 * N + at.column + column;
+    uint4 gates, ups, ds, next_gates, next_ups, next_ds;
+    auto read = [&](int row, int place) {
+      if (row >= rows) return;
+      asm volatile("cp.async.wait_group %0;" ::"n"(kAhead - 2) : "memory");
+      const uint32_t from = tile + kBytesTile + place * 2 * kBytesRow + thread * 16;
+      next_gates = read_chunk(from), next_ups = read_chunk(from + kBytesRow);
+      next_ds = read_chunk(chunk_address(tile, row, thread % 32));
+    };
+    read(thread / 32, 0);
+#pragma unroll 2
+    for (int row = thread / 32, place = 0; row < rows; row += kStep, to += size_t(kStep) * 2 * N) {
+      const int next_place = place + 1 < kAhead ? place + 1 : 0;
+      gates = next_gates, ups = next_ups, ds = next_ds;
+      read(row + kStep, next_place);
+      float gate[8], up[8], d[8];
+      unpack(gate, gates), unpack(up, ups), unpack(d, ds);
+#pragma unroll
+      for (int k = 0; k < 8; ++k) swiglu_gradient(gate[k], up[k], d[k]);
+      start_copy(tile, at, thread, row + kAhead * kStep, place, M, N);
+      store<8>(to, gate);
+      store<8>(to + N, up);
+      place = next_place;
+    }
+  }
+#endif
+};
+
+// out holds `heads` heads of HS channels, and more behind them. The first R channels of each are turned by the angles of
+// the row's position, to the bit as by rope_forward(). 256 is a multiple of HS, R / 2 of W.
+template <int W, bool INTERLEAVED>
+struct Rope : Store {
+  static constexpr bool kChanges = true;
+  const float* cos_sin;  // (T, R/2, 2)
+  int T, R, heads, HS;
+  Rope(const float* table, int positions, int rotary_dim, int turned, int head_size)
+      : cos_sin(table), T(positions), R(rotary_dim), heads(turned), HS(head_size) {}
+  // A thread turns W neighbouring pairs of a row in up to 4 heads at once, for which it reads the angles once.
+  __device__ void finish(uint32_t tile, Place at, int thread, int M, int) const {
+#if GEMM_HOPPER
+    const int vectors = R / 2 / W, end = min(kN, heads * HS - at.column), rows = min(kM, M - at.row);
+    if (end <= 0) return;
+    float2 angle[W], next_angle[W];
+    auto read = [&](int i) {
+#pragma unroll
+      for (int k = 0; k < W; ++k)
+        if (i < rows * vectors)
+          next_angle[k] = __ldg(reinterpret_cast<const float2*>(cos_sin) +
+                                size_t((at.row + i / vectors) % T) * (R / 2) + i % vectors * W + k);
+    };
+    read(thread);
+    for (int i = thread; i < rows * vectors; i += kFinishers) {
+      const int row = i / vectors, pair = i % vectors * W;
+#pragma unroll
+      for (int k = 0; k < W; ++k) angle[k] = next_angle[k];
+      read(i + kFinishers);
+      for (int head = 0; head < end; head += 4 * HS) {
+        using Half = float[W];
+        bf16 *first[4], *second[4];
+        float x[4][2 * W];  // W first channels and W second ones, or interleaved
+#pragma unroll
+        for (int h = 0; h < 4; ++h) {  // none of them under a condition, so that all are on their way at once
+          const int column = min(head + h * HS, kN - HS);
+          first[h] = element(tile, row, column + (INTERLEAVED ? 2 * pair : pair));
+          second[h] = element(tile, row, column + R / 2 + pair);
+          if constexpr (INTERLEAVED) load<2 * W>(x[h], first[h]);
+          else load<W>(reinterpret_cast<Half&>(x[h][0]), first[h]), load<W>(reinterpret_cast<Half&>(x[h][W]), second[h]);
+        }
+#pragma unroll
+        for (int h = 0; h < 4; ++h) {
+          if (head + h * HS >= end) continue;
+#pragma unroll
+          for (int k = 0; k < W; ++k) {
+            float &a = x[h][INTERLEAVED ? 2 * k : k], &b = x[h][INTERLEAVED ? 2 * k + 1 : W + k];
+            const float turned = turned_first(a, b, angle[k].x, angle[k].y);
+            b = turned_second(a, b, angle[k].x, angle[k].y);
+            a = turned;
+          }
+          if constexpr (INTERLEAVED) store<2 * W>(first[h], x[h]);
+          else store<W>(first[h], reinterpret_cast<Half&>(x[h][0])), store<W>(second[h], reinterpret_cast<Half&>(x[h][W]));
+        }
+      }
     }
 #endif
   }
@@ -251,16 +389,16 @@ __device__ __forceinline__ Place tile_place(const Epilogue& epilogue, int t, int
   return epilogue.place((first + inside % height) * kCluster * kM + rank * kM, inside / height, N);
 }
 
-template <class Epilogue>
+template <bool BY_COLUMN, class Epilogue>
 __global__ void GEMM_CLUSTER __launch_bounds__(kThreads, 1)
     kernel(const __grid_constant__ CUtensorMap a, const __grid_constant__ CUtensorMap b,
            const __grid_constant__ CUtensorMap out, int M, int N, int K, Epilogue epilogue) {
 #if GEMM_HOPPER
   extern __shared__ uint8_t memory[];
-  // The 128-byte swizzle counts from multiples of 1024.
-  const uint32_t slots = (uint32_t(__cvta_generic_to_shared(memory)) + 1023) / 1024 * 1024;
-  const uint32_t tile = slots + kSlots * kBytesSlice, full = tile + kBytesTile, empty = full + 8 * kSlots,
-                 ready = empty + 8 * kSlots, free = ready + 8;
+  const uint32_t slots = uint32_t(__cvta_generic_to_shared(memory)), tile = slots + kSlots * kBytesSlice,
+                 full = tile + kBytesTile + Epilogue::kBytes, empty = full + 8 * kSlots, ready = empty + 8 * kSlots,
+                 free = ready + 8;
+  if (slots % 1024) __trap();  // the 128-byte swizzle counts from there; a kernel's shared memory begins there
   // The shuffle tells the compiler that all lanes of a warp agree.
   const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0), rank = blockIdx.x % kCluster;
   const int rows = (M + kCluster * kM - 1) / (kCluster * kM), columns = (N + kN - 1) / kN;
@@ -276,9 +414,7 @@ __global__ void GEMM_CLUSTER __launch_bounds__(kThreads, 1)
   }
   cluster_barrier();  // nobody may write to the other block, or arrive there, before its barriers exist
 
-  // The producer and the finishers need few registers, the consumers 128 for their sums alone: so registers move.
   if (warp < 4) {
-    asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
     if (threadIdx.x == 0) {  // the producer
       int slot = 0, parity = 1;  // the first time round all slots are empty
       for (int t = first_tile; t < rows * columns; t += tiles_apart) {
@@ -289,8 +425,11 @@ __global__ void GEMM_CLUSTER __launch_bounds__(kThreads, 1)
           wait_barrier(empty + 8 * slot, parity);
           expect_bytes(full + 8 * slot, kBytesSlice);  // A's box, and both halves of B, of which one comes from outside
           load_box(slice, a, k * kK, at.row, full + 8 * slot);
-          load_box_for_both(slice + kBytesA + rank * (kBytesB / 2), b, k * kK, rank ? at.second_half : at.first_half,
-                            full + 8 * slot);
+          const uint32_t to = slice + kBytesA + rank * (kBytesB / 2);
+          const int half = rank ? at.second_half : at.first_half;
+          if (!BY_COLUMN) load_box_for_both(to, b, k * kK, half, full + 8 * slot);
+          for (int panel = 0; panel < (BY_COLUMN ? 2 : 0); ++panel)
+            load_box_for_both(to + panel * kBytesPanel, b, half + panel * 64, k * kK, full + 8 * slot);
           if (++slot == kSlots) slot = 0, parity ^= 1;
         }
       }
@@ -300,15 +439,24 @@ __global__ void GEMM_CLUSTER __launch_bounds__(kThreads, 1)
       int parity = 0;
       for (int t = first_tile; t < rows * columns; t += tiles_apart, parity ^= 1) {
         const Place at = tile_place(epilogue, t, rows, columns, N, rank);
+        epilogue.prepare(tile, at, thread, M, N);
         wait_barrier(ready, parity);
+        if (Epilogue::kChanges) {
+          epilogue.finish(tile, at, thread, M, N);
+          publish();
+          finishers_barrier();
+        }
         if (thread == 0) {
           for (int i = 0; i < 8; ++i)
-            store_box(out, epilogue.panel_column(at, i % 4, N), at.row + i / 4 * 64, tile + i * kBytesPanel);
+            if (const int column = epilogue.panel_column(at, i % 4, N); column < N)
+              store_box(out, column, at.row + i / 4 * 64, tile + i * kBytesPanel);
           commit_stores();
         }
         // While the copy engine takes the tile away, its numbers are read again here.
-        epilogue.finish(tile, at, thread, M, N);
-        finishers_barrier();
+        if (!Epilogue::kChanges) {
+          epilogue.finish(tile, at, thread, M, N);
+          finishers_barrier();
+        }
         if (thread == 0) {
           wait_stores();
           arrive(free);
@@ -316,7 +464,6 @@ __global__ void GEMM_CLUSTER __launch_bounds__(kThreads, 1)
       }
     }
   } else {  // the consumers
-    asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
     const int consumer = warp / 4 - 1, thread = threadIdx.x % 128;
     float d[32][4];
     int slot = 0, parity = 0, tile_parity = 1;
@@ -329,7 +476,8 @@ __global__ void GEMM_CLUSTER __launch_bounds__(kThreads, 1)
         wait_barrier(full + 8 * slot, parity);
         asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 #pragma unroll
-        for (int i = 0; i < kK / 16; ++i) wgmma(d, rows_of_a + 2 * i, rows_of_b + 2 * i, k > 0 || i > 0);
+        for (int i = 0; i < kK / 16; ++i)
+          wgmma<BY_COLUMN>(d, rows_of_a + kStepK<false> * i, rows_of_b + kStepK<BY_COLUMN> * i, k > 0 || i > 0);
         asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
         wait_products<1>(d);  // the slice before this one has been used
         if (k > 0 && thread < kCluster) arrive_at(empty + 8 * (slot > 0 ? slot - 1 : kSlots - 1), thread);
@@ -338,7 +486,7 @@ __global__ void GEMM_CLUSTER __launch_bounds__(kThreads, 1)
       wait_products<0>(d);
       if (thread < kCluster) arrive_at(empty + 8 * (slot > 0 ? slot - 1 : kSlots - 1), thread);
       wait_barrier(free, tile_parity);  // the tile before has left
-            write_tile(tile, (warp - 4) * 16, d);
+      write_tile(tile, (warp - 4) * 16, d);
       publish();
       arrive(ready);
     }
@@ -347,8 +495,8 @@ __global__ void GEMM_CLUSTER __launch_bounds__(kThreads, 1)
 #endif
 }
 
-// Describes a matrix (rows, columns) of bf16 to the copy engine, which takes boxes of `box_rows` rows of 64 columns.
-inline CUtensorMap describe(const bf16* matrix, int rows, int columns, int box_rows) {
+// The driver's function that describes a matrix to the copy engine.
+inline auto tensor_map_encoder() {
   static const auto encode = [] {
     void* function = nullptr;
     cudaDriverEntryPointQueryResult found;
@@ -356,10 +504,15 @@ inline CUtensorMap describe(const bf16* matrix, int rows, int columns, int box_r
           "cuTensorMapEncodeTiled");
     return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(function);
   }();
+  return encode;
+}
+
+// Describes a matrix (rows, columns) of bf16 to the copy engine, which takes boxes of `box_rows` rows of 64 columns.
+inline CUtensorMap describe(const bf16* matrix, int rows, int columns, int box_rows) {
   CUtensorMap map;
   const cuuint64_t sizes[] = {cuuint64_t(columns), cuuint64_t(rows)}, strides[] = {cuuint64_t(columns) * sizeof(bf16)};
   const cuuint32_t box[] = {64, cuuint32_t(box_rows)}, steps[] = {1, 1};
-  if (encode(&map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, const_cast<bf16*>(matrix), sizes, strides, box, steps,
+  if (tensor_map_encoder()(&map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, const_cast<bf16*>(matrix), sizes, strides, box, steps,
              CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
              CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) != CUDA_SUCCESS)
     throw std::runtime_error("cuTensorMapEncodeTiled: a matrix that the copy engine does not take");
@@ -372,13 +525,13 @@ inline bool supports(const Cuda& be, int N, int K, const void* out, const void* 
   return be.capability == 90 && N % 8 == 0 && K % 8 == 0 && aligned(out) && aligned(a) && aligned(b);
 }
 
-// out (M, N) = a (M, K) b (N, K)^T, finished by the epilogue.
-template <class Epilogue>
+// out (M, N) = a (M, K) b (N, K)^T, or b (K, N) with BY_COLUMN, finished by the epilogue.
+template <bool BY_COLUMN = false, class Epilogue>
 void multiply(Cuda& be, bf16* out, const bf16* a, const bf16* b, int M, int N, int K, Epilogue epilogue) {
   const size_t tiles = divide_up(M, kCluster * kM) * divide_up(N, kN);
   const int blocks = kCluster * int(std::min<size_t>(tiles, be.multiprocessors / kCluster));
-  launch(be, "gemm", kernel<Epilogue>, blocks, kThreads, kBytesShared, describe(a, M, K, kM), describe(b, N, K, 128),
-         describe(out, M, N, 64), M, N, K, epilogue);
+  launch(be, "gemm", kernel<BY_COLUMN, Epilogue>, blocks, kThreads, kBytesShared + Epilogue::kBytes, describe(a, M, K, kM),
+         BY_COLUMN ? describe(b, K, N, kK) : describe(b, N, K, 128), describe(out, M, N, 64), M, N, K, epilogue);
 }
 
 }  // namespace gemm

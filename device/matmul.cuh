@@ -11,6 +11,7 @@
 // reaches the result, so it is the same for any number of threads, to the bit.
 
 #include <algorithm>
+#include <array>
 #include <cstddef>
 #include <cstring>
 #include <map>
@@ -312,6 +313,22 @@ int fastest_of_same_bits(Cuda& be, const Out* out, size_t n, int count, Start st
   cudaEventDestroy(begin);
   cudaEventDestroy(end);
   return std::max(best, 0);
+}
+
+// Starts an operation, which gives out (n), as two kernels, apart(), or as one, together(): whichever is faster for the
+// shape, by the clock, if both give the same bits, which they do unless cuBLASLt splits the sums of a product.
+template <class Out, class Apart, class Together>
+void start_faster(Cuda& be, std::array<int, 4> shape, const Out* out, size_t n, Apart apart, Together together) {
+  static std::map<std::pair<cublasLtHandle_t, std::array<int, 4>>, bool> pays;  // of these two ways
+  const auto key = std::make_pair(be.blas, shape);
+  if (!pays.count(key) && !be.recording()) {
+    apart();  // so that its product's algorithm is chosen before it is timed
+    pays[key] = fastest_of_same_bits(be, out, n, 2, [&](int way) {
+      way ? together() : apart();
+      return true;
+    });
+  }
+  pays.count(key) && pays[key] ? together() : apart();
 }
 
 // What cuBLASLt proposes for a product, best guess first, less what must not be taken: cuBLAS 12.6 to 13.4 gets wrong

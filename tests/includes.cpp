@@ -25,8 +25,8 @@ const std::vector<std::pair<Names, Names>>& layout() {
       {ground, ground},
       {{"device/"}, {"device/", "run/error.h"}},
       {{"text/"}, Names{"text/"} + ground},
-      {{"rope.cuh", "layers.cuh", "optimizer.cuh"}, {"device/"}},
-      {{"attention.cuh"}, {"device/", "rope.cuh"}},
+      {{"rope.cuh", "optimizer.cuh"}, {"device/"}},
+      {{"attention.cuh", "layers.cuh"}, {"device/", "rope.cuh"}},
       {{"model.h"}, Names{"device/", "run/random.h"} + operations},
       {{"run/"}, run},
       {{"eval/"}, run + Names{"eval/", "python.h", "page.h"}},  // python.h, page.h: made by the Makefile

@@ -188,4 +188,87 @@ TEST_CASE("cuda: the product of our own, as it is and with SwiGLU, at sizes that
   }
 }
 
+TEST_CASE("cuda: the product of our own with SwiGLU's gradient, at sizes that fit no tile") {
+  NEEDS_GPU;
+  if (!gemm::supports(*gpu(), 8, 8, nullptr, nullptr, nullptr)) {
+    MESSAGE("this GPU is not of compute capability 9.0: skipped");
+    return;
+  }
+  for (auto [M, F, K] : {std::array{1, 8, 8}, {100, 64, 64}, {300, 704, 200}, {129, 200, 1032}, {5000, 1032, 136}}) {
+    if (small() && M > 1000) continue;
+    CAPTURE(M);
+    CAPTURE(F);
+    CAPTURE(K);
+    const Values dout = numbers<bf16>(size_t(M) * K, 3), weight = numbers<bf16>(size_t(K) * F, 4, 0.1f);
+    Values want(size_t(M) * F);
+    matmul<float>(want.data(), nullptr, 0, row_major(dout.data(), K), row_major(weight.data(), F), M, F, K);
+    Tensor<bf16> a(dout), b(weight), gate_up(numbers<bf16>(size_t(M) * 2 * F, 5)), dact(want.size());
+    gemm::multiply<true>(*gpu(), dact(), a(), b(), M, F, K, gemm::Store{});
+    close("product", dact.host(), want, kRound<bf16>, 1, sums_of(dout, weight, M, F, K, false));
+    Tensor<bf16> got(gate_up.n), apart(gate_up.n);
+    gemm::multiply<true>(*gpu(), got(), a(), b(), M, F, K, gemm::SwiGluBackward{gate_up(), got()});
+    swiglu_backward(*gpu(), apart(), dact(), gate_up(), M, F);
+    CHECK(same_bits(got.bits(), apart.bits()));
+  }
+}
+
+TEST_CASE("cuda: the product of our own with RoPE") {
+  NEEDS_GPU;
+  if (!gemm::supports(*gpu(), 8, 8, nullptr, nullptr, nullptr)) {
+    MESSAGE("this GPU is not of compute capability 9.0: skipped");
+    return;
+  }
+  // Heads of queries, of keys, their size: the last heads of a row share a tile with values, or have it for themselves.
+  for (auto [NH, NKV, HS] : {std::array{12, 12, 64}, {2, 2, 128}, {6, 1, 64}, {3, 1, 256}, {8, 2, 32}})
+    for (int R : {2, 6, 16, 26, 32, 64, 128})
+      for (RopePairs pairs : {RopePairs::half, RopePairs::interleaved}) {
+        if (R > HS || R != kRotaryDim.value_or(R)) continue;
+        CAPTURE(HS);
+        CAPTURE(R);
+        CAPTURE(int(pairs));
+        const RopeShape s = {small() ? 1 : 7, 67, NH, NKV, HS};
+        const int M = s.B * s.T, K = 72, N = (NH + 2 * NKV) * HS;
+        const DeviceTable table(s.T, R, pairs);
+        Tensor<bf16> inp(numbers<bf16>(size_t(M) * K, 3)), weight(numbers<bf16>(size_t(N) * K, 4)),
+            got(size_t(M) * N), apart(got.n);
+        gemm::multiply(*gpu(), apart(), inp(), weight(), M, N, K, gemm::Store{});
+        rope_forward(*gpu(), apart(), table.on_gpu, s);
+        auto multiply = [&](auto epilogue) { gemm::multiply(*gpu(), got(), inp(), weight(), M, N, K, epilogue); };
+        with_width<4>(R % 8 == 0, [&](auto W) {
+          const float* cos_sin = table.on_gpu.cos_sin;
+          pairs == RopePairs::half ? multiply(gemm::Rope<W(), false>(cos_sin, s.T, R, s.NH + s.NKV, s.HS))
+                                   : multiply(gemm::Rope<W(), true>(cos_sin, s.T, R, s.NH + s.NKV, s.HS));
+        });
+        CHECK(same_bits(got.bits(), apart.bits()));
+      }
+}
+
+TEST_CASE("cuda: a linear layer with RoPE, and with SwiGLU's gradient, gives the bits of its two operations") {
+  NEEDS_GPU;
+  const int B = small() ? 1 : 4, T = 600, C = 768, NH = 12, HS = 64, F = 704, N = B * T, QKV = 3 * C;
+  const DeviceTable table(T, 16, RopePairs::half);
+  Tensor<bf16> x(numbers<bf16>(size_t(N) * C, 3)), w_qkv(numbers<bf16>(size_t(QKV) * C, 4, 0.1f)), qkv(size_t(N) * QKV),
+      qkv_apart(qkv.n);
+  const RopeShape s = {B, T, NH, NH, HS};
+  if (kRotaryDim.value_or(16) == 16)
+    for (int turn = 0; turn < 2; ++turn) {  // which way is taken is decided in the first
+      linear_rope_forward(*gpu(), qkv(), x(), w_qkv(), (const bf16*)nullptr, table.on_gpu, s, C);
+      linear_forward(*gpu(), qkv_apart(), x(), w_qkv(), (const bf16*)nullptr, N, C, QKV);
+      rope_forward(*gpu(), qkv_apart(), table.on_gpu, s);
+      CHECK(same_bits(qkv.bits(), qkv_apart.bits()));
+    }
+  Tensor<bf16> w_down(numbers<bf16>(size_t(C) * F, 5, 0.1f)), act(numbers<bf16>(size_t(N) * F, 6)),
+      gate_up(numbers<bf16>(size_t(N) * 2 * F, 7)), dact(act.n), dgate_up(gate_up.n), dgate_up_apart(gate_up.n);
+  const Values zeros(size_t(C) * F), none(C);
+  for (int turn = 0; turn < 2; ++turn) {
+    Tensor<float> dweight(zeros), dbias(none), dweight_apart(zeros), dbias_apart(none);
+    linear_swiglu_backward(*gpu(), dgate_up(), dact(), dweight(), dbias(), x(), act(), gate_up(), w_down(), N, F, C);
+    linear_backward(*gpu(), dact(), dweight_apart(), dbias_apart(), x(), act(), w_down(), N, F, C);
+    swiglu_backward(*gpu(), dgate_up_apart(), dact(), gate_up(), N, F);
+    CHECK(same_bits(dgate_up.bits(), dgate_up_apart.bits()));
+    CHECK(same_bits(dweight.bits(), dweight_apart.bits()));
+    CHECK(same_bits(dbias.bits(), dbias_apart.bits()));
+  }
+}
+
 #endif  // __CUDACC__
