@@ -15,7 +15,7 @@
 //   rung 0   the definition, loops in the order of the formula (CPU); the tests hold every other version against it
 //   CPU      the same with matrix products, a block of queries at a time: what training on a CPU runs
 //   rung 1   a GPU kernel with a warp per query, for any shape and number type
-//   last     device/flash.cuh: tensor cores, bf16; bench/attention_ladder.cu has the steps between, with their times
+//   last     device/flash.cuh, flash_hopper.cuh: tensor cores, bf16; bench/attention_ladder.cu has the steps between, with their times
 
 #include <algorithm>
 #include <vector>
@@ -339,7 +339,7 @@ void qk_norm_rope_backward(Cpu&, Real* dqkv, Acc<Real>* dq_weight, Acc<Real>* dk
 
 #ifdef __CUDACC__
 
-#include "device/flash.cuh"
+#include "device/flash_hopper.cuh"
 
 constexpr int kAttentionWarps = 8;  // per block, each with a query (or key) of its own
 

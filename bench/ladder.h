@@ -9,7 +9,7 @@
 #include <vector>
 
 #include "bench/gpu.h"
-#include "device/flash.cuh"
+#include "device/flash_hopper.cuh"
 
 // How far results are from the definition: the element that is worst in units of what it is allowed.
 struct Error {

@@ -22,10 +22,9 @@
 // never leave the registers. Both products are written twice: with mma.sync and ldmatrix (sm_80 and up), and with
 // wgmma, which reads its second operand straight from shared memory (sm_90a, the target that `make` picks for Hopper).
 // Registers and shared memory are laid out alike for both, so the kernels do not know which one they use.
+// Heads of 128 and 256 have kernels of their own on Hopper: device/flash_hopper.cuh, which also starts all of them.
 
 #include <algorithm>
-#include <cmath>
-#include <stdexcept>
 
 #include "device/backend.h"
 
@@ -64,11 +63,12 @@ struct Tile {
     return at + (chunk >> 3) * kPanelBytes + row * 128 + (((chunk & 7) ^ (row & 7)) << 4);
   }
 
-  // wgmma's description of the tile from (row, column) on, for either reading direction: address, stride of 8 rows,
-  // swizzle (PTX ISA, "Matrix descriptor"; all in units of 16 bytes). row must be a multiple of 8, column of 16.
+  // wgmma's description of the tile from (row, column) on, for either reading direction: address, distance of the
+  // panels (which only a product by columns needs), stride of 8 rows, swizzle (PTX ISA, "Matrix descriptor"; all in
+  // units of 16 bytes). row must be a multiple of 8, column of 16.
   __device__ __forceinline__ uint64_t descriptor(int row, int column) const {
     constexpr uint64_t kSwizzle = HS == 32 ? 2 : 1, kRows8 = 8 * kPanel * 2;
-    return (kSwizzle << 62 | kRows8 >> 4 << 32 | 1 << 16 | at >> 4) +
+    return (kSwizzle << 62 | kRows8 >> 4 << 32 | kPanelBytes >> 4 << 16 | at >> 4) +
            (column / kPanel * kPanelBytes + row * kPanel * 2 + column % kPanel * 2) / 16;
   }
 };
@@ -264,56 +264,67 @@ __device__ __forceinline__ void wait_products(float (&acc)[N][4]) {
     asm volatile("" : "+f"(acc[n][0]), "+f"(acc[n][1]), "+f"(acc[n][2]), "+f"(acc[n][3])::"memory");
 }
 
-// d (64, N) = [d +] A (64, 16) B (16, N), N = 32 or 64; A in registers or in shared memory. B is stored (N, 16), or
-// with BY_COLUMN (16, N).
+// d (64, N) = [d +] A (64, 16) B (16, N); A in registers or in shared memory. B is stored (N, 16), or with BY_COLUMN
+// (16, N).
 // clang-format off
-#define FLASH_D4(n) "+f"(d[n][0]), "+f"(d[n][1]), "+f"(d[n][2]), "+f"(d[n][3])
-#define FLASH_D16 FLASH_D4(0), FLASH_D4(1), FLASH_D4(2), FLASH_D4(3)
-#define FLASH_D32 FLASH_D16, FLASH_D4(4), FLASH_D4(5), FLASH_D4(6), FLASH_D4(7)
-#define FLASH_R16 "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15}"
-#define FLASH_R32                                                                                                      \
-  "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,"                                                     \
-  "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31}"
-#define FLASH_OP(n) "wgmma.mma_async.sync.aligned.m64n" #n "k16.f32.bf16.bf16 "
+#define FLASH_D8(n) "+f"(d[n][0]), "+f"(d[n][1]), "+f"(d[n][2]), "+f"(d[n][3]), \
+    "+f"(d[n + 1][0]), "+f"(d[n + 1][1]), "+f"(d[n + 1][2]), "+f"(d[n + 1][3])
+#define FLASH_D16 FLASH_D8(0), FLASH_D8(2)
+#define FLASH_D32 FLASH_D16, FLASH_D8(4), FLASH_D8(6)
+#define FLASH_D40 FLASH_D32, FLASH_D8(8)
+#define FLASH_D64 FLASH_D40, FLASH_D8(10), FLASH_D8(12), FLASH_D8(14)
+#define FLASH_D128 FLASH_D64, FLASH_D8(16), FLASH_D8(18), FLASH_D8(20), FLASH_D8(22), FLASH_D8(24), FLASH_D8(26), \
+    FLASH_D8(28), FLASH_D8(30)
+#define FLASH_R16  \
+  "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15"
+#define FLASH_R32 FLASH_R16 "," \
+  "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
+#define FLASH_R40 FLASH_R32 "," \
+  "%32,%33,%34,%35,%36,%37,%38,%39"
+#define FLASH_R64 FLASH_R40 "," \
+  "%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
+#define FLASH_R128 FLASH_R64 "," \
+  "%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79,%80,%81,%82,%83,%84,%85,%86,%87,%88,%89," \
+  "%90,%91,%92,%93,%94,%95,%96,%97,%98,%99,%100,%101,%102,%103,%104,%105,%106,%107,%108,%109,%110,%111," \
+  "%112,%113,%114,%115,%116,%117,%118,%119,%120,%121,%122,%123,%124,%125,%126,%127"
+// R is N / 2, the number of a thread's results; then come the operands' numbers.
+#define FLASH_WGMMA_REGISTERS(N, R, A0, A1, A2, A3, B, P, T)                                                           \
+  asm volatile("{.reg .pred p; setp.ne.b32 p, %" #P ", 0;\n"                                                           \
+               "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32.bf16.bf16 {" FLASH_R##R                                 \
+               "}, {%" #A0 ",%" #A1 ",%" #A2 ",%" #A3 "}, %" #B ", p, 1, 1, %" #T ";}"                                 \
+               : FLASH_D##R                                                                                            \
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate), "n"(BY_COLUMN))
+#define FLASH_WGMMA_SHARED(N, R, A, B, P, T)                                                                           \
+  asm volatile("{.reg .pred p; setp.ne.b32 p, %" #P ", 0;\n"                                                           \
+               "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32.bf16.bf16 {" FLASH_R##R                                 \
+               "}, %" #A ", %" #B ", p, 1, 1, 0, %" #T ";}"                                                            \
+               : FLASH_D##R                                                                                            \
+               : "l"(a), "l"(b), "r"(accumulate), "n"(BY_COLUMN))
 // clang-format on
 
 template <int N, int BY_COLUMN>
 __device__ __forceinline__ void wgmma(float (*d)[4], const uint32_t (&a)[4], uint64_t b, int accumulate) {
-  static_assert(N == 32 || N == 64);
-  if constexpr (N == 64)
-    asm volatile("{.reg .pred p; setp.ne.b32 p, %37, 0;\n" FLASH_OP(64) FLASH_R32
-                 ", {%32,%33,%34,%35}, %36, p, 1, 1, %38;}"
-                 : FLASH_D32
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate), "n"(BY_COLUMN));
-  else
-    asm volatile("{.reg .pred p; setp.ne.b32 p, %21, 0;\n" FLASH_OP(32) FLASH_R16
-                 ", {%16,%17,%18,%19}, %20, p, 1, 1, %22;}"
-                 : FLASH_D16
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate), "n"(BY_COLUMN));
+  static_assert(N == 32 || N == 64 || N == 128 || N == 256);
+  if constexpr (N == 32) FLASH_WGMMA_REGISTERS(32, 16, 16, 17, 18, 19, 20, 21, 22);
+  if constexpr (N == 64) FLASH_WGMMA_REGISTERS(64, 32, 32, 33, 34, 35, 36, 37, 38);
+  if constexpr (N == 128) FLASH_WGMMA_REGISTERS(128, 64, 64, 65, 66, 67, 68, 69, 70);
+  if constexpr (N == 256) FLASH_WGMMA_REGISTERS(256, 128, 128, 129, 130, 131, 132, 133, 134);
 }
 template <int N, int BY_COLUMN>
 __device__ __forceinline__ void wgmma(float (*d)[4], uint64_t a, uint64_t b, int accumulate) {
-  static_assert(N == 32 || N == 64);
-  if constexpr (N == 64)
-    asm volatile("{.reg .pred p; setp.ne.b32 p, %34, 0;\n" FLASH_OP(64) FLASH_R32 ", %32, %33, p, 1, 1, 0, %35;}"
-                 : FLASH_D32
-                 : "l"(a), "l"(b), "r"(accumulate), "n"(BY_COLUMN));
-  else
-    asm volatile("{.reg .pred p; setp.ne.b32 p, %18, 0;\n" FLASH_OP(32) FLASH_R16 ", %16, %17, p, 1, 1, 0, %19;}"
-                 : FLASH_D16
-                 : "l"(a), "l"(b), "r"(accumulate), "n"(BY_COLUMN));
+  static_assert(N == 32 || N == 64 || N == 80);
+  if constexpr (N == 32) FLASH_WGMMA_SHARED(32, 16, 16, 17, 18, 19);
+  if constexpr (N == 64) FLASH_WGMMA_SHARED(64, 32, 32, 33, 34, 35);
+  if constexpr (N == 80) FLASH_WGMMA_SHARED(80, 40, 40, 41, 42, 43);
 }
 
 // acc (64, N) = A (64, HS) tile^T
 template <int N, int ROWS, int HS>
 __device__ __forceinline__ void multiply_transposed(float (&acc)[N / 8][4], Shared<ROWS, HS> a, Tile<N, HS> tile) {
-  constexpr int kStep = N % 64 ? 32 : 64;
   begin_products();
 #pragma unroll
-  for (int n = 0; n < N; n += kStep)
-#pragma unroll
-    for (int k = 0; k < HS / 16; ++k)
-      wgmma<kStep, 0>(acc + n / 8, a.tile.descriptor(a.first, k * 16), tile.descriptor(n, k * 16), k > 0);
+  for (int k = 0; k < HS / 16; ++k)
+    wgmma<N, 0>(acc, a.tile.descriptor(a.first, k * 16), tile.descriptor(0, k * 16), k > 0);
   end_products();
 }
 
@@ -321,12 +332,9 @@ __device__ __forceinline__ void multiply_transposed(float (&acc)[N / 8][4], Shar
 template <int ROWS, int HS>
 __device__ __forceinline__ void multiply(float (&acc)[HS / 8][4], const uint32_t (&a)[ROWS / 16][4],
                                          Tile<ROWS, HS> tile) {
-  constexpr int kStep = HS < 64 ? HS : 64;
   begin_products();
 #pragma unroll
-  for (int k = 0; k < ROWS / 16; ++k)
-#pragma unroll
-    for (int n = 0; n < HS; n += kStep) wgmma<kStep, 1>(acc + n / 8, a[k], tile.descriptor(k * 16, n), 1);
+  for (int k = 0; k < ROWS / 16; ++k) wgmma<HS, 1>(acc, a[k], tile.descriptor(k * 16, 0), 1);
   end_products();
 }
 
@@ -383,6 +391,50 @@ __device__ __forceinline__ void cap_scores(float (&S)[N][4], float cap) {
   }
 }
 
+// The scores S of the keys from first_key on become exp(S - m), with the rows' m and sums l brought up to date. m is
+// subtracted to keep exp in range, and need not be the maximum for that: it follows the maximum only when exp has grown
+// by a factor of 2^8, so that O is rarely rescaled. True if O must be, by factor. The warpgroup's queries start at row0,
+// the thread's are `row` and `row` + 8.
+template <bool CAPPED, int N>
+__device__ __forceinline__ bool weights(float (&S)[N][4], float (&m)[2], float (&l)[2], float (&factor)[2],
+                                        int first_key, int row0, int row, float scale2, float cap) {
+  cap_scores<CAPPED>(S, cap);
+  if (first_key + N * 8 - 1 > row0) {  // the diagonal passes through. Keys from T on lie right of it for every row < T.
+#pragma unroll
+    for (int n = 0; n < N; ++n)
+#pragma unroll
+      for (int i = 0; i < 4; ++i)
+        if (first_key + n * 8 + lane() % 4 * 2 + i % 2 > row + i / 2 * 8) S[n][i] = -INFINITY;
+  }
+  // A thread has columns of two rows, g and g + 8: two maxima, two sums.
+  float top[2] = {S[0][0], S[0][2]};
+#pragma unroll
+  for (int n = 0; n < N; ++n)
+#pragma unroll
+    for (int i = 0; i < 4; ++i) top[i / 2] = fmaxf(top[i / 2], S[n][i]);
+  const float slack = 8 / scale2;
+  // All of the warp or none, since the reduction below needs all of its lanes.
+  const bool rescale = __any_sync(~0u, top[0] > m[0] + slack || top[1] > m[1] + slack);
+  if (rescale) {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      float grown = fmaxf(m[h], row_max(top[h]));  // finite: every row sees key 0, in the first tile
+      factor[h] = exp2_((m[h] - grown) * scale2);
+      m[h] = grown;
+      l[h] *= factor[h];  // O follows when its product is done
+    }
+  }
+  const float shift[2] = {m[0] * scale2, m[1] * scale2};  // so that each exponent is one multiply-add
+#pragma unroll
+  for (int n = 0; n < N; ++n)
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      S[n][i] = exp2_(S[n][i] * scale2 - shift[i / 2]);
+      l[i / 2] += S[n][i];
+    }
+  return rescale;
+}
+
 // Writes accumulators (64, HS), times factor0 (rows g) or factor1 (rows g + 8), to rows first.. of a matrix (T, HS)
 // with the given stride, by way of the warp's own 16 rows of a tile, so that global memory sees 16-byte accesses.
 template <int ROWS, int HS>
@@ -412,6 +464,35 @@ __device__ __forceinline__ void store_rows(bf16* to, size_t stride, int first, i
                  : "memory");
     if (first + r < T) *reinterpret_cast<uint4*>(to + (first + r) * stride + chunk * 8) = v;
   }
+}
+
+// The same without a tile: the four threads that share a row exchange their pairs, until each has 8 columns of it.
+template <int HS>
+__device__ __forceinline__ void store_rows(bf16* to, size_t stride, int first, int T, const float (&acc)[HS / 8][4],
+                                           float factor0, float factor1) {
+  const bool odd = lane() & 1, high = lane() & 2;
+#pragma unroll
+  for (int n = 0; n < HS / 8; n += 4)
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const float factor = h ? factor1 : factor0;
+      uint32_t x[4];  // x[i], columns 2t and 2t + 1 of piece n + i, becomes columns 2i and 2i + 1 of piece n + t
+#pragma unroll
+      for (int i = 0; i < 4; ++i) x[i] = pack(acc[n + i][2 * h] * factor, acc[n + i][2 * h + 1] * factor);
+#pragma unroll
+      for (int i = 0; i < 4; i += 2) {
+        const uint32_t other = __shfl_xor_sync(~0u, odd ? x[i] : x[i + 1], 1);
+        (odd ? x[i] : x[i + 1]) = other;
+      }
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const uint32_t other = __shfl_xor_sync(~0u, high ? x[i] : x[i + 2], 2);
+        (high ? x[i] : x[i + 2]) = other;
+      }
+      const int row = first + own_row() + 8 * h;
+      if (row < T)
+        *reinterpret_cast<uint4*>(to + row * stride + (n + lane() % 4) * 8) = make_uint4(x[0], x[1], x[2], x[3]);
+    }
 }
 
 // Where a block works. Blocks count fastest over the tiles of one head, whose keys and values then stay in the cache.
@@ -511,49 +592,11 @@ __global__ __launch_bounds__(C::kThreads, C::kBlocks) void forward_kernel(bf16* 
     commit_loads();
   };
 
-  const float scale2 = scale * kLog2e, slack = 8 / scale2;  // exponentials are powers of two from here on
+  const float scale2 = scale * kLog2e;  // exponentials are powers of two from here on
   float S[N / 8][4], O[HS / 8][4] = {}, m[2] = {-INFINITY, -INFINITY}, l[2] = {0, 0}, factor[2];
   uint32_t P[N / 16][4];  // the weights of the tile before, as an A operand
 
-  // S to exp(S - m), with m and l brought up to date. m is subtracted to keep exp in range, and need not be the maximum
-  // for that: it follows the maximum only when exp has grown by a factor of 2^8, so that O is rarely rescaled. True if
-  // O must be, by factor.
-  auto softmax = [&](int j) {
-    cap_scores<CAPPED>(S, cap);
-    if (j * N + N - 1 > row0) {  // the diagonal passes through. Keys from T on lie right of it for every row under T.
-#pragma unroll
-      for (int n = 0; n < N / 8; ++n)
-#pragma unroll
-        for (int i = 0; i < 4; ++i)
-          if (j * N + n * 8 + lane() % 4 * 2 + i % 2 > row + i / 2 * 8) S[n][i] = -INFINITY;
-    }
-    // A thread has columns of two rows, g and g + 8: two maxima, two sums.
-    float top[2] = {S[0][0], S[0][2]};
-#pragma unroll
-    for (int n = 0; n < N / 8; ++n)
-#pragma unroll
-      for (int i = 0; i < 4; ++i) top[i / 2] = fmaxf(top[i / 2], S[n][i]);
-    // All of the warp or none, since the reduction below needs all of its lanes.
-    const bool rescale = __any_sync(~0u, top[0] > m[0] + slack || top[1] > m[1] + slack);
-    if (rescale) {
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        float grown = fmaxf(m[h], row_max(top[h]));  // finite: every row sees key 0, in the first tile
-        factor[h] = exp2_((m[h] - grown) * scale2);
-        m[h] = grown;
-        l[h] *= factor[h];  // O follows when its product is done
-      }
-    }
-    const float shift[2] = {m[0] * scale2, m[1] * scale2};  // so that each exponent is one multiply-add
-#pragma unroll
-    for (int n = 0; n < N / 8; ++n)
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        S[n][i] = exp2_(S[n][i] * scale2 - shift[i / 2]);
-        l[i / 2] += S[n][i];
-      }
-    return rescale;
-  };
+  auto softmax = [&](int j) { return weights<CAPPED>(S, m, l, factor, j * N, row0, row, scale2, cap); };
 
   // The queries and the first keys, then, while S is computed, their values and the next keys.
   load_tile<C::kThreads>(q_tile, q, stride, q0, T);
@@ -901,85 +944,5 @@ __global__ __launch_bounds__(C::kThreads, C::kBlocks) void statistics_kernel(dou
 }
 
 }  // namespace flash
-
-// ---------------------------------------------------------------------------------------------------------------------
-// Launches
-
-// Head sizes that the flash kernels know.
-inline bool flash_attention_supports(int HS) { return HS == 32 || HS == 64 || HS == 128 || HS == 256; }
-
-// Calls work(constant) with the head size as a constant.
-template <class Work>
-void with_flash_head_size(int HS, Work work) {
-  switch (HS) {
-    case 32: return work(std::integral_constant<int, 32>());
-    case 64: return work(std::integral_constant<int, 64>());
-    case 128: return work(std::integral_constant<int, 128>());
-    case 256: return work(std::integral_constant<int, 256>());
-    default: throw std::runtime_error("flash attention: the head size must be 32, 64, 128 or 256");
-  }
-}
-
-// Calls work(constant) with whether there is a soft cap as a constant.
-template <class Work>
-void with_cap(double softcap, Work work) {
-  if (softcap) return work(std::true_type());
-  work(std::false_type());
-}
-
-// Causal attention with scale 1/sqrt(HS); query head h reads key/value head h / (NH/NKV). bf16, sm_80 and up, B, T
-// >= 1. out: (B, T, NH, HS). lse: (B, NH, T) fp32, log sum exp of the scaled scores, in nats. qkv: (B, T, NH + 2*NKV,
-// HS). Equal to torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True), where
-// softcap is 0.
-inline void flash_attention_forward(Cuda& be, bf16* out, float* lse, const bf16* qkv, int B, int T, int NH, int NKV,
-                                    int HS, double softcap = 0) {
-  with_flash_head_size(HS, [&](auto size) {
-    with_cap(softcap, [&](auto capped) {
-      using C = flash::ForwardConfig<size()>;
-      launch(be, "flash_attention_forward", flash::forward_kernel<size(), C, capped()>,
-             divide_up(T, C::kTile) * B * NH, C::kThreads, flash::forward_bytes<size(), C>(), out, lse, qkv, T, NH, NKV,
-             1 / std::sqrt(float(HS)), float(softcap) * std::sqrt(float(HS)));
-    });
-  });
-}
-
-// The gradient dqkv (B, T, NH + 2*NKV, HS), assigned, from dout (B, T, NH, HS) and the forward's qkv, out and lse. D:
-// workspace (B, NH, T) fp32. Deterministic: no atomics, every sum in a fixed order.
-inline void flash_attention_backward(Cuda& be, bf16* dqkv, float* D, const bf16* dout, const bf16* qkv, const bf16* out,
-                                     const float* lse, int B, int T, int NH, int NKV, int HS, double softcap = 0) {
-  const float scale = 1 / std::sqrt(float(HS)), cap = float(softcap) * std::sqrt(float(HS));
-  with_flash_head_size(HS, [&](auto size) {
-    with_cap(softcap, [&](auto capped) {
-      using Q = flash::QueryConfig<size()>;
-      using K = flash::KeyConfig<size()>;
-      launch(be, "flash_attention_backward (queries)", flash::query_kernel<size(), Q, capped()>,
-             divide_up(T, Q::kTile) * B * NH, Q::kThreads, flash::query_bytes<size(), Q>(), dqkv, D, dout, qkv, out,
-             lse, T, NH, NKV, scale, cap);
-      auto keys = [&](auto* kernel) {
-        launch(be, "flash_attention_backward (keys)", kernel, divide_up(T, K::kTile) * B * NKV, K::kThreads,
-               flash::key_bytes<size(), K>(), dqkv, dout, qkv, lse, (const float*)D, T, NH, NKV, scale, cap);
-      };
-      if constexpr (size() <= 128) {
-        keys(flash::key_kernel<size(), K, true, true, capped()>);
-      } else {
-        keys(flash::key_kernel<size(), K, true, false, capped()>);
-        keys(flash::key_kernel<size(), K, false, true, capped()>);
-      }
-    });
-  });
-}
-
-// attention_statistics() of run/diagnostics.cuh without the sum of the entropies.
-inline void flash_attention_statistics(Cuda& be, double* max_logit, float* entropies, const bf16* qkv, const float* lse,
-                                       int B, int T, int NH, int NKV, int HS, double softcap = 0) {
-  with_flash_head_size(HS, [&](auto size) {
-    with_cap(softcap, [&](auto capped) {
-      using C = flash::ForwardConfig<size()>;
-      launch(be, "flash_attention_statistics", flash::statistics_kernel<size(), C, capped()>,
-             divide_up(T, C::kTile) * B * NH, C::kThreads, flash::statistics_bytes<size(), C>(), max_logit, entropies,
-             qkv, lse, T, NH, NKV, 1 / std::sqrt(float(HS)), float(softcap) * std::sqrt(float(HS)));
-    });
-  });
-}
 
 #endif  // __CUDACC__

@@ -448,4 +448,14 @@ TEST_CASE("cuda: attention, flash kernels") {
         for (double softcap : kSoftcaps) test_attention<bf16>({2, T, 4, NKV, HS}, true, softcap);
 }
 
+// More tiles than a GPU has multiprocessors, and neither a multiple of the other: blocks that stay take several, and the
+// last tiles of keys and of queries are short.
+TEST_CASE("cuda: attention, flash kernels whose blocks take several tiles") {
+  NEEDS_GPU;
+  if (gpu()->capability < 80) return;
+  for (int HS : {128, 256})
+    for (int NKV : {1, 2})
+      for (double softcap : kSoftcaps) test_attention<bf16>({small() ? 1 : 53, small() ? 70 : 210, 4, NKV, HS}, true, softcap);
+}
+
 #endif  // __CUDACC__

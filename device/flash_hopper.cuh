@@ -1,0 +1,780 @@
+#pragma once
+// Flash attention for heads of 128 and 256 on Hopper (sm_90a), and the functions that start flash attention on any GPU:
+// which kernel it is, they choose. Tiles, products and the algorithm are those of device/flash.cuh: read that first.
+
+#include <cmath>
+#include <stdexcept>
+
+#include "device/flash.cuh"
+#include "device/gemm.cuh"
+
+#ifdef __CUDACC__
+
+namespace flash {
+
+// ---------------------------------------------------------------------------------------------------------------------
+// For large heads on Hopper: kernels whose blocks stay, one to a multiprocessor, and work on one item after the other. A
+// warp of their own, the producer, asks the copy engine for tiles; two or three warpgroups, the consumers, multiply.
+
+constexpr int kSlotBytes = 16;  // of a slot's barriers
+
+// The thread's arrival at a barrier, once its copies are here.
+__device__ __forceinline__ void arrive_when_loaded(uint32_t barrier) {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(barrier) : "memory");
+#endif
+}
+
+// The copy engine brings the 64 columns from `column` on of the rows from `row` on of sequence b, a panel of a tile.
+// Rows from T on arrive as zeros.
+__device__ __forceinline__ void load_box(uint32_t to, const CUtensorMap& matrix, int column, int row, int b,
+                                         uint32_t barrier) {
+#if FLASH_WGMMA
+  asm volatile(
+      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5}], [%2];" ::"r"(
+          to),
+      "l"(&matrix), "r"(barrier), "r"(column), "r"(row), "r"(b)
+      : "memory");
+#endif
+}
+
+__device__ __forceinline__ float2 load_pair(uint32_t address) {
+  float2 x;
+  asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(x.x), "=f"(x.y) : "r"(address) : "memory");
+  return x;
+}
+
+// A wait for products is no obstacle to ptxas: what does not need them it may move behind the wait, and then the tensor
+// cores run beside nothing. What `never` is computed from stays before it. `never` is false, but only we know.
+__device__ __forceinline__ void finish_before_wait(bool never) {
+#if FLASH_WGMMA
+  if (never) asm volatile("nanosleep.u32 0;");
+#endif
+}
+
+#if FLASH_WGMMA
+
+// Tiles that pass through SLOTS slots in shared memory, one after the other. Both sides count along: a slot's barrier
+// `full` says that a tile has arrived, `empty` that all consumers have released it.
+template <int SLOTS>
+struct Ring {
+  uint32_t full, empty;
+  int slot = 0, parity = 0;  // of the next tile
+
+  __device__ __forceinline__ explicit Ring(uint32_t barriers) : full(barriers), empty(barriers + SLOTS * 8) {}
+  // How many arrivals complete a tile, and a release. By one thread.
+  __device__ __forceinline__ void init(int arrivals, int releases) const {
+    for (int i = 0; i < SLOTS; ++i) {
+      gemm::init_barrier(full + 8 * i, arrivals);
+      gemm::init_barrier(empty + 8 * i, releases);
+    }
+  }
+  __device__ __forceinline__ void advance() {
+    if (++slot == SLOTS) slot = 0, parity ^= 1;
+  }
+  // For the producer: waits until the next slot is empty, as all are the first time round.
+  __device__ __forceinline__ void wait_empty() const {
+    gemm::wait_barrier(empty + 8 * slot, parity ^ 1);
+  }
+  // For consumers: waits for the next tile, and returns its slot.
+  __device__ __forceinline__ int next() {
+    const int mine = slot;
+    gemm::wait_barrier(full + 8 * slot, parity);
+    advance();
+    return mine;
+  }
+  // By all threads of a warp, when a product has been waited for that was the last to need the tile.
+  __device__ __forceinline__ void release(int slot) const {
+    if (lane() == 0) gemm::arrive(empty + 8 * slot);
+  }
+};
+
+// The copy engine fills a tile with the HS columns from `column` on, rows from `row` on, of sequence b; by one thread.
+template <int ROWS, int HS>
+__device__ __forceinline__ void fetch_tile(Tile<ROWS, HS> tile, const CUtensorMap& matrix, int column, int row, int b,
+                                           uint32_t barrier) {
+  gemm::expect_bytes(barrier, tile.kBytes);
+  for (int p = 0; p < HS / tile.kPanel; ++p)
+    load_box(tile.at + p * tile.kPanelBytes, matrix, column + p * tile.kPanel, row, b, barrier);
+}
+
+// Registers move from the producer's warpgroup to the consumers.
+template <int REGISTERS>
+__device__ __forceinline__ void give_registers() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(REGISTERS));
+}
+template <int REGISTERS>
+__device__ __forceinline__ void take_registers() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(REGISTERS));
+}
+
+#endif
+
+// Work items: tiles of rows of a head of a sequence, the long ones (last in a head) first. Of `rows` heads in all,
+// `together` are worked on at a time, whose keys and values fit in the L2 cache.
+struct Items {
+  int tiles, rows, heads, together;
+  // The item that the block takes as its number `round`: every second time blocks stand in the opposite order, which
+  // evens out the lengths.
+  __device__ __forceinline__ int number(int round) const {
+    return round * int(gridDim.x) + int(round % 2 ? gridDim.x - 1 - blockIdx.x : blockIdx.x);
+  }
+  __device__ __forceinline__ bool has(int round) const { return number(round) < rows * tiles; }
+  __device__ __forceinline__ Place operator[](int round) const {
+    const int i = number(round), first = i / (together * tiles) * together, inside = i - first * tiles,
+              height = min(together, rows - first), row = first + inside % height;
+    return {row / heads, row % heads, tiles - 1 - inside / height};
+  }
+};
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Forward on Hopper, for large heads
+
+// GROUPS warpgroups of 64 queries per block; N keys of a tile; SLOTS for tiles of keys or values. By measurement on an
+// H200; at head size 64, forward_kernel is faster.
+template <int GROUPS, int N, int SLOTS>
+struct StreamConfig {
+  static constexpr int kGroups = GROUPS, kN = N, kSlots = SLOTS;
+  static constexpr int kThreads = (GROUPS + 1) * kGroup, kTile = GROUPS * kRows;
+  static constexpr int kRegisters = GROUPS == 2 ? 240 : 160;  // of a consumer's thread
+};
+// clang-format off
+template <int HS> struct StreamForwardConfig;
+template <> struct StreamForwardConfig<128> : StreamConfig<3, 80, 5> {};
+template <> struct StreamForwardConfig<256> : StreamConfig<2, 64, 5> {};
+// clang-format on
+
+template <int HS, class C>
+constexpr size_t stream_forward_bytes() {
+  return Tile<C::kTile, HS>::kBytes + kSlotBytes + C::kSlots * (Tile<C::kN, HS>::kBytes + kSlotBytes);
+}
+
+template <int HS, class C, bool CAPPED>
+__global__ __launch_bounds__(FLASH_WGMMA ? C::kThreads : 32, 1) void stream_forward_kernel(
+    bf16* out, float* lse, const __grid_constant__ CUtensorMap queries, const __grid_constant__ CUtensorMap keys, int B,
+    int T, int NH, int NKV, int together, float scale, float cap) {
+#if FLASH_WGMMA
+  constexpr int M = C::kTile, N = C::kN;
+  const Tile<M, HS> q_tile{shared_start()};
+  auto tile = [&](int slot) { return Tile<N, HS>{q_tile.at + q_tile.kBytes + slot * Tile<N, HS>::kBytes}; };
+  Ring<1> q_ring(tile(C::kSlots).at);
+  Ring<C::kSlots> ring(q_ring.full + kSlotBytes);  // keys and values
+  if (threadIdx.x == 0) {
+    q_ring.init(1, C::kGroups * 4);  // the producer, and then the bytes that it has asked for; every consumer's warp
+    ring.init(1, C::kGroups * 4);
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+  }
+  __syncthreads();
+
+  const Items items{(T + M - 1) / M, B * NH, NH, together};
+  auto key_tiles = [&](int q0) { return (min(q0 + M, T) + N - 1) / N; };
+
+  if (group() == C::kGroups) {  // the producer
+    give_registers<24>();
+    if (threadIdx.x % kGroup > 0) return;
+    for (int round = 0; items.has(round); ++round) {
+      const Place at = items[round];
+      const int q0 = at.tile * M, tiles = key_tiles(q0), head = NH + at.head / (NH / NKV);
+      auto load = [&](int head, int j) {
+        ring.wait_empty();
+        fetch_tile(tile(ring.slot), keys, head * HS, j * N, at.b, ring.full + 8 * ring.slot);
+        ring.advance();
+      };
+      load(head, 0);
+      q_ring.wait_empty();
+      fetch_tile(q_tile, queries, at.head * HS, q0, at.b, q_ring.full);
+      q_ring.advance();
+      for (int j = 0; j < tiles; ++j) {  // in the order of their use: keys run one tile ahead of values
+        if (j + 1 < tiles) load(head, j + 1);
+        load(head + NKV, j);
+      }
+    }
+    return;
+  }
+
+  take_registers<C::kRegisters>();
+  const float scale2 = scale * kLog2e;  // exponentials are powers of two
+  const Shared<M, HS> Q{q_tile, group() * kRows};
+  float S[N / 8][4], O[HS / 8][4], m[2], l[2], factor[2];
+  uint32_t P[N / 16][4];  // the weights of the tile before, as an A operand
+  int k, v;               // slots
+  // Starts the product of an item's queries with its first keys.
+  auto start = [&] {
+    q_ring.next();
+    k = ring.next();
+    multiply_transposed<N>(S, Q, tile(k));
+  };
+  auto have_scores = [&] {
+    wait_products<0>(S);
+    ring.release(k);
+  };
+  start();
+  have_scores();
+  for (int round = 0;; ++round) {
+    const Place at = items[round];
+    const int q0 = at.tile * M, row0 = q0 + group() * kRows, row = row0 + own_row(), tiles = key_tiles(q0),
+              mine = min(tiles, (row0 + kRows - 1) / N + 1);  // tiles of keys that any query of this warpgroup sees
+    m[0] = m[1] = -INFINITY, l[0] = l[1] = 0;
+    weights<CAPPED>(S, m, l, factor, 0, row0, row, scale2, cap);
+    to_operand<N>(P, S);
+#pragma unroll
+    for (int n = 0; n < HS / 8; ++n) O[n][0] = O[n][1] = O[n][2] = O[n][3] = 0;
+
+    // As in forward_kernel: the scores of the next tile, then the values of this one, and softmax meanwhile.
+    for (int j = 0; j < mine - 1; ++j) {
+      k = ring.next();
+      multiply_transposed<N>(S, Q, tile(k));
+      v = ring.next();
+      multiply<N, HS>(O, P, tile(v));
+      wait_products<1>(S);
+      ring.release(k);
+      const bool rescale = weights<CAPPED>(S, m, l, factor, (j + 1) * N, row0, row, scale2, cap);
+      finish_before_wait(l[0] + l[1] < 0);
+      wait_products<0>(O);
+      ring.release(v);
+      if (rescale)
+#pragma unroll
+        for (int n = 0; n < HS / 8; ++n)
+#pragma unroll
+          for (int i = 0; i < 4; ++i) O[n][i] *= factor[i / 2];
+      to_operand<N>(P, S);
+    }
+    q_ring.release(0);
+    for (int j = mine - 1; j < tiles; ++j) {  // the last tile; and those that only other warpgroups need
+      if (j + 1 < tiles) ring.release(ring.next());
+      v = ring.next();
+      if (j == mine - 1) {
+        multiply<N, HS>(O, P, tile(v));
+        wait_products<0>(O);
+      }
+      ring.release(v);
+    }
+
+    auto finish = [&] {
+      float* lse_row = lse + (size_t(at.b) * NH + at.head) * T;
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        l[h] = row_sum(l[h]);
+        if (lane() % 4 == 0 && row + 8 * h < T) lse_row[row + 8 * h] = m[h] * scale + log2f(l[h]) * kLn2;
+      }
+      store_rows<HS>(out + (size_t(at.b) * T * NH + at.head) * HS, size_t(NH) * HS, row0, T, O, 1 / l[0], 1 / l[1]);
+    };
+    if (!items.has(round + 1)) {
+      finish();
+      break;
+    }
+    start();  // the next item's scores are under way while this one's results are stored
+    finish();
+    have_scores();
+  }
+#endif
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Backward on Hopper, queries of large heads: a block per tile of 128 queries, 64 for each of its two warpgroups.
+
+constexpr int kStreamQuerySlots = 3;
+
+template <int HS>
+constexpr size_t stream_query_bytes() {
+  return 4 * Tile<kRows, HS>::kBytes + 2 * kSlotBytes +
+         kStreamQuerySlots * (Tile<kRows, HS>::kBytes + kSlotBytes);
+}
+
+template <int HS, bool CAPPED>
+__global__ __launch_bounds__(FLASH_WGMMA ? 3 * kGroup : 32, 1) void stream_query_kernel(
+    bf16* dqkv, float* D_out, const __grid_constant__ CUtensorMap qkv, const __grid_constant__ CUtensorMap dout,
+    const __grid_constant__ CUtensorMap out, const float* lse, int B, int T, int NH, int NKV, int together, float scale,
+    float cap) {
+#if FLASH_WGMMA
+  constexpr int N = kRows, M = 2 * kRows;
+  using T64 = Tile<N, HS>;
+  auto q_tile = [&](int group) { return T64{shared_start() + 2 * group * T64::kBytes}; };
+  auto do_tile = [&](int group) { return T64{q_tile(group).at + T64::kBytes}; };
+  auto tile = [&](int slot) { return T64{q_tile(2).at + slot * T64::kBytes}; };
+  Ring<2> q_ring(tile(kStreamQuerySlots).at);  // a slot for each warpgroup's Q and dO
+  Ring<kStreamQuerySlots> ring(q_ring.full + 2 * kSlotBytes);  // out, then keys and values
+  if (threadIdx.x == 0) {
+    q_ring.init(2, 4);
+    ring.init(1, 8);
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+  }
+  __syncthreads();
+
+  const Items items{(T + M - 1) / M, B * NH, NH, together};
+  auto key_tiles = [&](int q0) { return (min(q0 + M, T) + N - 1) / N; };
+
+  if (group() == 2) {
+    give_registers<24>();
+    if (threadIdx.x % kGroup > 0) return;
+    for (int round = 0; items.has(round); ++round) {
+      const Place at = items[round];
+      const int q0 = at.tile * M, head = NH + at.head / (NH / NKV);
+      auto load = [&](const CUtensorMap& matrix, int head, int row) {
+        ring.wait_empty();
+        fetch_tile(tile(ring.slot), matrix, head * HS, row, at.b, ring.full + 8 * ring.slot);
+        ring.advance();
+      };
+      for (int g = 0; g < 2; ++g) load(out, at.head, q0 + g * kRows);
+      for (int g = 0; g < 2; ++g) {
+        q_ring.wait_empty();
+        fetch_tile(q_tile(g), qkv, at.head * HS, q0 + g * kRows, at.b, q_ring.full + 8 * g);
+        fetch_tile(do_tile(g), dout, at.head * HS, q0 + g * kRows, at.b, q_ring.full + 8 * g);
+        q_ring.advance();
+      }
+      for (int j = key_tiles(q0) - 1; j >= 0; --j) {  // values are done with first: their slots are free again early
+        load(qkv, head + NKV, j * N);
+        load(qkv, head, j * N);
+      }
+    }
+    return;
+  }
+
+  take_registers<240>();
+  const float scale2 = scale * kLog2e;
+  const T64 my_q = q_tile(group()), my_do = do_tile(group());
+  const Shared<N, HS> Q{my_q, 0}, dO{my_do, 0};
+  // One warpgroup starts its products while the other is at its softmax: barrier 1 + g passes the turn to warpgroup g.
+  auto take_turn = [&] { asm volatile("bar.sync %0, %1;" ::"r"(1 + group()), "n"(2 * kGroup) : "memory"); };
+  auto pass_turn = [&] { asm volatile("bar.arrive %0, %1;" ::"r"(2 - group()), "n"(2 * kGroup) : "memory"); };
+  if (group() == 1) pass_turn();
+
+  for (int round = 0; items.has(round); ++round) {
+    const Place at = items[round];
+    const int q0 = at.tile * M, row0 = q0 + group() * kRows, row = row0 + own_row();
+    const size_t statistics = (size_t(at.b) * NH + at.head) * T;
+    // D = rowsum(dO out), from the tiles as A operands: any layout does, if it is the same for both.
+    float D[2] = {0, 0}, lse2[2];
+    for (int g = 0; g < 2; ++g) {
+      const int o = ring.next();
+      if (g == group()) {
+        gemm::wait_barrier(q_ring.full + 8 * g, round % 2);
+#pragma unroll
+        for (int n = 0; n < HS / 16; ++n) {
+          uint32_t x[4], y[4];
+          load_operand(x, my_do, 0, n);
+          load_operand(y, tile(o), 0, n);
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            float2 a = __bfloat1622float2(reinterpret_cast<__nv_bfloat162&>(x[i])),
+                   b = __bfloat1622float2(reinterpret_cast<__nv_bfloat162&>(y[i]));
+            D[i % 2] += a.x * b.x + a.y * b.y;
+          }
+        }
+      }
+      ring.release(o);
+    }
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const bool inside = row + 8 * h < T;
+      D[h] = row_sum(D[h]);
+      lse2[h] = inside ? lse[statistics + row + 8 * h] * kLog2e : 0;
+      if (inside && lane() % 4 == 0) D_out[statistics + row + 8 * h] = D[h];
+    }
+
+    float dQ[HS / 8][4] = {};
+    for (int j = key_tiles(q0) - 1; j >= 0; --j) {
+      const int v = ring.next();
+      take_turn();
+      if (j * N > row0 + kRows - 1) {  // for the other warpgroup
+        pass_turn();
+        ring.release(v);
+        ring.release(ring.next());
+        continue;
+      }
+      float S[N / 8][4], dP[N / 8][4];
+      multiply_transposed<N>(dP, dO, tile(v));
+      const int k = ring.next();
+      multiply_transposed<N>(S, Q, tile(k));
+      pass_turn();
+      wait_products<1>(dP);
+      ring.release(v);
+      wait_products<0>(S);
+      cap_scores<CAPPED>(S, cap);
+#pragma unroll
+      for (int n = 0; n < N / 8; ++n)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) S[n][i] = exp2_(S[n][i] * scale2 - lse2[i / 2]);
+      if (j * N + N - 1 > row0) {
+#pragma unroll
+        for (int n = 0; n < N / 8; ++n)
+#pragma unroll
+          for (int i = 0; i < 4; ++i)
+            if (j * N + n * 8 + lane() % 4 * 2 + i % 2 > row + i / 2 * 8) S[n][i] = 0;
+      }
+#pragma unroll
+      for (int n = 0; n < N / 8; ++n)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const float slope = CAPPED ? soft_cap_slope(S[n][i], lse2[i / 2], 1 / (cap * scale2)) : 1;
+          S[n][i] *= (dP[n][i] - D[i / 2]) * slope;
+        }
+      uint32_t dS[N / 16][4];
+      to_operand<N>(dS, S);
+      multiply<N, HS>(dQ, dS, tile(k));
+      wait_products<0>(dQ);
+      ring.release(k);
+    }
+    // store_rows() counts rows from the first warpgroup's on.
+    store_rows(dqkv + size_t(at.b) * T * (NH + 2 * NKV) * HS + at.head * HS, size_t(NH + 2 * NKV) * HS, q0, T, dQ,
+               scale, scale, T64{my_q.at - group() * T64::kPanelBytes});
+    gemm::publish();
+    __syncwarp();  // all lanes have read their part
+    q_ring.release(group());
+  }
+  if (group() == 0) take_turn();  // nobody leaves a turn behind
+#endif
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Backward on Hopper, keys and values of large heads: a block per tile of 64 keys, for which its two warpgroups do two
+// products each. The first makes P^T and dV, the second dP^T, dS^T and dK; P^T goes from one to the other through shared
+// memory, each number from a thread to the thread that has its place in the other warpgroup.
+
+template <int HS>
+constexpr size_t stream_key_bytes() {
+  // K, V, two tiles of Q and of dO, lse and D for them, and P twice.
+  return 6 * (Tile<kRows, HS>::kBytes + kSlotBytes) + 4 * kRows * sizeof(float) +
+         2 * (kRows * kRows * sizeof(float) + kSlotBytes);
+}
+
+template <int HS, bool CAPPED>
+__global__ __launch_bounds__(FLASH_WGMMA ? 3 * kGroup : 32, 1) void stream_key_kernel(
+    bf16* dqkv, const __grid_constant__ CUtensorMap qkv, const __grid_constant__ CUtensorMap dout, const float* lse,
+    const float* D, int B, int T, int NH, int NKV, int together, float scale, float cap) {
+#if FLASH_WGMMA
+  constexpr int N = kRows;  // queries of a tile, and keys
+  using T64 = Tile<N, HS>;
+  const T64 k_tile{shared_start()}, v_tile{k_tile.at + T64::kBytes};
+  auto q_tile = [&](int slot) { return T64{v_tile.at + (1 + slot) * T64::kBytes}; };
+  auto do_tile = [&](int slot) { return T64{q_tile(2 + slot).at}; };
+  const uint32_t exchange = do_tile(2).at, statistics = exchange + 2 * N * N * 4;
+  auto lse_tile = [&](int slot) { return statistics + slot * N * 4; };
+  auto D_tile = [&](int slot) { return lse_tile(2 + slot); };
+  Ring<1> k_ring(D_tile(2)), v_ring(k_ring.full + kSlotBytes);
+  Ring<2> q_ring(v_ring.full + kSlotBytes), do_ring(q_ring.full + 2 * kSlotBytes),
+      weights_ring(do_ring.full + 2 * kSlotBytes);
+  if (threadIdx.x == 0) {
+    k_ring.init(1, 4);
+    v_ring.init(1, 4);
+    q_ring.init(1 + 32, 8);  // all lanes of the producer copy lse and D
+    do_ring.init(1 + 32, 8);
+    weights_ring.init(4, 4);
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+  }
+  __syncthreads();
+
+  const int row_tiles = (T + N - 1) / N, heads = NH / NKV;
+  const Items items{row_tiles, B * NKV, NKV, together};
+  const size_t stride = size_t(NH + 2 * NKV) * HS;
+  // Steps: the heads of the group, and of each the tiles of queries from the diagonal on.
+  auto first_key = [&](Place at) { return (row_tiles - 1 - at.tile) * N; };  // the first keys have the most queries
+  auto steps_per_head = [&](Place at) { return at.tile + 1; };
+
+  if (group() == 2) {
+    give_registers<24>();
+    if (threadIdx.x % kGroup / 32 > 0) return;
+    for (int round = 0; items.has(round); ++round) {
+      const Place at = items[round];
+      const int k0 = first_key(at), per_head = steps_per_head(at);
+      auto load_fixed = [&](Ring<1>& ring, T64 tile, int head) {
+        ring.wait_empty();
+        if (lane() == 0) fetch_tile(tile, qkv, head * HS, k0, at.b, ring.full);
+        ring.advance();
+      };
+      auto load = [&](Ring<2>& ring, T64 tile, const CUtensorMap& matrix, int head, int q0, uint32_t to,
+                      const float* vector) {
+        ring.wait_empty();
+        const uint32_t full = ring.full + 8 * ring.slot;
+        if (lane() == 0) fetch_tile(tile, matrix, head * HS, q0, at.b, full);
+        vector += (size_t(at.b) * NH + head) * T;
+        load_vector<N>(to, vector, q0, T, lane());
+        load_vector<N>(to, vector, q0, T, lane() + 32);
+        arrive_when_loaded(full);
+        ring.advance();
+      };
+      load_fixed(k_ring, k_tile, NH + at.head);
+      load_fixed(v_ring, v_tile, NH + NKV + at.head);
+      for (int h = 0; h < heads; ++h)
+        for (int i = 0; i < per_head; ++i) {
+          const int head = at.head * heads + h, q0 = k0 + i * N;
+          load(q_ring, q_tile(q_ring.slot), qkv, head, q0, lse_tile(q_ring.slot), lse);
+          load(do_ring, do_tile(do_ring.slot), dout, head, q0, D_tile(do_ring.slot), D);
+        }
+    }
+    return;
+  }
+
+  take_registers<240>();
+  const float scale2 = scale * kLog2e;
+  const int row = own_row();
+  float acc[HS / 8][4];      // dV or dK
+  float S[N / 8][4];         // rows are keys
+  uint32_t operand[N / 16][4];
+  auto clear = [&] {
+#pragma unroll
+    for (int n = 0; n < HS / 8; ++n) acc[n][0] = acc[n][1] = acc[n][2] = acc[n][3] = 0;
+  };
+  // Where the thread's numbers of piece n lie in P.
+  auto place_of = [&](int slot, int n) { return exchange + ((slot * (N / 8) + n) * kGroup + threadIdx.x % kGroup) * 16; };
+
+  if (group() == 0) {
+    for (int round = 0; items.has(round); ++round) {
+      const Place at = items[round];
+      const int k0 = first_key(at), per_head = steps_per_head(at), steps = heads * per_head;
+      const Shared<N, HS> K{k_tile, 0};
+      // The scores of a step become P^T, which the other warpgroup gets.
+      auto to_weights = [&](int step, int q) {
+        cap_scores<CAPPED>(S, cap);
+#pragma unroll
+        for (int n = 0; n < N / 8; ++n) {
+          // Rows are keys here, so each column, a query, has its own lse.
+          const float2 x = load_pair(lse_tile(q) + (n * 8 + lane() % 4 * 2) * 4);
+          const float lse2[2] = {x.x * kLog2e, x.y * kLog2e};
+#pragma unroll
+          for (int i = 0; i < 4; ++i) S[n][i] = exp2_(S[n][i] * scale2 - lse2[i % 2]);
+        }
+        if (step % per_head == 0) {  // the diagonal
+#pragma unroll
+          for (int n = 0; n < N / 8; ++n)
+#pragma unroll
+            for (int i = 0; i < 4; ++i)
+              if (n * 8 + lane() % 4 * 2 + i % 2 < row + i / 2 * 8) S[n][i] = 0;
+        }
+        q_ring.release(q);
+        weights_ring.wait_empty();
+#pragma unroll
+        for (int n = 0; n < N / 8; ++n)
+          asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(place_of(weights_ring.slot, n)), "f"(S[n][0]),
+                       "f"(S[n][1]), "f"(S[n][2]), "f"(S[n][3])
+                       : "memory");
+        __syncwarp();
+        if (lane() == 0) gemm::arrive(weights_ring.full + 8 * weights_ring.slot);
+        weights_ring.advance();
+      };
+      k_ring.next();
+      int q = q_ring.next();
+      multiply_transposed<N>(S, K, q_tile(q));
+      wait_products<0>(S);
+      to_weights(0, q);
+      to_operand<N>(operand, S);
+      clear();
+      for (int step = 0; step < steps - 1; ++step) {
+        q = q_ring.next();
+        multiply_transposed<N>(S, K, q_tile(q));
+        const int d = do_ring.next();
+        // In the forward pass out = P V, so dV = P^T dO.
+        multiply<N, HS>(acc, operand, do_tile(d));
+        wait_products<1>(S);
+        to_weights(step + 1, q);
+        wait_products<0>(acc);
+        do_ring.release(d);
+        to_operand<N>(operand, S);
+      }
+      const int d = do_ring.next();
+      multiply<N, HS>(acc, operand, do_tile(d));
+      wait_products<0>(acc);
+      do_ring.release(d);
+      bf16* dv = dqkv + size_t(at.b) * T * stride + (NH + NKV + at.head) * HS;
+      store_rows(dv, stride, k0, T, acc, 1.0f, 1.0f, k_tile);  // nobody else reads K
+      gemm::publish();
+      __syncwarp();  // all lanes have read their part
+      k_ring.release(0);
+    }
+  } else {
+    for (int round = 0; items.has(round); ++round) {
+      const Place at = items[round];
+      const int k0 = first_key(at), steps = heads * steps_per_head(at);
+      const Shared<N, HS> V{v_tile, 0};
+      v_ring.next();
+      clear();
+      for (int step = 0; step < steps; ++step) {
+        const int d = do_ring.next();
+        multiply_transposed<N>(S, V, do_tile(d));
+        const int q = q_ring.next(), p = weights_ring.next();
+        wait_products<0>(S);
+#pragma unroll
+        for (int n = 0; n < N / 8; ++n) {
+          float P[4];
+          asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
+                       : "=f"(P[0]), "=f"(P[1]), "=f"(P[2]), "=f"(P[3])
+                       : "r"(place_of(p, n))
+                       : "memory");
+          const uint32_t offset = (n * 8 + lane() % 4 * 2) * 4;
+          const float2 x = load_pair(D_tile(d) + offset), y = load_pair(lse_tile(q) + offset);
+          const float D[2] = {x.x, x.y}, lse2[2] = {y.x * kLog2e, y.y * kLog2e};
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            const float slope = CAPPED ? soft_cap_slope(P[i], lse2[i % 2], 1 / (cap * scale2)) : 1;
+            S[n][i] = P[i] * (S[n][i] - D[i % 2]) * slope;
+          }
+        }
+        __syncwarp();
+        weights_ring.release(p);
+        do_ring.release(d);
+        to_operand<N>(operand, S);
+        // In the forward pass S = scale Q K^T, so dK = scale dS^T Q.
+        multiply<N, HS>(acc, operand, q_tile(q));
+        wait_products<0>(acc);
+        q_ring.release(q);
+      }
+      // store_rows() counts rows from the first warpgroup's on.
+      bf16* dk = dqkv + size_t(at.b) * T * stride + (NH + at.head) * HS;
+      store_rows(dk, stride, k0 - kRows, T, acc, scale, scale, T64{v_tile.at - T64::kPanelBytes});
+      gemm::publish();
+      __syncwarp();  // all lanes have read their part
+      v_ring.release(0);
+    }
+  }
+#endif
+}
+
+}  // namespace flash
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Launches
+
+// Head sizes that the flash kernels know.
+inline bool flash_attention_supports(int HS) { return HS == 32 || HS == 64 || HS == 128 || HS == 256; }
+
+// Calls work(constant) with the head size as a constant.
+template <class Work>
+void with_flash_head_size(int HS, Work work) {
+  switch (HS) {
+    case 32: return work(std::integral_constant<int, 32>());
+    case 64: return work(std::integral_constant<int, 64>());
+    case 128: return work(std::integral_constant<int, 128>());
+    case 256: return work(std::integral_constant<int, 256>());
+    default: throw std::runtime_error("flash attention: the head size must be 32, 64, 128 or 256");
+  }
+}
+
+// Calls work(constant) with whether there is a soft cap as a constant.
+template <class Work>
+void with_cap(double softcap, Work work) {
+  if (softcap) return work(std::true_type());
+  work(std::false_type());
+}
+
+// Describes a buffer (B, T, columns) of bf16 to the copy engine, which takes boxes of `rows` rows of 64 columns.
+inline CUtensorMap describe_rows(const bf16* buffer, int B, int T, int columns, int rows) {
+  CUtensorMap map;
+  const cuuint64_t sizes[] = {cuuint64_t(columns), cuuint64_t(T), cuuint64_t(B)};
+  const cuuint64_t strides[] = {columns * sizeof(bf16), T * columns * sizeof(bf16)};
+  const cuuint32_t box[] = {64, cuuint32_t(rows), 1}, steps[] = {1, 1, 1};
+  if (gemm::tensor_map_encoder()(&map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 3, const_cast<bf16*>(buffer), sizes, strides,
+                                 box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                                 CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) != CUDA_SUCCESS)
+    throw std::runtime_error("cuTensorMapEncodeTiled: a buffer that the copy engine does not take");
+  return map;
+}
+
+// So many of `heads` heads that the keys and values of each, of 2 bytes, take up to 16 MiB of the L2 cache.
+inline int heads_together(int heads, int T, int HS) {
+  return std::clamp<int>((16 << 20) / (size_t(T) * HS * 4), 1, heads);
+}
+
+// Whether the program was built for Hopper's own instructions (sm_90a) and runs there: only then does the kernel have
+// its bound of threads.
+template <class Kernel>
+bool has_stream_kernel(const Cuda& be, Kernel* kernel, int threads) {
+  cudaFuncAttributes attributes;
+  if (be.capability != 90) return false;
+  check(cudaFuncGetAttributes(&attributes, kernel), "flash_attention");
+  return attributes.maxThreadsPerBlock == threads;
+}
+
+// Causal attention with scale 1/sqrt(HS); query head h reads key/value head h / (NH/NKV). bf16, sm_80 and up, B, T
+// >= 1. out: (B, T, NH, HS). lse: (B, NH, T) fp32, log sum exp of the scaled scores, in nats. qkv: (B, T, NH + 2*NKV,
+// HS). Equal to torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True), where
+// softcap is 0.
+inline void flash_attention_forward(Cuda& be, bf16* out, float* lse, const bf16* qkv, int B, int T, int NH, int NKV,
+                                    int HS, double softcap = 0) {
+  with_flash_head_size(HS, [&](auto size) {
+    with_cap(softcap, [&](auto capped) {
+      const float scale = 1 / std::sqrt(float(HS)), cap = float(softcap) * std::sqrt(float(HS));
+      if constexpr (size() >= 128) {
+        using C = flash::StreamForwardConfig<size()>;
+        auto* kernel = flash::stream_forward_kernel<size(), C, capped()>;
+        if (has_stream_kernel(be, kernel, C::kThreads)) {
+          const int columns = (NH + 2 * NKV) * HS, items = int(divide_up(T, C::kTile)) * B * NH;
+          const int together = heads_together(B * NKV, T, HS) * (NH / NKV);
+          return launch(be, "flash_attention_forward", kernel, std::min(items, be.multiprocessors), C::kThreads,
+                        flash::stream_forward_bytes<size(), C>(), out, lse,
+                        describe_rows(qkv, B, T, columns, C::kTile), describe_rows(qkv, B, T, columns, C::kN), B, T, NH,
+                        NKV, together, scale, cap);
+        }
+      }
+      using C = flash::ForwardConfig<size()>;
+      launch(be, "flash_attention_forward", flash::forward_kernel<size(), C, capped()>,
+             divide_up(T, C::kTile) * B * NH, C::kThreads, flash::forward_bytes<size(), C>(), out, lse, qkv, T, NH, NKV,
+             scale, cap);
+    });
+  });
+}
+
+// The gradient dqkv (B, T, NH + 2*NKV, HS), assigned, from dout (B, T, NH, HS) and the forward's qkv, out and lse. D:
+// workspace (B, NH, T) fp32. Deterministic: no atomics, every sum in a fixed order.
+inline void flash_attention_backward(Cuda& be, bf16* dqkv, float* D, const bf16* dout, const bf16* qkv, const bf16* out,
+                                     const float* lse, int B, int T, int NH, int NKV, int HS, double softcap = 0) {
+  const float scale = 1 / std::sqrt(float(HS)), cap = float(softcap) * std::sqrt(float(HS));
+  with_flash_head_size(HS, [&](auto size) {
+    with_cap(softcap, [&](auto capped) {
+      using Q = flash::QueryConfig<size()>;
+      using K = flash::KeyConfig<size()>;
+      bool done = false;
+      if constexpr (size() == 256) {
+        auto* kernel = flash::stream_query_kernel<size(), capped()>;
+        if ((done = has_stream_kernel(be, kernel, 3 * flash::kGroup))) {
+          const int items = int(divide_up(T, 2 * flash::kRows)) * B * NH;
+          launch(be, "flash_attention_backward (queries)", kernel, std::min(items, be.multiprocessors),
+                 3 * flash::kGroup, flash::stream_query_bytes<size()>(), dqkv, D,
+                 describe_rows(qkv, B, T, (NH + 2 * NKV) * HS, flash::kRows),
+                 describe_rows(dout, B, T, NH * HS, flash::kRows), describe_rows(out, B, T, NH * HS, flash::kRows), lse,
+                 B, T, NH, NKV, heads_together(B * NKV, T, HS) * (NH / NKV), scale, cap);
+        }
+      }
+      if (!done)
+        launch(be, "flash_attention_backward (queries)", flash::query_kernel<size(), Q, capped()>,
+               divide_up(T, Q::kTile) * B * NH, Q::kThreads, flash::query_bytes<size(), Q>(), dqkv, D, dout, qkv, out,
+               lse, T, NH, NKV, scale, cap);
+      if constexpr (size() == 256) {
+        auto* kernel = flash::stream_key_kernel<size(), capped()>;
+        if (has_stream_kernel(be, kernel, 3 * flash::kGroup)) {
+          const int items = int(divide_up(T, flash::kRows)) * B * NKV;
+          const int together = heads_together(B * NKV, T, HS);
+          return launch(be, "flash_attention_backward (keys)", kernel, std::min(items, be.multiprocessors),
+                        3 * flash::kGroup, flash::stream_key_bytes<size()>(), dqkv,
+                        describe_rows(qkv, B, T, (NH + 2 * NKV) * HS, flash::kRows),
+                        describe_rows(dout, B, T, NH * HS, flash::kRows), lse, (const float*)D, B, T, NH, NKV, together,
+                        scale, cap);
+        }
+      }
+      auto keys = [&](auto* kernel) {
+        launch(be, "flash_attention_backward (keys)", kernel, divide_up(T, K::kTile) * B * NKV, K::kThreads,
+               flash::key_bytes<size(), K>(), dqkv, dout, qkv, lse, (const float*)D, T, NH, NKV, scale, cap);
+      };
+      if constexpr (size() <= 128) {
+        keys(flash::key_kernel<size(), K, true, true, capped()>);
+      } else {
+        keys(flash::key_kernel<size(), K, true, false, capped()>);
+        keys(flash::key_kernel<size(), K, false, true, capped()>);
+      }
+    });
+  });
+}
+
+// attention_statistics() of run/diagnostics.cuh without the sum of the entropies.
+inline void flash_attention_statistics(Cuda& be, double* max_logit, float* entropies, const bf16* qkv, const float* lse,
+                                       int B, int T, int NH, int NKV, int HS, double softcap = 0) {
+  with_flash_head_size(HS, [&](auto size) {
+    with_cap(softcap, [&](auto capped) {
+      using C = flash::ForwardConfig<size()>;
+      launch(be, "flash_attention_statistics", flash::statistics_kernel<size(), C, capped()>,
+             divide_up(T, C::kTile) * B * NH, C::kThreads, flash::statistics_bytes<size(), C>(), max_logit, entropies,
+             qkv, lse, T, NH, NKV, 1 / std::sqrt(float(HS)), float(softcap) * std::sqrt(float(HS)));
+    });
+  });
+}
+
+#endif  // __CUDACC__
