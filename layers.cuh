@@ -506,9 +506,12 @@ void norm_pair_forward(Cuda& be, NormKind kind, Real* out1, Real* out2, Acc<Real
 
 // A warp works through many rows. Its sums for dweight (and dbias) lie in shared memory, (warps, C) of each, where a
 // lane only ever touches its own columns; at the end the block adds the warps up to one row of partial (blocks, sums, C),
-// sums being dweight, dbias of a LayerNorm, and with PAIR those of the second norm. Errors, of the sums of the terms' sizes: the two means by (C / 32 + 8) u at most; dweight and dbias by
-// (k + 80) u, k being the rows of a warp: with 800 blocks of 8 warps 11, where N is 65,536.
-HOST_DEVICE constexpr int norm_sums(NormKind kind, bool pair) { return (kind == NormKind::layer ? 2 : 1) * (pair ? 2 : 1); }
+// sums being dweight, dbias of a LayerNorm, and with PAIR those of the second norm. Errors, of the sums of the terms'
+// sizes: the two means by (C / 32 + 8) u at most; dweight and dbias by (k + 80) u, k being the rows of a warp: with 800
+// blocks of 8 warps 11, where N is 65,536.
+HOST_DEVICE constexpr int norm_sums(NormKind kind, bool pair) {
+  return (kind == NormKind::layer ? 2 : 1) * (pair ? 2 : 1);
+}
 
 template <class Real, int W, NormKind KIND, bool PAIR>
 __global__ void norm_backward_kernel(Real* dx, float* partial, const Real* dresidual, const Real* dout,
