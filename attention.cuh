@@ -15,7 +15,8 @@
 //   rung 0   the definition, loops in the order of the formula (CPU); the tests hold every other version against it
 //   CPU      the same with matrix products, a block of queries at a time: what training on a CPU runs
 //   rung 1   a GPU kernel with a warp per query, for any shape and number type
-//   last     device/flash.cuh, flash_hopper.cuh: tensor cores, bf16; bench/attention_ladder.cu has the steps between, with their times
+//   last     device/flash.cuh, flash_hopper.cuh: tensor cores, bf16; bench/attention_ladder.cu has the steps between,
+//            with their times
 
 #include <algorithm>
 #include <vector>

@@ -946,11 +946,7 @@ __device__ __forceinline__ SoftmaxSum merge_over_warp(SoftmaxSum total) {
 }
 
 // e^x in two instructions, where __expf() has more for results under 2^-126, which become 0 here.
-__device__ __forceinline__ float exp_of(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x * 1.4426950408889634f));
-  return y;
-}
+__device__ __forceinline__ float exp_of(float x) { return exp2_(x * 1.4426950408889634f); }
 
 // Of W neighbours: the maximum first, then the exponentials, so that they are rescaled as one.
 template <int W, class Real>
@@ -971,7 +967,7 @@ constexpr int kLossThreads = 512;  // at most
 // takes every so many'th vector of W logits, the same in both passes. With KEEP, for rows so short that several fit a
 // multiprocessor, shared memory holds them in between; a long row is read from the L2 cache again.
 // Errors: a thread adds up V / 512 exponentials, then 512 threads meet: so log Z is off by (V / 512 + 64) u at most.
-// An exponential e^-d by __expf is off by (4 + 2.4 d) u, relatively.
+// An exponential e^-d by exp_of() is off by (4 + 2.4 d) u, relatively.
 template <class Real, int W, bool KEEP>
 __global__ void __launch_bounds__(kLossThreads)
     cross_entropy_kernel(float* losses, float* log_z, Real* logits, const int* targets, float scale, float z_loss,

@@ -330,12 +330,17 @@ __device__ __forceinline__ float warp_max(float x) {
   return x;
 }
 
+__device__ __forceinline__ float exp2_(float x) {  // 2^x to 2 ulp; results under 2^-126 become 0
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 // 1 / (1 + e^-x) by the GPU's own 2^x and 1/x, which are within 2 ulp and 1 ulp: __expf and __fdividef would take as much
 // again to treat numbers below 2^-126 well, which make no difference here. 0 where e^-x passes 2^126.
 __device__ __forceinline__ float sigmoid(float x) {
-  float e, s;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(e) : "f"(-1.44269504f * x));
-  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(s) : "f"(1 + e));
+  float s;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(s) : "f"(1 + exp2_(-1.44269504f * x)));
   return s;
 }
 

@@ -350,12 +350,6 @@ using namespace mma_sync;
 // ---------------------------------------------------------------------------------------------------------------------
 // Small pieces
 
-__device__ __forceinline__ float exp2_(float x) {  // 2^x to 2 ulp; results under 2^-126 become 0
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-
 // cap tanh(x / cap), by 1 - 2 / (1 + e^2y): off by 2^-22 cap. tanh.approx would be one instruction instead of two, and
 // off by 2^-11.
 __device__ __forceinline__ float soft_cap(float x, float cap) {

@@ -149,8 +149,9 @@ constexpr int kStepK = (BY_COLUMN ? 16 * 128 : 32) >> 4;
   "%111,%112,%113,%114,%115,%116,%117,%118,%119,%120,%121,%122,%123,%124,%125,%126,%127}"
 // clang-format on
 
-// d (64, 256) = [d +] A (64, 16) B (256, 16)^T, or B (16, 256) with BY_COLUMN. Of each piece of 8 columns a thread holds, as everywhere in tensor
-// cores, rows g and g + 8 (g = lane / 4, from its warp's 16 rows on), columns 2t and 2t + 1 (t = lane % 4).
+// d (64, 256) = [d +] A (64, 16) B (256, 16)^T, or B (16, 256) with BY_COLUMN. Of each piece of 8 columns a thread holds, as
+// everywhere in tensor cores, rows g and g + 8 (g = lane / 4, from its warp's 16 rows on), columns 2t and 2t + 1
+// (t = lane % 4).
 template <bool BY_COLUMN>
 __device__ __forceinline__ void wgmma(float (&d)[32][4], uint64_t a, uint64_t b, int accumulate) {
   asm volatile("{.reg .pred p; setp.ne.b32 p, %130, 0;\n"
