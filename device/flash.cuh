@@ -429,6 +429,36 @@ __device__ __forceinline__ bool weights(float (&S)[N][4], float (&m)[2], float (
   return rescale;
 }
 
+// The same in the backward pass, where the rows' lse is known: S becomes P = exp(S - lse), 0 beyond the diagonal.
+template <bool CAPPED, int N>
+__device__ __forceinline__ void weights_again(float (&S)[N][4], const float (&lse2)[2], int first_key, int row0, int row,
+                                              float scale2, float cap) {
+  cap_scores<CAPPED>(S, cap);
+#pragma unroll
+  for (int n = 0; n < N; ++n)
+#pragma unroll
+    for (int i = 0; i < 4; ++i) S[n][i] = exp2_(S[n][i] * scale2 - lse2[i / 2]);
+  if (first_key + N * 8 - 1 > row0) {
+#pragma unroll
+    for (int n = 0; n < N; ++n)
+#pragma unroll
+      for (int i = 0; i < 4; ++i)
+        if (first_key + n * 8 + lane() % 4 * 2 + i % 2 > row + i / 2 * 8) S[n][i] = 0;
+  }
+}
+// In the forward pass P = softmax(S): dS = P (dP - D), in the place of P. Its scale comes last, with dQ.
+template <bool CAPPED, int N>
+__device__ __forceinline__ void score_gradients(float (&P)[N][4], const float (&dP)[N][4], const float (&D)[2],
+                                                const float (&lse2)[2], float scale2, float cap) {
+#pragma unroll
+  for (int n = 0; n < N; ++n)
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float slope = CAPPED ? soft_cap_slope(P[n][i], lse2[i / 2], 1 / (cap * scale2)) : 1;
+      P[n][i] *= (dP[n][i] - D[i / 2]) * slope;
+    }
+}
+
 // Writes accumulators (64, HS), times factor0 (rows g) or factor1 (rows g + 8), to rows first.. of a matrix (T, HS)
 // with the given stride, by way of the warp's own 16 rows of a tile, so that global memory sees 16-byte accesses.
 template <int ROWS, int HS>
@@ -721,27 +751,9 @@ __global__ __launch_bounds__(C::kThreads, C::kBlocks) void query_kernel(bf16* dq
       dO.template times<N>(dP, v_tile(stage));
       // P = exp(S - lse), while dP = dO V^T is still on its way.
       wait_products<1>(S);
-      cap_scores<CAPPED>(S, cap);
-#pragma unroll
-      for (int n = 0; n < N / 8; ++n)
-#pragma unroll
-        for (int i = 0; i < 4; ++i) S[n][i] = exp2_(S[n][i] * scale2 - lse2[i / 2]);
-      if (j * N + N - 1 > row0) {
-#pragma unroll
-        for (int n = 0; n < N / 8; ++n)
-#pragma unroll
-          for (int i = 0; i < 4; ++i)
-            if (j * N + n * 8 + lane() % 4 * 2 + i % 2 > row + i / 2 * 8) S[n][i] = 0;
-      }
+      weights_again<CAPPED>(S, lse2, j * N, row0, row, scale2, cap);
       wait_products<0>(dP);
-#pragma unroll
-      for (int n = 0; n < N / 8; ++n)
-#pragma unroll
-        // In the forward pass P = softmax(S): dS = P (dP - D). Its scale comes last, with dQ.
-        for (int i = 0; i < 4; ++i) {
-          const float slope = CAPPED ? soft_cap_slope(S[n][i], lse2[i / 2], 1 / (cap * scale2)) : 1;
-          S[n][i] *= (dP[n][i] - D[i / 2]) * slope;
-        }
+      score_gradients<CAPPED>(S, dP, D, lse2, scale2, cap);
       uint32_t dS[N / 16][4];
       to_operand<N>(dS, S);
       // In the forward pass S = scale Q K^T, so dQ = scale dS K.

@@ -390,25 +390,8 @@ __global__ __launch_bounds__(FLASH_WGMMA ? 3 * kGroup : 32, 1) void stream_query
       wait_products<1>(dP);
       ring.release(v);
       wait_products<0>(S);
-      cap_scores<CAPPED>(S, cap);
-#pragma unroll
-      for (int n = 0; n < N / 8; ++n)
-#pragma unroll
-        for (int i = 0; i < 4; ++i) S[n][i] = exp2_(S[n][i] * scale2 - lse2[i / 2]);
-      if (j * N + N - 1 > row0) {
-#pragma unroll
-        for (int n = 0; n < N / 8; ++n)
-#pragma unroll
-          for (int i = 0; i < 4; ++i)
-            if (j * N + n * 8 + lane() % 4 * 2 + i % 2 > row + i / 2 * 8) S[n][i] = 0;
-      }
-#pragma unroll
-      for (int n = 0; n < N / 8; ++n)
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const float slope = CAPPED ? soft_cap_slope(S[n][i], lse2[i / 2], 1 / (cap * scale2)) : 1;
-          S[n][i] *= (dP[n][i] - D[i / 2]) * slope;
-        }
+      weights_again<CAPPED>(S, lse2, j * N, row0, row, scale2, cap);
+      score_gradients<CAPPED>(S, dP, D, lse2, scale2, cap);
       uint32_t dS[N / 16][4];
       to_operand<N>(dS, S);
       multiply<N, HS>(dQ, dS, tile(k));
