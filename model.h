@@ -24,6 +24,8 @@
 #include "device/backend.h"
 #include "device/comm.h"
 #include "layers.cuh"
+#include "loss.cuh"
+#include "norms.cuh"
 #include "optimizer.cuh"
 #include "rope.cuh"
 #include "run/random.h"

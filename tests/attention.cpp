@@ -2,8 +2,8 @@
 
 #include "attention.cuh"
 
+#include "norms.cuh"
 #include "tests/cuda.h"
-#include "layers.cuh"
 
 namespace {
 

@@ -188,6 +188,19 @@ std::vector<Real> attention_sink(int T) {
   return qkv;
 }
 
+template <class Real>
+const Real* none() {
+  return nullptr;
+}
+
+// Adds a known start to parameter gradients and takes it off again: they must accumulate, not be assigned.
+constexpr double kStart = 8;
+inline std::vector<double> started(size_t n) { return std::vector<double>(n, kStart); }
+inline std::vector<double> without_start(std::vector<double> d) {
+  for (double& x : d) x -= kStart;
+  return d;
+}
+
 // The message of the UserError (or whatever was thrown) of work(); empty if it threw nothing.
 template <class Work>
 std::string error_of(Work work) {

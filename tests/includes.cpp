@@ -18,14 +18,14 @@ Names operator+(Names a, const Names& b) {
 const std::vector<std::pair<Names, Names>>& layout() {
   static const Names ground = {"run/error.h",  "run/files.h",        "run/print.h",
                                "run/random.h", "run/command_line.h", "run/program.h"},
-                     operations = {"rope.cuh", "attention.cuh", "layers.cuh", "optimizer.cuh"},
+                     operations = {"rope.cuh", "attention.cuh", "layers.cuh", "norms.cuh", "loss.cuh", "optimizer.cuh"},
                      model = Names{"device/", "model.h"} + operations,
                      run = model + Names{"text/", "run/"};
   static const std::vector<std::pair<Names, Names>> rows = {
       {ground, ground},
       {{"device/"}, {"device/", "run/error.h"}},
       {{"text/"}, Names{"text/"} + ground},
-      {{"rope.cuh", "optimizer.cuh"}, {"device/"}},
+      {{"rope.cuh", "norms.cuh", "loss.cuh", "optimizer.cuh"}, {"device/"}},
       {{"attention.cuh", "layers.cuh"}, {"device/", "rope.cuh"}},
       {{"model.h"}, Names{"device/", "run/random.h"} + operations},
       {{"run/"}, run},

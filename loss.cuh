@@ -1,0 +1,273 @@
+#pragma once
+// The loss: softmax cross-entropy in nats per token, whose gradient takes the logits' place, and the sums of losses. N
+// rows are tokens, V the vocabulary.
+
+#include "device/backend.h"
+#include "device/gemm.cuh"
+
+// ---------------------------------------------------------------------------------------------------------------------
+// CPU
+
+// Softmax cross-entropy with the log Z penalty of z-loss (Chowdhery et al. 2022, arXiv 2204.02311):
+//     loss = log Z - logit[target] + z_loss (log Z)^2,  Z = sum exp(logit), in nats.
+// Reads logits (N, V) and writes the gradient of scale * sum(losses) in their place; losses (N) without the penalty, so
+// that runs compare, and log_z (N). Rows whose target is negative have loss, log_z and gradient 0.
+// Errors: log Z is off by at most (kSumChunk + 4) u, for the sum and exp_, and one rounding; so is a probability,
+// relatively. It does not grow with V.
+template <class Real>
+void cross_entropy(Cpu&, Acc<Real>* losses, Acc<Real>* log_z, Real* logits, const int* targets, double scale,
+                   double z_loss, int N, int V) {
+#pragma omp parallel for
+  for (int n = 0; n < N; ++n) {
+    Real* row = logits + size_t(n) * V;
+    if (targets[n] < 0) {
+      losses[n] = log_z[n] = 0;
+      for (int v = 0; v < V; ++v) row[v] = 0;
+      continue;
+    }
+    // Relative to the largest logit no exponential overflows, and the sum is 1 at least.
+    Real highest = row[0];
+#pragma omp simd reduction(max : highest)
+    for (int v = 1; v < V; ++v) highest = row[v] > highest ? row[v] : highest;
+    const double target_logit = row[targets[n]];
+    const double sum = sum_in_chunks<Real>(V, [=](int v) { return row[v] = exp_(row[v] - highest); });
+    // Where the target is all but certain, log Z and its logit are nearly the same number: their difference is taken
+    // before anything is rounded to Real.
+    log_z[n] = Acc<Real>(highest + std::log(sum));
+    losses[n] = Acc<Real>(highest - target_logit + std::log(sum));
+    // d log Z / d logit is the probability p = e^logit / Z. So the gradient of log Z - logit[target] + z_loss (log Z)^2
+    // is p (1 + 2 z_loss log Z), less 1 at the target.
+    const Real factor = Real(scale * (1 + 2 * z_loss * log_z[n]) / sum);
+    for (int v = 0; v < V; ++v) row[v] *= factor;
+    row[targets[n]] -= Real(scale);
+  }
+}
+
+// loss (1) += the sum of losses (N), z (1) += that of log_z (N); added up in order, in double.
+template <class Real>
+void add_losses(Cpu&, double* loss, double* z, const Real* losses, const Real* log_z, int N) {
+  double loss_sum = 0, z_sum = 0;
+  for (int n = 0; n < N; ++n) loss_sum += losses[n], z_sum += log_z[n];
+  *loss += loss_sum;
+  *z += z_sum;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// CUDA. Kernels of W elements per access: 16 bytes' worth, or 1 where a width or an address does not allow it.
+
+#ifdef __CUDACC__
+
+// The largest of some numbers and the sum of their exponentials relative to it.
+struct SoftmaxSum {
+  float highest, sum;
+};
+__device__ __forceinline__ SoftmaxSum merge(SoftmaxSum a, SoftmaxSum b) {
+  const float highest = fmaxf(a.highest, b.highest);
+  if (highest == -INFINITY) return {highest, a.sum + b.sum};  // nothing yet, or NaN, which stays
+  return {highest, a.sum * __expf(a.highest - highest) + b.sum * __expf(b.highest - highest)};
+}
+
+__device__ __forceinline__ SoftmaxSum merge_over_warp(SoftmaxSum total) {
+#pragma unroll
+  for (int step = 16; step > 0; step /= 2)
+    total = merge(total, {__shfl_xor_sync(~0u, total.highest, step), __shfl_xor_sync(~0u, total.sum, step)});
+  return total;
+}
+
+// e^x in two instructions, where __expf() has more for results under 2^-126, which become 0 here.
+__device__ __forceinline__ float exp_of(float x) { return exp2_(x * 1.4426950408889634f); }
+
+// Of W neighbours: the maximum first, then the exponentials, so that they are rescaled as one.
+template <int W, class Real>
+__device__ __forceinline__ SoftmaxSum softmax_sum(const Real* logits) {
+  float x[W];
+  load<W>(x, logits);
+  SoftmaxSum here = {x[0], 0};
+#pragma unroll
+  for (int k = 1; k < W; ++k) here.highest = fmaxf(here.highest, x[k]);
+#pragma unroll
+  for (int k = 0; k < W; ++k) here.sum += exp_of(x[k] - here.highest);
+  return here;
+}
+
+constexpr int kLossThreads = 512;  // at most
+
+// A block works on one row: one pass for the maximum and the sum together, then one that writes the gradient. A thread
+// takes every so many'th vector of W logits, the same in both passes. With KEEP, for rows so short that several fit a
+// multiprocessor, shared memory holds them in between; a long row is read from the L2 cache again.
+// Errors: a thread adds up V / 512 exponentials, then 512 threads meet: so log Z is off by (V / 512 + 64) u at most.
+// An exponential e^-d by exp_of() is off by (4 + 2.4 d) u, relatively.
+template <class Real, int W, bool KEEP>
+__global__ void __launch_bounds__(kLossThreads)
+    cross_entropy_kernel(float* losses, float* log_z, Real* logits, const int* targets, float scale, float z_loss,
+                         int V) {
+  extern __shared__ float4 shared_row[];
+  __shared__ SoftmaxSum warps[kLossThreads / 32];
+  using Logits = Vector<Real, W>;
+  Logits* kept = reinterpret_cast<Logits*>(shared_row);
+  const int n = blockIdx.x, target = targets[n], vectors = V / W;
+  Real* row = logits + size_t(n) * V;
+  float x[W];
+  if (target < 0) {
+    for (int i = threadIdx.x; i < vectors; i += blockDim.x) {
+      const float zeros[W] = {};
+      store<W>(row + i * W, zeros);
+    }
+    if (threadIdx.x == 0) losses[n] = log_z[n] = 0;
+    return;
+  }
+  const float target_logit = float(row[target]);
+  SoftmaxSum total = {-INFINITY, 0};
+#pragma unroll 4
+  for (int i = threadIdx.x; i < vectors; i += blockDim.x) {
+    const Logits logit = reinterpret_cast<const Logits*>(row)[i];
+    if (KEEP) kept[i] = logit;
+    total = merge(total, softmax_sum<W>(logit.x));
+  }
+  total = merge_over_warp(total);
+  const int lane = threadIdx.x % 32;
+  if (lane == 0) warps[threadIdx.x / 32] = total;
+  __syncthreads();
+  // Every warp for itself: the second pass needs it everywhere.
+  total = merge_over_warp(lane < blockDim.x / 32 ? warps[lane] : SoftmaxSum{-INFINITY, 0});
+
+  const float z = total.highest + logf(total.sum), factor = scale * (1 + 2 * z_loss * z) / total.sum;
+  // The loss is not z - target_logit: where the target is all but certain, little but z's rounding would be left.
+  if (threadIdx.x == 0) log_z[n] = z, losses[n] = total.highest - target_logit + logf(total.sum);
+  // The gradient takes the logits' place: p (1 + 2 z_loss log Z), less 1 at the target, times scale.
+#pragma unroll 4
+  for (int i = threadIdx.x; i < vectors; i += blockDim.x) {
+    const Logits logit = KEEP ? kept[i] : reinterpret_cast<const Logits*>(row)[i];
+#pragma unroll
+    for (int k = 0; k < W; ++k) x[k] = factor * exp_of(float(logit.x[k]) - total.highest);
+    if (i == target / W)
+#pragma unroll
+      for (int k = 0; k < W; ++k) x[k] -= k == target % W ? scale : 0;
+    store<W>(row + i * W, x);
+  }
+}
+
+// The same on Hopper, for long rows of which at least two fit in shared memory: a row is read once, and written once. A
+// block works on every gridDim.x'th row. Its last warp has the copy engine bring rows into `slots` places, one after the
+// other, and take them away again when the other warps have put the gradient in the logits' place; meanwhile these are at
+// work on the next row.
+// Errors: as above with 992 threads, log Z by (V / 992 + 72) u at most.
+constexpr int kLossWorkers = 992, kMostSlots = 4;
+
+template <class Real, int W>
+__global__ void __launch_bounds__(kLossWorkers + 32, 1)
+    cross_entropy_stream_kernel(float* losses, float* log_z, Real* logits, const int* targets, float scale, float z_loss,
+                                int N, int V, int slots) {
+#if GEMM_HOPPER
+  extern __shared__ float4 shared_row[];
+  __shared__ SoftmaxSum warps[2][kLossWorkers / 32];
+  __shared__ uint64_t barriers[2 * kMostSlots];
+  const uint32_t bytes = V * sizeof(Real), places = uint32_t(__cvta_generic_to_shared(shared_row)),
+                 arrived = uint32_t(__cvta_generic_to_shared(barriers)), ready = arrived + 8 * kMostSlots;
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < slots; ++i) {
+      gemm::init_barrier(arrived + 8 * i, 1);                // the bytes of a row
+      gemm::init_barrier(ready + 8 * i, kLossWorkers / 32);  // every warp has written its part
+    }
+    gemm::publish();
+  }
+  __syncthreads();
+  const int step = gridDim.x, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  if (warp == kLossWorkers / 32) {
+    if (lane > 0) return;
+    auto bring = [&](int n, int slot) {
+      gemm::expect_bytes(arrived + 8 * slot, bytes);
+      asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+                       places + slot * bytes),
+                   "l"(logits + size_t(n) * V), "r"(bytes), "r"(arrived + 8 * slot)
+                   : "memory");
+    };
+    for (int slot = 0, n = blockIdx.x; slot < slots && n < N; ++slot, n += step) bring(n, slot);
+    for (int n = blockIdx.x, slot = 0, parity = 0; n < N; n += step) {
+      gemm::wait_barrier(ready + 8 * slot, parity);
+      asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(logits + size_t(n) * V),
+                   "r"(places + slot * bytes), "r"(bytes)
+                   : "memory");
+      gemm::commit_stores();
+      gemm::wait_stores();  // the place is free
+      if (n + slots * step < N) bring(n + slots * step, slot);
+      if (++slot == slots) slot = 0, parity ^= 1;
+    }
+    return;
+  }
+  const int vectors = V / W;
+  for (int n = blockIdx.x, slot = 0, parity = 0, turn = 0; n < N; n += step, turn ^= 1) {
+    Real* row = reinterpret_cast<Real*>(reinterpret_cast<char*>(shared_row) + slot * size_t(bytes));
+    const int target = targets[n];
+    gemm::wait_barrier(arrived + 8 * slot, parity);
+    float x[W];
+    if (target < 0) {
+      for (int i = threadIdx.x; i < vectors; i += kLossWorkers) {
+        const float zeros[W] = {};
+        store<W>(row + i * W, zeros);
+      }
+      if (threadIdx.x == 0) losses[n] = log_z[n] = 0;
+    } else {
+      SoftmaxSum total = {-INFINITY, 0};
+#pragma unroll 4
+      for (int i = threadIdx.x; i < vectors; i += kLossWorkers) total = merge(total, softmax_sum<W>(row + i * W));
+      total = merge_over_warp(total);
+      if (lane == 0) warps[turn][warp] = total;
+      const float target_logit = float(row[target]);
+      asm volatile("bar.sync 1, %0;" ::"n"(kLossWorkers) : "memory");
+      total = merge_over_warp(lane < kLossWorkers / 32 ? warps[turn][lane] : SoftmaxSum{-INFINITY, 0});
+      const float z = total.highest + logf(total.sum), factor = scale * (1 + 2 * z_loss * z) / total.sum;
+      if (threadIdx.x == 0) log_z[n] = z, losses[n] = total.highest - target_logit + logf(total.sum);
+#pragma unroll 4
+      for (int i = threadIdx.x; i < vectors; i += kLossWorkers) {
+        load<W>(x, row + i * W);
+#pragma unroll
+        for (int k = 0; k < W; ++k) x[k] = factor * exp_of(x[k] - total.highest);
+        if (i == target / W)
+#pragma unroll
+          for (int k = 0; k < W; ++k) x[k] -= k == target % W ? scale : 0;
+        store<W>(row + i * W, x);
+      }
+    }
+    gemm::publish();  // to the copy engine
+    __syncwarp();
+    if (lane == 0) gemm::arrive(ready + 8 * slot);
+    if (++slot == slots) slot = 0, parity ^= 1;
+  }
+#endif
+}
+
+template <class Real>
+void cross_entropy(Cuda& be, Acc<Real>* losses, Acc<Real>* log_z, Real* logits, const int* targets, double scale,
+                   double z_loss, int N, int V) {
+  const size_t row_bytes = V * sizeof(Real);
+  const int slots = int(std::min<size_t>(kMostSlots, (be.shared_bytes - 2048) / row_bytes));
+  if (be.capability == 90 && row_bytes > 16 * 1024 && slots > 1 && wide(V, logits))
+    return launch(be, "cross_entropy", cross_entropy_stream_kernel<Real, kWide<Real>>,
+                  int(std::min<size_t>(N, be.multiprocessors)), kLossWorkers + 32, slots * row_bytes, losses, log_z,
+                  logits, targets, float(scale), float(z_loss), N, V, slots);
+  with_width<kWide<Real>>(wide(V, logits), [&](auto W) {  // at least four accesses per thread, where there are as many
+    const int threads = int(std::min<size_t>(kLossThreads, 32 * divide_up(V / W(), 4 * 32)));
+    const size_t bytes = V * sizeof(Real);
+    const bool keep = bytes <= 16 * 1024;
+    auto kernel = keep ? cross_entropy_kernel<Real, W(), true> : cross_entropy_kernel<Real, W(), false>;
+    launch(be, "cross_entropy", kernel, N, threads, keep ? bytes : 0, losses, log_z, logits, targets, float(scale),
+           float(z_loss), V);
+  });
+}
+
+// One block for the losses and one for log Z: thread i adds up elements i, i + 1024, ...
+static __global__ void __launch_bounds__(1024)
+    add_losses_kernel(double* loss, double* z, const float* losses, const float* log_z, int N) {
+  const float* from = blockIdx.x ? log_z : losses;
+  double sum = 0;
+#pragma unroll 8
+  for (int n = threadIdx.x; n < N; n += 1024) sum += from[n];
+  sum = block_sum(sum);
+  if (threadIdx.x == 0) *(blockIdx.x ? z : loss) += sum;
+}
+inline void add_losses(Cuda& be, double* loss, double* z, const float* losses, const float* log_z, int N) {
+  launch(be, "add_losses", add_losses_kernel, 2, 1024, 0, loss, z, losses, log_z, N);
+}
+
+#endif  // __CUDACC__
