@@ -232,14 +232,6 @@ __device__ __forceinline__ void add_rows_of_token(float (&sum)[W], const Real* d
     for (int k = 0; k < W; ++k) sum[k] += d[k];
   }
 }
-template <int W>
-__device__ __forceinline__ void add_to(float* to, const float (&sum)[W]) {
-  float old[W];
-  load<W>(old, to);
-#pragma unroll
-  for (int k = 0; k < W; ++k) old[k] += sum[k];
-  store<W>(to, old);
-}
 
 // A block has 8 tokens, gridDim.x apart, and 32 W columns. A warp adds up the rows of one token, a lane W columns of
 // them; where a token is frequent, all warps share its rows.

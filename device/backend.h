@@ -306,6 +306,15 @@ __device__ __forceinline__ void store(Real* to, const float (&from)[W]) {
   *reinterpret_cast<Vector<Real, W>*>(to) = vector;
 }
 
+template <int W>
+__device__ __forceinline__ void add_to(float* to, const float (&sum)[W]) {
+  float old[W];
+  load<W>(old, to);
+#pragma unroll
+  for (int k = 0; k < W; ++k) old[k] += sum[k];
+  store<W>(to, old);
+}
+
 // Whether rows of `columns` elements at these addresses can be read 16 bytes at a time; nullptr stands for no tensor.
 template <class... T>
 bool wide(int columns, const T*... tensors) {
