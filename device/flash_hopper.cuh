@@ -110,20 +110,35 @@ __device__ __forceinline__ void take_registers() {
 
 #endif
 
-// Work items: tiles of rows of a head of a sequence, the long ones (last in a head) first. Of `rows` heads in all,
-// `together` are worked on at a time, whose keys and values fit in the L2 cache.
+// The items that a block works on, one after the other: tiles of rows of a head of a sequence, of which the last is the
+// longest. Heads come in sections of about two items to a block, whose keys and values fit in the L2 cache together. A
+// section starts with its longest items. Blocks take one each, in order, then one each in opposite order, and every
+// second section starts the other way round: so all get about as much to do.
 struct Items {
-  int tiles, rows, heads, together;
-  // The item that the block takes as its number `round`: every second time blocks stand in the opposite order, which
-  // evens out the lengths.
-  __device__ __forceinline__ int number(int round) const {
-    return round * int(gridDim.x) + int(round % 2 ? gridDim.x - 1 - blockIdx.x : blockIdx.x);
+  int tiles, rows, heads;  // tiles of a head, heads in all, heads of a sequence
+  int together, rounds;    // heads of a section, and rounds in which the blocks take its items
+  int section = 0, round = -1;
+  Place at;
+
+  __device__ __forceinline__ Items(int tiles, int rows, int heads) : tiles(tiles), rows(rows), heads(heads) {
+    const int blocks = gridDim.x, most = max(1, 2 * blocks / tiles);
+    const int sections = (rows + most - 1) / most;
+    together = (rows + sections - 1) / sections;
+    rounds = (together * tiles + blocks - 1) / blocks;
   }
-  __device__ __forceinline__ bool has(int round) const { return number(round) < rows * tiles; }
-  __device__ __forceinline__ Place operator[](int round) const {
-    const int i = number(round), first = i / (together * tiles) * together, inside = i - first * tiles,
-              height = min(together, rows - first), row = first + inside % height;
-    return {row / heads, row % heads, tiles - 1 - inside / height};
+  // Goes to the block's next item; false if there is none.
+  __device__ __forceinline__ bool next() {
+    const int blocks = gridDim.x;
+    for (;;) {
+      if (++round == rounds) round = 0, ++section;
+      const int first = section * together, height = min(together, rows - first);
+      if (height <= 0) return false;
+      const int i = round * blocks + ((section + round) % 2 ? blocks - 1 - int(blockIdx.x) : int(blockIdx.x));
+      if (i >= height * tiles) continue;
+      const int row = first + i % height;
+      at = {row / heads, row % heads, tiles - 1 - i / height};
+      return true;
+    }
   }
 };
 
@@ -152,7 +167,7 @@ constexpr size_t stream_forward_bytes() {
 template <int HS, class C, bool CAPPED>
 __global__ __launch_bounds__(FLASH_WGMMA ? C::kThreads : 32, 1) void stream_forward_kernel(
     bf16* out, float* lse, const __grid_constant__ CUtensorMap queries, const __grid_constant__ CUtensorMap keys, int B,
-    int T, int NH, int NKV, int together, float scale, float cap) {
+    int T, int NH, int NKV, float scale, float cap) {
 #if FLASH_WGMMA
   constexpr int M = C::kTile, N = C::kN;
   const Tile<M, HS> q_tile{shared_start()};
@@ -166,14 +181,14 @@ __global__ __launch_bounds__(FLASH_WGMMA ? C::kThreads : 32, 1) void stream_forw
   }
   __syncthreads();
 
-  const Items items{(T + M - 1) / M, B * NH, NH, together};
+  Items items((T + M - 1) / M, B * NH, NH);
   auto key_tiles = [&](int q0) { return (min(q0 + M, T) + N - 1) / N; };
 
   if (group() == C::kGroups) {  // the producer
     give_registers<24>();
     if (threadIdx.x % kGroup > 0) return;
-    for (int round = 0; items.has(round); ++round) {
-      const Place at = items[round];
+    while (items.next()) {
+      const Place at = items.at;
       const int q0 = at.tile * M, tiles = key_tiles(q0), head = NH + at.head / (NH / NKV);
       auto load = [&](int head, int j) {
         ring.wait_empty();
@@ -208,10 +223,11 @@ __global__ __launch_bounds__(FLASH_WGMMA ? C::kThreads : 32, 1) void stream_forw
     wait_products<0>(S);
     ring.release(k);
   };
+  items.next();  // every block has one
   start();
   have_scores();
-  for (int round = 0;; ++round) {
-    const Place at = items[round];
+  for (;;) {
+    const Place at = items.at;
     const int q0 = at.tile * M, row0 = q0 + group() * kRows, row = row0 + own_row(), tiles = key_tiles(q0),
               mine = min(tiles, (row0 + kRows - 1) / N + 1);  // tiles of keys that any query of this warpgroup sees
     m[0] = m[1] = -INFINITY, l[0] = l[1] = 0;
@@ -259,7 +275,7 @@ __global__ __launch_bounds__(FLASH_WGMMA ? C::kThreads : 32, 1) void stream_forw
       }
       store_rows<HS>(out + (size_t(at.b) * T * NH + at.head) * HS, size_t(NH) * HS, row0, T, O, 1 / l[0], 1 / l[1]);
     };
-    if (!items.has(round + 1)) {
+    if (!items.next()) {
       finish();
       break;
     }
@@ -284,7 +300,7 @@ constexpr size_t stream_query_bytes() {
 template <int HS, bool CAPPED>
 __global__ __launch_bounds__(FLASH_WGMMA ? 3 * kGroup : 32, 1) void stream_query_kernel(
     bf16* dqkv, float* D_out, const __grid_constant__ CUtensorMap qkv, const __grid_constant__ CUtensorMap dout,
-    const __grid_constant__ CUtensorMap out, const float* lse, int B, int T, int NH, int NKV, int together, float scale,
+    const __grid_constant__ CUtensorMap out, const float* lse, int B, int T, int NH, int NKV, float scale,
     float cap) {
 #if FLASH_WGMMA
   constexpr int N = kRows, M = 2 * kRows;
@@ -301,14 +317,14 @@ __global__ __launch_bounds__(FLASH_WGMMA ? 3 * kGroup : 32, 1) void stream_query
   }
   __syncthreads();
 
-  const Items items{(T + M - 1) / M, B * NH, NH, together};
+  Items items((T + M - 1) / M, B * NH, NH);
   auto key_tiles = [&](int q0) { return (min(q0 + M, T) + N - 1) / N; };
 
   if (group() == 2) {
     give_registers<24>();
     if (threadIdx.x % kGroup > 0) return;
-    for (int round = 0; items.has(round); ++round) {
-      const Place at = items[round];
+    while (items.next()) {
+      const Place at = items.at;
       const int q0 = at.tile * M, head = NH + at.head / (NH / NKV);
       auto load = [&](const CUtensorMap& matrix, int head, int row) {
         ring.wait_empty();
@@ -339,8 +355,8 @@ __global__ __launch_bounds__(FLASH_WGMMA ? 3 * kGroup : 32, 1) void stream_query
   auto pass_turn = [&] { asm volatile("bar.arrive %0, %1;" ::"r"(2 - group()), "n"(2 * kGroup) : "memory"); };
   if (group() == 1) pass_turn();
 
-  for (int round = 0; items.has(round); ++round) {
-    const Place at = items[round];
+  for (int parity = 0; items.next(); parity ^= 1) {
+    const Place at = items.at;
     const int q0 = at.tile * M, row0 = q0 + group() * kRows, row = row0 + own_row();
     const size_t statistics = (size_t(at.b) * NH + at.head) * T;
     // D = rowsum(dO out), from the tiles as A operands: any layout does, if it is the same for both.
@@ -348,7 +364,7 @@ __global__ __launch_bounds__(FLASH_WGMMA ? 3 * kGroup : 32, 1) void stream_query
     for (int g = 0; g < 2; ++g) {
       const int o = ring.next();
       if (g == group()) {
-        gemm::wait_barrier(q_ring.full + 8 * g, round % 2);
+        gemm::wait_barrier(q_ring.full + 8 * g, parity);
 #pragma unroll
         for (int n = 0; n < HS / 16; ++n) {
           uint32_t x[4], y[4];
@@ -424,7 +440,7 @@ constexpr size_t stream_key_bytes() {
 template <int HS, bool CAPPED>
 __global__ __launch_bounds__(FLASH_WGMMA ? 3 * kGroup : 32, 1) void stream_key_kernel(
     bf16* dqkv, const __grid_constant__ CUtensorMap qkv, const __grid_constant__ CUtensorMap dout, const float* lse,
-    const float* D, int B, int T, int NH, int NKV, int together, float scale, float cap) {
+    const float* D, int B, int T, int NH, int NKV, float scale, float cap) {
 #if FLASH_WGMMA
   constexpr int N = kRows;  // queries of a tile, and keys
   using T64 = Tile<N, HS>;
@@ -448,7 +464,7 @@ __global__ __launch_bounds__(FLASH_WGMMA ? 3 * kGroup : 32, 1) void stream_key_k
   __syncthreads();
 
   const int row_tiles = (T + N - 1) / N, heads = NH / NKV;
-  const Items items{row_tiles, B * NKV, NKV, together};
+  Items items(row_tiles, B * NKV, NKV);
   const size_t stride = size_t(NH + 2 * NKV) * HS;
   // Steps: the heads of the group, and of each the tiles of queries from the diagonal on.
   auto first_key = [&](Place at) { return (row_tiles - 1 - at.tile) * N; };  // the first keys have the most queries
@@ -457,8 +473,8 @@ __global__ __launch_bounds__(FLASH_WGMMA ? 3 * kGroup : 32, 1) void stream_key_k
   if (group() == 2) {
     give_registers<24>();
     if (threadIdx.x % kGroup / 32 > 0) return;
-    for (int round = 0; items.has(round); ++round) {
-      const Place at = items[round];
+    while (items.next()) {
+      const Place at = items.at;
       const int k0 = first_key(at), per_head = steps_per_head(at);
       auto load_fixed = [&](Ring<1>& ring, T64 tile, int head) {
         ring.wait_empty();
@@ -502,8 +518,8 @@ __global__ __launch_bounds__(FLASH_WGMMA ? 3 * kGroup : 32, 1) void stream_key_k
   auto place_of = [&](int slot, int n) { return exchange + ((slot * (N / 8) + n) * kGroup + threadIdx.x % kGroup) * 16; };
 
   if (group() == 0) {
-    for (int round = 0; items.has(round); ++round) {
-      const Place at = items[round];
+    while (items.next()) {
+      const Place at = items.at;
       const int k0 = first_key(at), per_head = steps_per_head(at), steps = heads * per_head;
       const Shared<N, HS> K{k_tile, 0};
       // The scores of a step become P^T, which the other warpgroup gets.
@@ -565,8 +581,8 @@ __global__ __launch_bounds__(FLASH_WGMMA ? 3 * kGroup : 32, 1) void stream_key_k
       k_ring.release(0);
     }
   } else {
-    for (int round = 0; items.has(round); ++round) {
-      const Place at = items[round];
+    while (items.next()) {
+      const Place at = items.at;
       const int k0 = first_key(at), steps = heads * steps_per_head(at);
       const Shared<N, HS> V{v_tile, 0};
       v_ring.next();
@@ -652,11 +668,6 @@ inline CUtensorMap describe_rows(const bf16* buffer, int B, int T, int columns, 
   return map;
 }
 
-// So many of `heads` heads that the keys and values of each, of 2 bytes, take up to 16 MiB of the L2 cache.
-inline int heads_together(int heads, int T, int HS) {
-  return std::clamp<int>((16 << 20) / (size_t(T) * HS * 4), 1, heads);
-}
-
 // Whether the program was built for Hopper's own instructions (sm_90a) and runs there: only then does the kernel have
 // its bound of threads.
 template <class Kernel>
@@ -681,11 +692,10 @@ inline void flash_attention_forward(Cuda& be, bf16* out, float* lse, const bf16*
         auto* kernel = flash::stream_forward_kernel<size(), C, capped()>;
         if (has_stream_kernel(be, kernel, C::kThreads)) {
           const int columns = (NH + 2 * NKV) * HS, items = int(divide_up(T, C::kTile)) * B * NH;
-          const int together = heads_together(B * NKV, T, HS) * (NH / NKV);
           return launch(be, "flash_attention_forward", kernel, std::min(items, be.multiprocessors), C::kThreads,
                         flash::stream_forward_bytes<size(), C>(), out, lse,
                         describe_rows(qkv, B, T, columns, C::kTile), describe_rows(qkv, B, T, columns, C::kN), B, T, NH,
-                        NKV, together, scale, cap);
+                        NKV, scale, cap);
         }
       }
       using C = flash::ForwardConfig<size()>;
@@ -714,7 +724,7 @@ inline void flash_attention_backward(Cuda& be, bf16* dqkv, float* D, const bf16*
                  3 * flash::kGroup, flash::stream_query_bytes<size()>(), dqkv, D,
                  describe_rows(qkv, B, T, (NH + 2 * NKV) * HS, flash::kRows),
                  describe_rows(dout, B, T, NH * HS, flash::kRows), describe_rows(out, B, T, NH * HS, flash::kRows), lse,
-                 B, T, NH, NKV, heads_together(B * NKV, T, HS) * (NH / NKV), scale, cap);
+                 B, T, NH, NKV, scale, cap);
         }
       }
       if (!done)
@@ -725,12 +735,10 @@ inline void flash_attention_backward(Cuda& be, bf16* dqkv, float* D, const bf16*
         auto* kernel = flash::stream_key_kernel<size(), capped()>;
         if (has_stream_kernel(be, kernel, 3 * flash::kGroup)) {
           const int items = int(divide_up(T, flash::kRows)) * B * NKV;
-          const int together = heads_together(B * NKV, T, HS);
           return launch(be, "flash_attention_backward (keys)", kernel, std::min(items, be.multiprocessors),
                         3 * flash::kGroup, flash::stream_key_bytes<size()>(), dqkv,
                         describe_rows(qkv, B, T, (NH + 2 * NKV) * HS, flash::kRows),
-                        describe_rows(dout, B, T, NH * HS, flash::kRows), lse, (const float*)D, B, T, NH, NKV, together,
-                        scale, cap);
+                        describe_rows(dout, B, T, NH * HS, flash::kRows), lse, (const float*)D, B, T, NH, NKV, scale, cap);
         }
       }
       auto keys = [&](auto* kernel) {
