@@ -312,10 +312,11 @@ __device__ __forceinline__ void wgmma(float (*d)[4], const uint32_t (&a)[4], uin
 }
 template <int N, int BY_COLUMN>
 __device__ __forceinline__ void wgmma(float (*d)[4], uint64_t a, uint64_t b, int accumulate) {
-  static_assert(N == 32 || N == 64 || N == 80);
+  static_assert(N == 32 || N == 64 || N == 80 || N == 128);
   if constexpr (N == 32) FLASH_WGMMA_SHARED(32, 16, 16, 17, 18, 19);
   if constexpr (N == 64) FLASH_WGMMA_SHARED(64, 32, 32, 33, 34, 35);
   if constexpr (N == 80) FLASH_WGMMA_SHARED(80, 40, 40, 41, 42, 43);
+  if constexpr (N == 128) FLASH_WGMMA_SHARED(128, 64, 64, 65, 66, 67);
 }
 
 // acc (64, N) = A (64, HS) tile^T

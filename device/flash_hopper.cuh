@@ -431,23 +431,29 @@ __global__ __launch_bounds__(FLASH_WGMMA ? 3 * kGroup : 32, 1) void stream_query
 // memory, each number from a thread to the thread that has its place in the other warpgroup.
 
 template <int HS>
+constexpr int kStreamQueries = HS == 256 ? 64 : 128;  // of a tile
+
+template <int HS>
 constexpr size_t stream_key_bytes() {
-  // K, V, two tiles of Q and of dO, lse and D for them, and P twice.
-  return 6 * (Tile<kRows, HS>::kBytes + kSlotBytes) + 4 * kRows * sizeof(float) +
-         2 * (kRows * kRows * sizeof(float) + kSlotBytes);
+  // K, V, two tiles of Q and of dO, with lse and D, and P twice.
+  return 2 * (Tile<kRows, HS>::kBytes + kSlotBytes) +
+         4 * (Tile<kStreamQueries<HS>, HS>::kBytes + kStreamQueries<HS> * sizeof(float) + kSlotBytes) +
+         2 * (kRows * kStreamQueries<HS> * sizeof(float) + kSlotBytes);
 }
 
 template <int HS, bool CAPPED>
 __global__ __launch_bounds__(FLASH_WGMMA ? 3 * kGroup : 32, 1) void stream_key_kernel(
-    bf16* dqkv, const __grid_constant__ CUtensorMap qkv, const __grid_constant__ CUtensorMap dout, const float* lse,
-    const float* D, int B, int T, int NH, int NKV, float scale, float cap) {
+    bf16* dqkv, const __grid_constant__ CUtensorMap keys, const __grid_constant__ CUtensorMap queries,
+    const __grid_constant__ CUtensorMap dout, const float* lse, const float* D, int B, int T, int NH, int NKV,
+    float scale, float cap) {
 #if FLASH_WGMMA
-  constexpr int N = kRows;  // queries of a tile, and keys
-  using T64 = Tile<N, HS>;
-  const T64 k_tile{shared_start()}, v_tile{k_tile.at + T64::kBytes};
-  auto q_tile = [&](int slot) { return T64{v_tile.at + (1 + slot) * T64::kBytes}; };
-  auto do_tile = [&](int slot) { return T64{q_tile(2 + slot).at}; };
-  const uint32_t exchange = do_tile(2).at, statistics = exchange + 2 * N * N * 4;
+  constexpr int N = kStreamQueries<HS>;
+  using KeyTile = Tile<kRows, HS>;
+  using QueryTile = Tile<N, HS>;
+  const KeyTile k_tile{shared_start()}, v_tile{k_tile.at + KeyTile::kBytes};
+  auto q_tile = [&](int slot) { return QueryTile{v_tile.at + KeyTile::kBytes + slot * QueryTile::kBytes}; };
+  auto do_tile = [&](int slot) { return q_tile(2 + slot); };
+  const uint32_t exchange = do_tile(2).at, statistics = exchange + 2 * kRows * N * 4;
   auto lse_tile = [&](int slot) { return statistics + slot * N * 4; };
   auto D_tile = [&](int slot) { return lse_tile(2 + slot); };
   Ring<1> k_ring(D_tile(2)), v_ring(k_ring.full + kSlotBytes);
@@ -463,32 +469,31 @@ __global__ __launch_bounds__(FLASH_WGMMA ? 3 * kGroup : 32, 1) void stream_key_k
   }
   __syncthreads();
 
-  const int row_tiles = (T + N - 1) / N, heads = NH / NKV;
+  const int row_tiles = (T + kRows - 1) / kRows, heads = NH / NKV;
   Items items(row_tiles, B * NKV, NKV);
   const size_t stride = size_t(NH + 2 * NKV) * HS;
   // Steps: the heads of the group, and of each the tiles of queries from the diagonal on.
-  auto first_key = [&](Place at) { return (row_tiles - 1 - at.tile) * N; };  // the first keys have the most queries
-  auto steps_per_head = [&](Place at) { return at.tile + 1; };
+  auto first_key = [&](Place at) { return (row_tiles - 1 - at.tile) * kRows; };  // the first keys have most queries
+  auto steps_per_head = [&](int k0) { return (T + N - 1) / N - k0 / N; };
 
   if (group() == 2) {
     give_registers<24>();
     if (threadIdx.x % kGroup / 32 > 0) return;
     while (items.next()) {
       const Place at = items.at;
-      const int k0 = first_key(at), per_head = steps_per_head(at);
-      auto load_fixed = [&](Ring<1>& ring, T64 tile, int head) {
+      const int k0 = first_key(at), per_head = steps_per_head(k0);
+      auto load_fixed = [&](Ring<1>& ring, KeyTile tile, int head) {
         ring.wait_empty();
-        if (lane() == 0) fetch_tile(tile, qkv, head * HS, k0, at.b, ring.full);
+        if (lane() == 0) fetch_tile(tile, keys, head * HS, k0, at.b, ring.full);
         ring.advance();
       };
-      auto load = [&](Ring<2>& ring, T64 tile, const CUtensorMap& matrix, int head, int q0, uint32_t to,
+      auto load = [&](Ring<2>& ring, QueryTile tile, const CUtensorMap& matrix, int head, int q0, uint32_t to,
                       const float* vector) {
         ring.wait_empty();
         const uint32_t full = ring.full + 8 * ring.slot;
         if (lane() == 0) fetch_tile(tile, matrix, head * HS, q0, at.b, full);
         vector += (size_t(at.b) * NH + head) * T;
-        load_vector<N>(to, vector, q0, T, lane());
-        load_vector<N>(to, vector, q0, T, lane() + 32);
+        for (int i = lane(); i < N; i += 32) load_vector<N>(to, vector, q0, T, i);
         arrive_when_loaded(full);
         ring.advance();
       };
@@ -496,8 +501,8 @@ __global__ __launch_bounds__(FLASH_WGMMA ? 3 * kGroup : 32, 1) void stream_key_k
       load_fixed(v_ring, v_tile, NH + NKV + at.head);
       for (int h = 0; h < heads; ++h)
         for (int i = 0; i < per_head; ++i) {
-          const int head = at.head * heads + h, q0 = k0 + i * N;
-          load(q_ring, q_tile(q_ring.slot), qkv, head, q0, lse_tile(q_ring.slot), lse);
+          const int head = at.head * heads + h, q0 = (k0 / N + i) * N;
+          load(q_ring, q_tile(q_ring.slot), queries, head, q0, lse_tile(q_ring.slot), lse);
           load(do_ring, do_tile(do_ring.slot), dout, head, q0, D_tile(do_ring.slot), D);
         }
     }
@@ -520,8 +525,8 @@ __global__ __launch_bounds__(FLASH_WGMMA ? 3 * kGroup : 32, 1) void stream_key_k
   if (group() == 0) {
     while (items.next()) {
       const Place at = items.at;
-      const int k0 = first_key(at), per_head = steps_per_head(at), steps = heads * per_head;
-      const Shared<N, HS> K{k_tile, 0};
+      const int k0 = first_key(at), per_head = steps_per_head(k0), steps = heads * per_head;
+      const Shared<kRows, HS> K{k_tile, 0};
       // The scores of a step become P^T, which the other warpgroup gets.
       auto to_weights = [&](int step, int q) {
         cap_scores<CAPPED>(S, cap);
@@ -533,12 +538,12 @@ __global__ __launch_bounds__(FLASH_WGMMA ? 3 * kGroup : 32, 1) void stream_key_k
 #pragma unroll
           for (int i = 0; i < 4; ++i) S[n][i] = exp2_(S[n][i] * scale2 - lse2[i % 2]);
         }
-        if (step % per_head == 0) {  // the diagonal
+        if (step % per_head == 0) {  // the diagonal passes through
 #pragma unroll
           for (int n = 0; n < N / 8; ++n)
 #pragma unroll
             for (int i = 0; i < 4; ++i)
-              if (n * 8 + lane() % 4 * 2 + i % 2 < row + i / 2 * 8) S[n][i] = 0;
+              if (k0 / N * N + n * 8 + lane() % 4 * 2 + i % 2 < k0 + row + i / 2 * 8) S[n][i] = 0;
         }
         q_ring.release(q);
         weights_ring.wait_empty();
@@ -583,8 +588,8 @@ __global__ __launch_bounds__(FLASH_WGMMA ? 3 * kGroup : 32, 1) void stream_key_k
   } else {
     while (items.next()) {
       const Place at = items.at;
-      const int k0 = first_key(at), steps = heads * steps_per_head(at);
-      const Shared<N, HS> V{v_tile, 0};
+      const int k0 = first_key(at), steps = heads * steps_per_head(k0);
+      const Shared<kRows, HS> V{v_tile, 0};
       v_ring.next();
       clear();
       for (int step = 0; step < steps; ++step) {
@@ -619,7 +624,7 @@ __global__ __launch_bounds__(FLASH_WGMMA ? 3 * kGroup : 32, 1) void stream_key_k
       }
       // store_rows() counts rows from the first warpgroup's on.
       bf16* dk = dqkv + size_t(at.b) * T * stride + (NH + at.head) * HS;
-      store_rows(dk, stride, k0 - kRows, T, acc, scale, scale, T64{v_tile.at - T64::kPanelBytes});
+      store_rows(dk, stride, k0 - kRows, T, acc, scale, scale, KeyTile{v_tile.at - KeyTile::kPanelBytes});
       gemm::publish();
       __syncwarp();  // all lanes have read their part
       v_ring.release(0);
@@ -731,14 +736,16 @@ inline void flash_attention_backward(Cuda& be, bf16* dqkv, float* D, const bf16*
         launch(be, "flash_attention_backward (queries)", flash::query_kernel<size(), Q, capped()>,
                divide_up(T, Q::kTile) * B * NH, Q::kThreads, flash::query_bytes<size(), Q>(), dqkv, D, dout, qkv, out,
                lse, T, NH, NKV, scale, cap);
-      if constexpr (size() == 256) {
+      if constexpr (size() >= 128) {
         auto* kernel = flash::stream_key_kernel<size(), capped()>;
         if (has_stream_kernel(be, kernel, 3 * flash::kGroup)) {
+          constexpr int queries = flash::kStreamQueries<size()>;
           const int items = int(divide_up(T, flash::kRows)) * B * NKV;
           return launch(be, "flash_attention_backward (keys)", kernel, std::min(items, be.multiprocessors),
                         3 * flash::kGroup, flash::stream_key_bytes<size()>(), dqkv,
                         describe_rows(qkv, B, T, (NH + 2 * NKV) * HS, flash::kRows),
-                        describe_rows(dout, B, T, NH * HS, flash::kRows), lse, (const float*)D, B, T, NH, NKV, scale, cap);
+                        describe_rows(qkv, B, T, (NH + 2 * NKV) * HS, queries),
+                        describe_rows(dout, B, T, NH * HS, queries), lse, (const float*)D, B, T, NH, NKV, scale, cap);
         }
       }
       auto keys = [&](auto* kernel) {

@@ -333,9 +333,12 @@ void start_faster(Cuda& be, std::array<int, 4> shape, const Out* out, size_t n, 
 
 // What cuBLASLt proposes for a product, best guess first, less what must not be taken: cuBLAS 12.6 to 13.4 gets wrong
 // sums from algorithm 66 where it splits k into runs that do not divide it and whose length is a multiple of its tile's
-// depth (known issue 6580689 in its release notes); 64 is the depth of all its tiles for bf16.
+// depth (known issue 6580689 in its release notes); 64 is the depth of all its tiles for bf16. And where a residual is
+// added, that algorithm's tiles of 128 x 160 and 128 x 192 gave other bits in 11 of 5,690 products while another process
+// used the GPU as well (docs/speed.md); no other tile did, nor these without a residual, nor any in a process alone.
 inline std::vector<cublasLtMatmulAlgo_t> product_proposals(Cuda& be, const ProductPlan& plan,
-                                                           cublasLtMatmulPreference_t preference, int k) {
+                                                           cublasLtMatmulPreference_t preference, int k,
+                                                           bool residual) {
   constexpr int kProposals = 8;
   cublasLtMatmulHeuristicResult_t found[kProposals];
   int count = 0;
@@ -344,13 +347,17 @@ inline std::vector<cublasLtMatmulAlgo_t> product_proposals(Cuda& be, const Produ
         "cublasLtMatmulAlgoGetHeuristic");
   std::vector<cublasLtMatmulAlgo_t> proposals;
   for (int i = 0; i < count; ++i) {
-    int id = 0, splits = 1;
-    check(cublasLtMatmulAlgoConfigGetAttribute(&found[i].algo, CUBLASLT_ALGO_CONFIG_ID, &id, sizeof id, nullptr),
-          "cublasLtMatmulAlgoConfigGetAttribute");
-    check(cublasLtMatmulAlgoConfigGetAttribute(&found[i].algo, CUBLASLT_ALGO_CONFIG_SPLITK_NUM, &splits, sizeof splits,
-                                               nullptr),
-          "cublasLtMatmulAlgoConfigGetAttribute");
-    const bool known_to_be_wrong = id == 66 && splits > 1 && k % splits != 0 && k / splits % 64 == 0;
+    auto get = [&](cublasLtMatmulAlgoConfigAttributes_t name) {
+      int value = 0;
+      check(cublasLtMatmulAlgoConfigGetAttribute(&found[i].algo, name, &value, sizeof value, nullptr),
+            "cublasLtMatmulAlgoConfigGetAttribute");
+      return value;
+    };
+    const int splits = get(CUBLASLT_ALGO_CONFIG_SPLITK_NUM), tile = get(CUBLASLT_ALGO_CONFIG_TILE_ID);
+    const bool known_to_be_wrong =
+        get(CUBLASLT_ALGO_CONFIG_ID) == 66 &&
+        ((splits > 1 && k % splits != 0 && k / splits % 64 == 0) ||
+         (residual && (tile == CUBLASLT_MATMUL_TILE_128x160 || tile == CUBLASLT_MATMUL_TILE_128x192)));
     if (found[i].state == CUBLAS_STATUS_SUCCESS && !known_to_be_wrong) proposals.push_back(found[i].algo);
   }
   if (proposals.empty()) throw std::runtime_error("cuBLASLt has no algorithm for a matrix product of this shape");
@@ -391,7 +398,8 @@ std::vector<cublasLtMatmulAlgo_t> make_plan(Cuda& be, ProductPlan& plan, const P
   prefer(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, uint32_t(p.add ? alignment(p.add) : alignment(p.out)));
   prefer(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES, uint32_t(alignment(p.out)));
   plan.description = description;
-  const std::vector<cublasLtMatmulAlgo_t> proposals = product_proposals(be, plan, preference, p.k);
+  const bool residual = p.add && p.add != p.out;
+  const std::vector<cublasLtMatmulAlgo_t> proposals = product_proposals(be, plan, preference, p.k, residual);
   cublasLtMatmulPreferenceDestroy(preference);
   plan.algorithm = proposals[0];
   return proposals;

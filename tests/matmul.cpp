@@ -162,6 +162,21 @@ TEST_CASE("cuda: every way that cuBLASLt proposes is right, also where it splits
   }
 }
 
+TEST_CASE("cuda: no way to add a residual is one of those that went wrong on a GPU that two processes share") {
+  NEEDS_GPU;
+  const int N = 65536, C = 256;  // where it was seen
+  Tensor<bf16> inp(size_t(N) * C), weight(size_t(C) * C), residual(size_t(N) * C), out(size_t(N) * C);
+  const Product<bf16> product = {out(), residual(), nullptr, C, N, C, true, false};
+  ProductPlan plan;
+  for (const cublasLtMatmulAlgo_t& algorithm : make_plan(*gpu(), plan, product, weight(), inp())) {
+    int id = 0, tile = 0;
+    REQUIRE(cublasLtMatmulAlgoConfigGetAttribute(&algorithm, CUBLASLT_ALGO_CONFIG_ID, &id, sizeof id, nullptr) == 0);
+    REQUIRE(cublasLtMatmulAlgoConfigGetAttribute(&algorithm, CUBLASLT_ALGO_CONFIG_TILE_ID, &tile, sizeof tile,
+                                                 nullptr) == 0);
+    CHECK_FALSE((id == 66 && (tile == CUBLASLT_MATMUL_TILE_128x160 || tile == CUBLASLT_MATMUL_TILE_128x192)));
+  }
+}
+
 TEST_CASE("cuda: the product of our own, as it is and with SwiGLU, at sizes that fit no tile") {
   NEEDS_GPU;
   if (!gemm::supports(*gpu(), 8, 8, nullptr, nullptr, nullptr)) {
