@@ -166,8 +166,8 @@ __global__ void __launch_bounds__(kLossWorkers + 32, 1)
                  arrived = uint32_t(__cvta_generic_to_shared(barriers)), ready = arrived + 8 * kMostSlots;
   if (threadIdx.x == 0) {
     for (int i = 0; i < slots; ++i) {
-      gemm::init_barrier(arrived + 8 * i, 1);                // the bytes of a row
-      gemm::init_barrier(ready + 8 * i, kLossWorkers / 32);  // every warp has written its part
+      gemm::init_barrier(arrived + 8 * i, 1);           // the bytes of a row
+      gemm::init_barrier(ready + 8 * i, kLossWorkers);  // every thread has written its part
     }
     gemm::publish();
   }
@@ -230,8 +230,7 @@ __global__ void __launch_bounds__(kLossWorkers + 32, 1)
       }
     }
     gemm::publish();  // to the copy engine
-    __syncwarp();
-    if (lane == 0) gemm::arrive(ready + 8 * slot);
+    gemm::arrive(ready + 8 * slot);
     if (++slot == slots) slot = 0, parity ^= 1;
   }
 #endif

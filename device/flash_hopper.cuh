@@ -62,11 +62,11 @@ struct Ring {
   int slot = 0, parity = 0;  // of the next tile
 
   __device__ __forceinline__ explicit Ring(uint32_t barriers) : full(barriers), empty(barriers + SLOTS * 8) {}
-  // How many arrivals complete a tile, and a release. By one thread.
+  // How many arrivals complete a tile, and how many warps release it. By one thread.
   __device__ __forceinline__ void init(int arrivals, int releases) const {
     for (int i = 0; i < SLOTS; ++i) {
       gemm::init_barrier(full + 8 * i, arrivals);
-      gemm::init_barrier(empty + 8 * i, releases);
+      gemm::init_barrier(empty + 8 * i, 32 * releases);
     }
   }
   __device__ __forceinline__ void advance() {
@@ -83,10 +83,9 @@ struct Ring {
     advance();
     return mine;
   }
-  // By all threads of a warp, when a product has been waited for that was the last to need the tile.
-  __device__ __forceinline__ void release(int slot) const {
-    if (lane() == 0) gemm::arrive(empty + 8 * slot);
-  }
+  // By all threads of a warp, each when neither it nor a product under way needs the tile any more. One lane for all,
+  // after __syncwarp(), would do as well, but was no faster, and compute-sanitizer would not follow it.
+  __device__ __forceinline__ void release(int slot) const { gemm::arrive(empty + 8 * slot); }
 };
 
 // The copy engine fills a tile with the HS columns from `column` on, rows from `row` on, of sequence b; by one thread.
@@ -418,7 +417,6 @@ __global__ __launch_bounds__(FLASH_WGMMA ? 3 * kGroup : 32, 1) void stream_query
     store_rows(dqkv + size_t(at.b) * T * (NH + 2 * NKV) * HS + at.head * HS, size_t(NH + 2 * NKV) * HS, q0, T, dQ,
                scale, scale, T64{my_q.at - group() * T64::kPanelBytes});
     gemm::publish();
-    __syncwarp();  // all lanes have read their part
     q_ring.release(group());
   }
   if (group() == 0) take_turn();  // nobody leaves a turn behind
@@ -464,7 +462,7 @@ __global__ __launch_bounds__(FLASH_WGMMA ? 3 * kGroup : 32, 1) void stream_key_k
     v_ring.init(1, 4);
     q_ring.init(1 + 32, 8);  // all lanes of the producer copy lse and D
     do_ring.init(1 + 32, 8);
-    weights_ring.init(4, 4);
+    weights_ring.init(kGroup, 4);
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }
   __syncthreads();
@@ -552,8 +550,7 @@ __global__ __launch_bounds__(FLASH_WGMMA ? 3 * kGroup : 32, 1) void stream_key_k
           asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(place_of(weights_ring.slot, n)), "f"(S[n][0]),
                        "f"(S[n][1]), "f"(S[n][2]), "f"(S[n][3])
                        : "memory");
-        __syncwarp();
-        if (lane() == 0) gemm::arrive(weights_ring.full + 8 * weights_ring.slot);
+        gemm::arrive(weights_ring.full + 8 * weights_ring.slot);
         weights_ring.advance();
       };
       k_ring.next();
@@ -582,7 +579,6 @@ __global__ __launch_bounds__(FLASH_WGMMA ? 3 * kGroup : 32, 1) void stream_key_k
       bf16* dv = dqkv + size_t(at.b) * T * stride + (NH + NKV + at.head) * HS;
       store_rows(dv, stride, k0, T, acc, 1.0f, 1.0f, k_tile);  // nobody else reads K
       gemm::publish();
-      __syncwarp();  // all lanes have read their part
       k_ring.release(0);
     }
   } else {
@@ -613,7 +609,6 @@ __global__ __launch_bounds__(FLASH_WGMMA ? 3 * kGroup : 32, 1) void stream_key_k
             S[n][i] = P[i] * (S[n][i] - D[i % 2]) * slope;
           }
         }
-        __syncwarp();
         weights_ring.release(p);
         do_ring.release(d);
         to_operand<N>(operand, S);
@@ -626,7 +621,6 @@ __global__ __launch_bounds__(FLASH_WGMMA ? 3 * kGroup : 32, 1) void stream_key_k
       bf16* dk = dqkv + size_t(at.b) * T * stride + (NH + at.head) * HS;
       store_rows(dk, stride, k0 - kRows, T, acc, scale, scale, KeyTile{v_tile.at - KeyTile::kPanelBytes});
       gemm::publish();
-      __syncwarp();  // all lanes have read their part
       v_ring.release(0);
     }
   }
