@@ -33,7 +33,7 @@ BUILD := build$(if $(DEBUG),-debug)$(if $(SAN),-san)$(if $(ROTARY_DIM),-rotary$(
 
 # -fno-math-errno and -fno-trapping-math let loops with sqrt and rounding be vectorised; unlike -ffast-math they change
 # no result and keep NaN checks.
-# GCC's -O2, with what training gains of -O3: as fast, and less to compile. clang has these names not.
+# GCC's -O2, with what training gains of -O3: as fast, and less to compile. clang does not know them.
 FAST := $(if $(findstring clang,$(shell $(CXX) --version 2>/dev/null)),-O3,-O2 -ftree-vectorize -fvect-cost-model=dynamic -fpeel-loops -fno-inline-small-functions)
 OPTIMISE := $(if $(DEBUG),-O0 -g,$(if $(SAN),-O1 -g,$(FAST) -march=native -fno-math-errno -fno-trapping-math))
 comma := ,

@@ -2,6 +2,8 @@
 // The layers between the attentions: embedding, linear, MLP activations. Forward and backward side by side. N rows are
 // tokens (N = B*T unless said otherwise), C the width.
 
+#include <vector>
+
 #include "device/backend.h"
 #include "device/gemm.cuh"
 #include "device/matmul.cuh"

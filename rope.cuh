@@ -406,9 +406,7 @@ __global__ void rope_wide_kernel(Real* qkv, RopeTable table, RopeShape s, float 
 #pragma unroll
     for (int j = 0; j < W; ++j) {
       const float c = cos_sin[2 * j], sine = direction * cos_sin[2 * j + 1];
-      const float turned = turned_first(a[k][j], b[k][j], c, sine);
-      b[k][j] = turned_second(a[k][j], b[k][j], c, sine);
-      a[k][j] = turned;
+      turn(a[k][j], b[k][j], c, sine);
     }
     store_pairs<PAIRS>(token + (h + k * columns) * s.HS, a[k], b[k], i, R);
   }

@@ -361,6 +361,11 @@ __device__ __forceinline__ float turned_first(float a, float b, float c, float s
 __device__ __forceinline__ float turned_second(float a, float b, float c, float s) {
   return __fmaf_rn(b, c, __fmul_rn(a, s));
 }
+__device__ __forceinline__ void turn(float& a, float& b, float c, float s) {
+  const float first = turned_first(a, b, c, s);
+  b = turned_second(a, b, c, s);
+  a = first;
+}
 
 // Sum over the block, whose number of threads is a power of two, in double and in a fixed order.
 __device__ inline double block_sum(double x) {

@@ -460,6 +460,15 @@ __device__ __forceinline__ void score_gradients(float (&P)[N][4], const float (&
     }
 }
 
+// O, of a thread's two rows, follows them when they were rescaled.
+template <int N>
+__device__ __forceinline__ void multiply_rows(float (&O)[N][4], const float (&factor)[2]) {
+#pragma unroll
+  for (int n = 0; n < N; ++n)
+#pragma unroll
+    for (int i = 0; i < 4; ++i) O[n][i] *= factor[i / 2];
+}
+
 // Writes accumulators (64, HS), times factor0 (rows g) or factor1 (rows g + 8), to rows first.. of a matrix (T, HS)
 // with the given stride, by way of the warp's own 16 rows of a tile, so that global memory sees 16-byte accesses.
 template <int ROWS, int HS>
@@ -558,7 +567,7 @@ template <> struct QueryConfig<256> : Config<1, 32, 1, false, 2> {};
 template <int HS> struct KeyConfig;  // dK and dV
 template <> struct KeyConfig<32> : Config<1, 64, 2, true, 2> {};
 template <> struct KeyConfig<64> : Config<1, 64, 2, true, FLASH_WGMMA ? 3 : 2> {};
-template <> struct KeyConfig<128> : Config<1, 64, 2, false, FLASH_WGMMA ? 2 : 1> {};
+template <> struct KeyConfig<128> : Config<1, 64, 2, false, 1> {};
 template <> struct KeyConfig<256> : Config<1, 32, 1, false, 2> {};
 // clang-format on
 
@@ -645,11 +654,7 @@ __global__ __launch_bounds__(C::kThreads, C::kBlocks) void forward_kernel(bf16* 
     wait_products<1>(S);
     const bool rescale = softmax(j + 1);
     wait_products<0>(O);
-    if (rescale)
-#pragma unroll
-      for (int n = 0; n < HS / 8; ++n)
-#pragma unroll
-        for (int i = 0; i < 4; ++i) O[n][i] *= factor[i / 2];
+    if (rescale) multiply_rows(O, factor);
     to_operand<N>(P, S);
   }
   for (int j = mine - 1; j < tiles; ++j) {  // the last tile; and what the block's other warpgroups still need loaded

@@ -247,11 +247,7 @@ __global__ __launch_bounds__(FLASH_WGMMA ? C::kThreads : 32, 1) void stream_forw
       finish_before_wait(l[0] + l[1] < 0);
       wait_products<0>(O);
       ring.release(v);
-      if (rescale)
-#pragma unroll
-        for (int n = 0; n < HS / 8; ++n)
-#pragma unroll
-          for (int i = 0; i < 4; ++i) O[n][i] *= factor[i / 2];
+      if (rescale) multiply_rows(O, factor);
       to_operand<N>(P, S);
     }
     q_ring.release(0);
@@ -299,8 +295,7 @@ constexpr size_t stream_query_bytes() {
 template <int HS, bool CAPPED>
 __global__ __launch_bounds__(FLASH_WGMMA ? 3 * kGroup : 32, 1) void stream_query_kernel(
     bf16* dqkv, float* D_out, const __grid_constant__ CUtensorMap qkv, const __grid_constant__ CUtensorMap dout,
-    const __grid_constant__ CUtensorMap out, const float* lse, int B, int T, int NH, int NKV, float scale,
-    float cap) {
+    const __grid_constant__ CUtensorMap out, const float* lse, int B, int T, int NH, int NKV, float scale, float cap) {
 #if FLASH_WGMMA
   constexpr int N = kRows, M = 2 * kRows;
   using T64 = Tile<N, HS>;

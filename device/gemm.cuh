@@ -365,9 +365,7 @@ struct Rope : Store {
 #pragma unroll
           for (int k = 0; k < W; ++k) {
             float &a = x[h][INTERLEAVED ? 2 * k : k], &b = x[h][INTERLEAVED ? 2 * k + 1 : W + k];
-            const float turned = turned_first(a, b, angle[k].x, angle[k].y);
-            b = turned_second(a, b, angle[k].x, angle[k].y);
-            a = turned;
+            turn(a, b, angle[k].x, angle[k].y);
           }
           if constexpr (INTERLEAVED) store<2 * W>(first[h], x[h]);
           else store<W>(first[h], reinterpret_cast<Half&>(x[h][0])), store<W>(second[h], reinterpret_cast<Half&>(x[h][W]));

@@ -335,7 +335,7 @@ void start_faster(Cuda& be, std::array<int, 4> shape, const Out* out, size_t n, 
 // sums from algorithm 66 where it splits k into runs that do not divide it and whose length is a multiple of its tile's
 // depth (known issue 6580689 in its release notes); 64 is the depth of all its tiles for bf16. And where a residual is
 // added, that algorithm's tiles of 128 x 160 and 128 x 192 gave other bits in 11 of 5,690 products while another process
-// used the GPU as well (docs/speed.md); no other tile did, nor these without a residual, nor any in a process alone.
+// used the GPU as well (docs/speed.md); in the same test no other tile did, nor these without a residual, nor any alone.
 inline std::vector<cublasLtMatmulAlgo_t> product_proposals(Cuda& be, const ProductPlan& plan,
                                                            cublasLtMatmulPreference_t preference, int k,
                                                            bool residual) {
