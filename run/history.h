@@ -5,7 +5,7 @@
 #include <string>
 #include <vector>
 
-#include "run/flags.h"
+#include "run/settings.h"
 
 struct Stretch {
   int from = 0;  // steps that were done before it

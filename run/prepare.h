@@ -14,7 +14,7 @@
 #include "device/ranks.h"
 #include "run/checkpoint.h"
 #include "run/csv.h"
-#include "run/flags.h"
+#include "run/settings.h"
 #include "run/history.h"
 #include "run/print.h"
 #include "run/program.h"
