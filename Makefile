@@ -187,7 +187,8 @@ sweep: $(STUDY) data/stories-20M/meta.json
 SWEEP_MODEL ?= -- --layers 6 --width 256 --heads 4 --mlp-hidden 704 --warmup 200 --min-lr 0 --init-std 0.02 --val-tokens 400000
 sweep-cpu: $(STUDY) data/stories/meta.json
 	@$(PYTHON) scripts/test_study.py
-	@BUILD=$(BUILD) $(PYTHON) scripts/sweep.py --name sweep-cpu --steps 900 --positions 131072 $(ARGS) -- --device cpu
+	@BUILD=$(BUILD) $(PYTHON) scripts/sweep.py --name sweep-cpu --steps 900 --positions 131072 $(ARGS) $(CPU_MODEL)
+CPU_MODEL := -- --device cpu --width 128 --heads 4 --mlp-hidden 256
 nope: $(STUDY) data/stories-20M/meta.json
 	@$(PYTHON) scripts/test_study.py
 	@BUILD=$(BUILD) $(PYTHON) scripts/nope.py $(if $(QUICK),--recipe quick) $(if $(DATA),--data "$(DATA)") $(ARGS)
@@ -201,7 +202,7 @@ length: $(STUDY) data/stories-20M/meta.json
 length-cpu: $(STUDY) data/stories/meta.json
 	@$(PYTHON) scripts/test_study.py
 	@BUILD=$(BUILD) $(PYTHON) scripts/length.py --name length-cpu --data "$(or $(DATA),data/stories/train_*.bin)" \
-	  --fractions 0,2,0.1,0.1:head,1:nope4,1 --context 64 --step-tokens 1024 --steps 900 --tokens 32768 $(ARGS) -- --device cpu
+	  --fractions 0,2,0.1,0.1:head,1:nope4,1 --context 64 --step-tokens 1024 --steps 900 --tokens 32768 $(ARGS) $(CPU_MODEL)
 
 clean:
 	rm -rf build build-*

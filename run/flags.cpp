@@ -6,8 +6,8 @@ const std::map<std::string, std::vector<std::string>>& presets() {
   static const std::map<std::string, std::vector<std::string>> table = {
       // For a CPU: minutes, and about an hour.
       {"nano",
-       {"--layers=4", "--width=128", "--heads=4", "--mlp-hidden=256", "--context=256", "--batch=4",
-        "--steps=1800", "--lr=3e-3", "--init-std=0.05"}},
+       {"--layers=4", "--width=96", "--heads=3", "--mlp-hidden=192", "--context=256", "--batch=4",
+        "--steps=2200", "--lr=3e-3", "--init-std=0.05"}},
       {"small",
        {"--layers=6", "--width=384", "--heads=6", "--mlp-hidden=1024", "--context=256", "--batch=16",
         "--steps=2000", "--lr=1e-3"}},
