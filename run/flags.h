@@ -1,5 +1,5 @@
 #pragma once
-// The settings of a run, in one table. The table makes the parser, --help, the print at the start and config.json, and
+// The one table behind the settings of a run. It makes the parser, --help, the print at the start and config.json, and
 // presets are rows of the same flags.
 
 #include <CLI/CLI.hpp>

@@ -5,7 +5,7 @@
 #include <doctest/doctest.h>
 
 #include "run/csv.h"
-#include "run/flags.h"
+#include "run/settings.h"
 #include "tests/helpers.h"
 
 namespace {

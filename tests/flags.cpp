@@ -1,6 +1,6 @@
 // flags.h: how presets, files and the command line settle R.
 
-#include "run/flags.h"
+#include "run/settings.h"
 
 #include "tests/helpers.h"
 
