@@ -272,6 +272,14 @@ void attention_backward(Cpu&, Real* dqkv, Acc<Real>* D, const Real* dout, const 
   }
 }
 
+// The same where RoPE made the queries and keys: attention_backward(), then rope_backward().
+template <class Real>
+void attention_rope_backward(Cpu& be, Real* dqkv, Acc<Real>* D, const Real* dout, const Real* qkv, const Real* out,
+                             const Acc<Real>* lse, const RopeTable& table, AttentionShape s, double softcap = 0) {
+  attention_backward(be, dqkv, D, dout, qkv, out, lse, s, softcap);
+  rope_backward(be, dqkv, table, s);
+}
+
 // QK-Norm (Henry et al. 2020, arXiv 2010.04245, in today's form: RMSNorm over the head size, one weight for all query
 // heads and one for all key heads), then RoPE. In place on qkv (B, T, NH + 2*NKV, HS); keeps what the backward pass
 // needs: qk_raw (B, T, NH + NKV, HS), the heads as they came in, and qk_rstd (B, T, NH + NKV).
@@ -611,6 +619,25 @@ void attention_backward(Cuda& be, Real* dqkv, Acc<Real>* D, const Real* dout, co
     if (use_flash_attention<Real>(be, s))
       return flash_attention_backward(be, dqkv, D, dout, qkv, out, lse, s.B, s.T, s.NH, s.NKV, s.HS, softcap);
   simple_attention_backward(be, dqkv, D, dout, qkv, out, lse, s, softcap);
+}
+
+template <class Real>
+void attention_rope_backward(Cuda& be, Real* dqkv, Acc<Real>* D, const Real* dout, const Real* qkv, const Real* out,
+                             const Acc<Real>* lse, const RopeTable& table, AttentionShape s, double softcap = 0) {
+  auto apart = [&] {
+    attention_backward(be, dqkv, D, dout, qkv, out, lse, s, softcap);
+    rope_backward(be, dqkv, table, s);
+  };
+  if constexpr (std::is_same_v<Real, bf16>)
+    if (table.R > 0 && use_flash_attention<Real>(be, s)) {
+      const bool interleaved = table.pairs == RopePairs::interleaved;
+      const size_t n = size_t(s.B) * s.T * (s.NH + 2 * s.NKV) * s.HS;
+      return start_faster(be, {s.B * s.NH, s.T, s.HS, interleaved ? -table.R : table.R}, dqkv, n, apart, [&] {
+        flash_attention_backward(be, dqkv, D, dout, qkv, out, lse, s.B, s.T, s.NH, s.NKV, s.HS, softcap,
+                                 {table.cos_sin, table.R, interleaved});
+      });
+    }
+  apart();
 }
 
 // How neighbouring lanes of a warp share the first CHANNELS channels of a head at one position: kVectors vectors of W

@@ -660,11 +660,12 @@ struct Model {
 
       // Sequential: x2 feeds norm2, so its gradient is dx2. Parallel: norm2 hangs on x, so that of x2 is still dx.
       linear_backward(be, d.datt, g.proj, g.proj_bias, parallel ? d.dx : d.dx2, a.att, w.proj, N, A, C, first_);
-      attention_backward(be, d.dqkv, d.D, d.datt, a.qkv, a.att, a.lse, shape, c.attention_softcap);
-      if (c.qk_norm)
+      if (c.qk_norm) {
+        attention_backward(be, d.dqkv, d.D, d.datt, a.qkv, a.att, a.lse, shape, c.attention_softcap);
         qk_norm_rope_backward(be, d.dqkv, g.q_norm, g.k_norm, a.qk_raw, a.qk_rstd, w.q_norm, w.k_norm, rope[l], shape);
-      else
-        rope_backward(be, d.dqkv, rope[l], shape);
+      } else {
+        attention_rope_backward(be, d.dqkv, d.D, d.datt, a.qkv, a.att, a.lse, rope[l], shape, c.attention_softcap);
+      }
       linear_backward(be, d.dh, g.qkv, g.qkv_bias, d.dqkv, a.h1, w.qkv, N, C, QKV, first_);
       if (parallel)  // a shared norm's gradients add up: g.norm2 is g.norm1
         norm_pair_backward(be, c.norm, d.dx, g.norm1, g.norm1_bias, g.norm2, g.norm2_bias, d.dx, d.dh, d.dx2, a.x,

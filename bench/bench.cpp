@@ -140,7 +140,19 @@ TIMED(attention_statistics)
 TIMED(add_squares)
 TIMED(tensor_statistics)
 
-// On the CPU that is two operations, and RoPE has a time of its own.
+// On the CPU these two are two operations each, and RoPE has a time of its own.
+template <class Base, class Real>
+void attention_rope_backward(Timed<Base>& be, Real* dqkv, Acc<Real>* D, const Real* dout, const Real* qkv,
+                             const Real* out, const Acc<Real>* lse, const RopeTable& table, RopeShape s,
+                             double softcap) {
+  if constexpr (std::is_same_v<Base, Cpu>) {
+    attention_backward(be, dqkv, D, dout, qkv, out, lse, s, softcap);
+    rope_backward(be, dqkv, table, s);
+  } else {
+    timed(be, "attention_rope_backward",
+          [&](Base& base) { attention_rope_backward(base, dqkv, D, dout, qkv, out, lse, table, s, softcap); });
+  }
+}
 template <class Base, class Real>
 void linear_rope_forward(Timed<Base>& be, Real* qkv, const Real* inp, const Real* weight, const Real* bias,
                          const RopeTable& table, RopeShape s, int C) {

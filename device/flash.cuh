@@ -42,6 +42,14 @@ constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 constexpr int kGroup = 128;  // threads of a warpgroup
 constexpr int kRows = 64;    // rows that a warpgroup owns: 16 per warp
 
+// How RoPE turned the first R channels of queries and keys, which is undone in their gradients: pair i of position t,
+// channels i and i + R/2 or with `interleaved` 2i and 2i + 1, by the angle at cos_sin (T, R/2, 2). nullptr: not at all.
+struct Rotation {
+  const float* cos_sin = nullptr;
+  int R = 0;
+  bool interleaved = false;
+};
+
 // ---------------------------------------------------------------------------------------------------------------------
 // Tiles in shared memory
 
@@ -469,11 +477,48 @@ __device__ __forceinline__ void multiply_rows(float (&O)[N][4], const float (&fa
     for (int i = 0; i < 4; ++i) O[n][i] *= factor[i / 2];
 }
 
+extern __shared__ __align__(1024) unsigned char shared_memory[];
+__device__ __forceinline__ uint32_t shared_start() { return uint32_t(__cvta_generic_to_shared(shared_memory)); }
+
+// Undoes the rotation, to the bit as rope_backward(), in the warp's own 16 rows of a tile whose row 0 is at position
+// `first`. A lane has every other pair of a row, or every other group of 8 pairs.
+template <int ROWS, int HS>
+__device__ __forceinline__ void turn_rows_back(Tile<ROWS, HS> tile, const Rotation& rope, int first, int T) {
+  const int R = rope.R, row = threadIdx.x / 32 * 16 + lane() % 16;
+  const float* angles = rope.cos_sin + size_t(min(first + row, T - 1)) * R;  // rows from T on are not stored
+  auto at = [&](int channel) {
+    return reinterpret_cast<bf16*>(shared_memory + (tile.address(row, channel / 8) - shared_start())) + channel % 8;
+  };
+  if (R % 16 == 0) {
+    for (int i = lane() / 16 * 8; i < R / 2; i += 16) {
+      bf16* to[2] = {at(rope.interleaved ? 2 * i : i), at(rope.interleaved ? 2 * i + 8 : i + R / 2)};
+      float angle[16], x[2][8];
+      load<16>(angle, angles + 2 * i);
+      load<8>(x[0], to[0]), load<8>(x[1], to[1]);
+#pragma unroll
+      for (int k = 0; k < 8; ++k)
+        if (rope.interleaved) turn(x[k / 4][k % 4 * 2], x[k / 4][k % 4 * 2 + 1], angle[2 * k], -angle[2 * k + 1]);
+        else turn(x[0][k], x[1][k], angle[2 * k], -angle[2 * k + 1]);
+      store<8>(to[0], x[0]), store<8>(to[1], x[1]);
+    }
+  } else {
+    for (int i = lane() / 16; i < R / 2; i += 2) {
+      bf16 *a = at(rope.interleaved ? 2 * i : i), *b = at(rope.interleaved ? 2 * i + 1 : i + R / 2);
+      float angle[2], x = float(*a), y = float(*b);
+      load<2>(angle, angles + 2 * i);
+      turn(x, y, angle[0], -angle[1]);
+      *a = bf16(x), *b = bf16(y);
+    }
+  }
+}
+
 // Writes accumulators (64, HS), times factor0 (rows g) or factor1 (rows g + 8), to rows first.. of a matrix (T, HS)
-// with the given stride, by way of the warp's own 16 rows of a tile, so that global memory sees 16-byte accesses.
+// with the given stride, by way of the warp's own 16 rows of a tile, so that global memory sees 16-byte accesses. On
+// that way a rotation is undone.
 template <int ROWS, int HS>
 __device__ __forceinline__ void store_rows(bf16* to, size_t stride, int first, int T, const float (&acc)[HS / 8][4],
-                                           float factor0, float factor1, Tile<ROWS, HS> tile) {
+                                           float factor0, float factor1, Tile<ROWS, HS> tile,
+                                           const Rotation& rope = {}) {
   int row = group() * kRows + own_row();
 #pragma unroll
   for (int n = 0; n < HS / 8; ++n) {
@@ -486,6 +531,10 @@ __device__ __forceinline__ void store_rows(bf16* to, size_t stride, int first, i
                  : "memory");
   }
   __syncwarp();
+  if (rope.cos_sin) {
+    turn_rows_back(tile, rope, first, T);
+    __syncwarp();
+  }
   constexpr int kChunks = HS / 8;
   int warp_row = threadIdx.x / 32 * 16;
 #pragma unroll
@@ -539,43 +588,41 @@ __device__ __forceinline__ Place place(int tiles, int heads) {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Tile sizes, found by measurement on an H100 and an H200. GROUPS warpgroups of 64 rows per block; N rows of the
-// streamed tile; STAGES (backward): 2, the next tile loads while this one is used, or 1, where shared memory is short;
-// REGISTERS: with mma.sync the fixed operands (Q, ...) stay in registers; BLOCKS per multiprocessor, which bounds
-// registers per thread.
-template <int GROUPS, int N, int STAGES, bool REGISTERS, int BLOCKS>
+// Tile sizes, found by measurement on an H100 and an H200. N rows of the streamed tile; STAGES (backward): 2, the next
+// tile loads while this one is used, or 1, where shared memory is short; REGISTERS: with mma.sync the fixed operands
+// (Q, ...) stay in registers; BLOCKS per multiprocessor, which bounds registers per thread.
+template <int N, int STAGES, bool REGISTERS, int BLOCKS>
 struct Config {
-  static constexpr int kGroups = GROUPS, kN = N, kStages = STAGES, kBlocks = BLOCKS;
-  static constexpr int kThreads = GROUPS * kGroup, kTile = GROUPS * kRows;
+  static constexpr int kN = N, kStages = STAGES, kBlocks = BLOCKS;
   // For wgmma never: ptxas 13.0 overwrites the registers of an A operand that is the same in every turn of a loop.
   static constexpr bool kRegisters = REGISTERS && !FLASH_WGMMA;
 };
 
 // clang-format off
 template <int HS> struct ForwardConfig;
-template <> struct ForwardConfig<32> : Config<2, 64, 2, true, 2> {};
-template <> struct ForwardConfig<64> : Config<1, 64, 2, true, FLASH_WGMMA ? 3 : 2> {};
-template <> struct ForwardConfig<128> : Config<1, 64, 2, true, FLASH_WGMMA ? 2 : 1> {};
-template <> struct ForwardConfig<256> : Config<1, 32, 2, false, 2> {};
+template <> struct ForwardConfig<32> : Config<64, 2, true, 4> {};
+template <> struct ForwardConfig<64> : Config<64, 2, true, FLASH_WGMMA ? 3 : 2> {};
+template <> struct ForwardConfig<128> : Config<64, 2, true, FLASH_WGMMA ? 2 : 1> {};
+template <> struct ForwardConfig<256> : Config<32, 2, false, 2> {};
 
 template <int HS> struct QueryConfig;  // dQ
-template <> struct QueryConfig<32> : Config<1, 64, 2, true, 3> {};
-template <> struct QueryConfig<64> : Config<1, 64, 2, true, FLASH_WGMMA ? 4 : 2> {};
-template <> struct QueryConfig<128> : Config<1, 64, 2, false, 2> {};
-template <> struct QueryConfig<256> : Config<1, 32, 1, false, 2> {};
+template <> struct QueryConfig<32> : Config<64, 2, true, 3> {};
+template <> struct QueryConfig<64> : Config<64, 2, true, FLASH_WGMMA ? 4 : 2> {};
+template <> struct QueryConfig<128> : Config<64, 2, false, 2> {};
+template <> struct QueryConfig<256> : Config<32, 1, false, 2> {};
 
 template <int HS> struct KeyConfig;  // dK and dV
-template <> struct KeyConfig<32> : Config<1, 64, 2, true, 2> {};
-template <> struct KeyConfig<64> : Config<1, 64, 2, true, FLASH_WGMMA ? 3 : 2> {};
-template <> struct KeyConfig<128> : Config<1, 64, 2, false, 1> {};
-template <> struct KeyConfig<256> : Config<1, 32, 1, false, 2> {};
+template <> struct KeyConfig<32> : Config<64, 2, true, 2> {};
+template <> struct KeyConfig<64> : Config<64, 2, true, FLASH_WGMMA ? 3 : 2> {};
+template <> struct KeyConfig<128> : Config<64, 2, false, 1> {};
+template <> struct KeyConfig<256> : Config<32, 1, false, 2> {};
 // clang-format on
 
 // A fixed operand, in registers or in shared memory.
 template <bool REGISTERS, int ROWS, int HS>
 struct Operand {
   uint32_t a[HS / 16][4];
-  __device__ __forceinline__ Operand(Tile<ROWS, HS> tile, int first) { load_operand(a, tile, first); }
+  __device__ __forceinline__ Operand(Tile<ROWS, HS> tile) { load_operand(a, tile, 0); }
   template <int N>
   __device__ __forceinline__ void times(float (&acc)[N / 8][4], Tile<N, HS> tile) const {
     multiply_transposed<N, HS>(acc, a, tile);
@@ -584,28 +631,25 @@ struct Operand {
 template <int ROWS, int HS>
 struct Operand<false, ROWS, HS> {
   Shared<ROWS, HS> a;
-  __device__ __forceinline__ Operand(Tile<ROWS, HS> tile, int first) : a{tile, first} {}
+  __device__ __forceinline__ Operand(Tile<ROWS, HS> tile) : a{tile, 0} {}
   template <int N>
   __device__ __forceinline__ void times(float (&acc)[N / 8][4], Tile<N, HS> tile) const {
     multiply_transposed<N, ROWS, HS>(acc, a, tile);
   }
 };
 
-extern __shared__ __align__(1024) unsigned char shared_memory[];
-__device__ __forceinline__ uint32_t shared_start() { return uint32_t(__cvta_generic_to_shared(shared_memory)); }
-
 // ---------------------------------------------------------------------------------------------------------------------
 // Forward: a block per tile of queries, over the tiles of keys up to the diagonal.
 
 template <int HS, class C>
 constexpr size_t forward_bytes() {
-  return Tile<C::kTile, HS>::kBytes + 4 * Tile<C::kN, HS>::kBytes;
+  return Tile<kRows, HS>::kBytes + 4 * Tile<C::kN, HS>::kBytes;
 }
 
 template <int HS, class C, bool CAPPED = false>
-__global__ __launch_bounds__(C::kThreads, C::kBlocks) void forward_kernel(bf16* out, float* lse, const bf16* qkv, int T,
-                                                                          int NH, int NKV, float scale, float cap) {
-  constexpr int M = C::kTile, N = C::kN;  // queries of the block, keys of a tile
+__global__ __launch_bounds__(kGroup, C::kBlocks) void forward_kernel(bf16* out, float* lse, const bf16* qkv, int T,
+                                                                     int NH, int NKV, float scale, float cap) {
+  constexpr int M = kRows, N = C::kN;  // queries of the block, keys of a tile
   const Place at = place((T + M - 1) / M, NH);
   const int q0 =
       ((T + M - 1) / M - 1 - at.tile) * M;  // the longest rows first: the short ones fill the gaps at the end
@@ -617,12 +661,10 @@ __global__ __launch_bounds__(C::kThreads, C::kBlocks) void forward_kernel(bf16* 
   const Tile<M, HS> q_tile{shared_start()};
   auto k_tile = [&](int j) { return Tile<N, HS>{q_tile.at + q_tile.kBytes + j % 2 * Tile<N, HS>::kBytes}; };
   auto v_tile = [&](int j) { return Tile<N, HS>{k_tile(j).at + 2 * Tile<N, HS>::kBytes}; };
-  const int row0 = q0 + group() * kRows, row = row0 + own_row();
-  const int tiles = (min(q0 + M, T) + N - 1) / N;           // tiles of keys that any query of the block sees,
-  const int mine = min(tiles, (row0 + kRows - 1) / N + 1);  // and any query of this warpgroup
-  auto load = [&](int j) {                                  // keys run one tile ahead of values
-    if (j + 1 < tiles) load_tile<C::kThreads>(k_tile(j + 1), k, stride, (j + 1) * N, T);
-    if (j >= 0) load_tile<C::kThreads>(v_tile(j), v, stride, j * N, T);
+  const int row = q0 + own_row(), tiles = (min(q0 + M, T) + N - 1) / N;  // tiles of keys that any query sees
+  auto load = [&](int j) {  // keys run one tile ahead of values
+    if (j + 1 < tiles) load_tile<kGroup>(k_tile(j + 1), k, stride, (j + 1) * N, T);
+    if (j >= 0) load_tile<kGroup>(v_tile(j), v, stride, j * N, T);
     commit_loads();
   };
 
@@ -630,14 +672,14 @@ __global__ __launch_bounds__(C::kThreads, C::kBlocks) void forward_kernel(bf16* 
   float S[N / 8][4], O[HS / 8][4] = {}, m[2] = {-INFINITY, -INFINITY}, l[2] = {0, 0}, factor[2];
   uint32_t P[N / 16][4];  // the weights of the tile before, as an A operand
 
-  auto softmax = [&](int j) { return weights<CAPPED>(S, m, l, factor, j * N, row0, row, scale2, cap); };
+  auto softmax = [&](int j) { return weights<CAPPED>(S, m, l, factor, j * N, q0, row, scale2, cap); };
 
   // The queries and the first keys, then, while S is computed, their values and the next keys.
-  load_tile<C::kThreads>(q_tile, q, stride, q0, T);
+  load_tile<kGroup>(q_tile, q, stride, q0, T);
   load(-1);
   wait_loads();
   load(0);
-  const Operand<C::kRegisters, M, HS> Q(q_tile, group() * kRows);
+  const Operand<C::kRegisters, M, HS> Q(q_tile);
   Q.template times<N>(S, k_tile(0));
   wait_products<0>(S);
   softmax(0);
@@ -645,7 +687,7 @@ __global__ __launch_bounds__(C::kThreads, C::kBlocks) void forward_kernel(bf16* 
 
   // While the tensor cores multiply by the values of tile j, the other units turn the scores of tile j + 1 into
   // weights.
-  for (int j = 0; j < mine - 1; ++j) {
+  for (int j = 0; j < tiles - 1; ++j) {
     wait_loads();
     load(j + 1);
     // Two products are under way from here: that of the scores is waited for first.
@@ -657,14 +699,9 @@ __global__ __launch_bounds__(C::kThreads, C::kBlocks) void forward_kernel(bf16* 
     if (rescale) multiply_rows(O, factor);
     to_operand<N>(P, S);
   }
-  for (int j = mine - 1; j < tiles; ++j) {  // the last tile; and what the block's other warpgroups still need loaded
-    wait_loads();
-    if (j + 1 < tiles) load(j + 1);
-    if (j == mine - 1) {
-      multiply<N, HS>(O, P, v_tile(j));
-      wait_products<0>(O);
-    }
-  }
+  wait_loads();
+  multiply<N, HS>(O, P, v_tile(tiles - 1));
+  wait_products<0>(O);
 
   float* lse_row = lse + (size_t(at.b) * NH + at.head) * T;
 #pragma unroll
@@ -682,16 +719,16 @@ __global__ __launch_bounds__(C::kThreads, C::kBlocks) void forward_kernel(bf16* 
 
 template <int HS, class C>
 constexpr size_t query_bytes() {
-  return 2 * Tile<C::kTile, HS>::kBytes +
-         std::max(size_t(2 * C::kStages) * Tile<C::kN, HS>::kBytes, size_t(Tile<C::kTile, HS>::kBytes));
+  return 2 * Tile<kRows, HS>::kBytes +
+         std::max(size_t(2 * C::kStages) * Tile<C::kN, HS>::kBytes, size_t(Tile<kRows, HS>::kBytes));
 }
 
 template <int HS, class C, bool CAPPED = false>
-__global__ __launch_bounds__(C::kThreads, C::kBlocks) void query_kernel(bf16* dqkv, float* D_out, const bf16* dout,
-                                                                        const bf16* qkv, const bf16* out,
-                                                                        const float* lse, int T, int NH, int NKV,
-                                                                        float scale, float cap) {
-  constexpr int M = C::kTile, N = C::kN;
+__global__ __launch_bounds__(kGroup, C::kBlocks) void query_kernel(bf16* dqkv, float* D_out, const bf16* dout,
+                                                                   const bf16* qkv, const bf16* out, const float* lse,
+                                                                   Rotation rope, int T, int NH, int NKV, float scale,
+                                                                   float cap) {
+  constexpr int M = kRows, N = C::kN;
   const Place at = place((T + M - 1) / M, NH);
   const int q0 = ((T + M - 1) / M - 1 - at.tile) * M;
   const size_t stride = size_t(NH + 2 * NKV) * HS, out_stride = size_t(NH) * HS;
@@ -704,25 +741,25 @@ __global__ __launch_bounds__(C::kThreads, C::kBlocks) void query_kernel(bf16* dq
   auto k_tile = [&](int stage) { return Tile<N, HS>{out_tile.at + stage * 2 * Tile<N, HS>::kBytes}; };
   auto v_tile = [&](int stage) { return Tile<N, HS>{k_tile(stage).at + Tile<N, HS>::kBytes}; };
   auto load = [&](int j, int stage) {
-    load_tile<C::kThreads>(k_tile(stage), k, stride, j * N, T);
-    load_tile<C::kThreads>(v_tile(stage), v, stride, j * N, T);
+    load_tile<kGroup>(k_tile(stage), k, stride, j * N, T);
+    load_tile<kGroup>(v_tile(stage), v, stride, j * N, T);
     commit_loads();
   };
-  load_tile<C::kThreads>(q_tile, qkv + q_start, stride, q0, T);
-  load_tile<C::kThreads>(do_tile, dout + out_start, out_stride, q0, T);
-  load_tile<C::kThreads>(out_tile, out + out_start, out_stride, q0, T);  // where the keys will be
+  load_tile<kGroup>(q_tile, qkv + q_start, stride, q0, T);
+  load_tile<kGroup>(do_tile, dout + out_start, out_stride, q0, T);
+  load_tile<kGroup>(out_tile, out + out_start, out_stride, q0, T);  // where the keys will be
   commit_loads();
   wait_loads();
 
-  const int row0 = q0 + group() * kRows, row = row0 + own_row();
+  const int row = q0 + own_row();
   const float scale2 = scale * kLog2e;
   // D = rowsum(dO out), from the tiles as A operands: any layout does, if it is the same for both.
   float D[2] = {0, 0}, lse2[2];
 #pragma unroll
   for (int n = 0; n < HS / 16; ++n) {
     uint32_t x[4], y[4];
-    load_operand(x, do_tile, group() * kRows, n);
-    load_operand(y, out_tile, group() * kRows, n);
+    load_operand(x, do_tile, 0, n);
+    load_operand(y, out_tile, 0, n);
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       float2 a = __bfloat1622float2(reinterpret_cast<__nv_bfloat162&>(x[i])),
@@ -738,7 +775,7 @@ __global__ __launch_bounds__(C::kThreads, C::kBlocks) void query_kernel(bf16* dq
     lse2[h] = inside ? lse[statistics + row + 8 * h] * kLog2e : 0;
     if (inside && lane() % 4 == 0) D_out[statistics + row + 8 * h] = D[h];
   }
-  const Operand<C::kRegisters, M, HS> Q(q_tile, group() * kRows), dO(do_tile, group() * kRows);
+  const Operand<C::kRegisters, M, HS> Q(q_tile), dO(do_tile);
   float dQ[HS / 8][4] = {};
   __syncthreads();  // out_tile is done with: the keys' tiles lie in the same place
 
@@ -751,25 +788,23 @@ __global__ __launch_bounds__(C::kThreads, C::kBlocks) void query_kernel(bf16* dq
     }
     wait_loads();
     if (C::kStages == 2 && j > 0) load(j - 1, stage ^ 1);
-    if (j * N <= row0 + kRows - 1) {
-      float S[N / 8][4], dP[N / 8][4];
-      Q.template times<N>(S, k_tile(stage));
-      dO.template times<N>(dP, v_tile(stage));
-      // P = exp(S - lse), while dP = dO V^T is still on its way.
-      wait_products<1>(S);
-      weights_again<CAPPED>(S, lse2, j * N, row0, row, scale2, cap);
-      wait_products<0>(dP);
-      score_gradients<CAPPED>(S, dP, D, lse2, scale2, cap);
-      uint32_t dS[N / 16][4];
-      to_operand<N>(dS, S);
-      // In the forward pass S = scale Q K^T, so dQ = scale dS K.
-      multiply<N, HS>(dQ, dS, k_tile(stage));
-      wait_products<0>(dQ);
-    }
+    float S[N / 8][4], dP[N / 8][4];
+    Q.template times<N>(S, k_tile(stage));
+    dO.template times<N>(dP, v_tile(stage));
+    // P = exp(S - lse), while dP = dO V^T is still on its way.
+    wait_products<1>(S);
+    weights_again<CAPPED>(S, lse2, j * N, q0, row, scale2, cap);
+    wait_products<0>(dP);
+    score_gradients<CAPPED>(S, dP, D, lse2, scale2, cap);
+    uint32_t dS[N / 16][4];
+    to_operand<N>(dS, S);
+    // In the forward pass S = scale Q K^T, so dQ = scale dS K.
+    multiply<N, HS>(dQ, dS, k_tile(stage));
+    wait_products<0>(dQ);
     if (C::kStages == 2) stage ^= 1;
   }
   __syncthreads();
-  store_rows(dqkv + q_start, stride, q0, T, dQ, scale, scale, q_tile);
+  store_rows(dqkv + q_start, stride, q0, T, dQ, scale, scale, q_tile, rope);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -779,16 +814,16 @@ __global__ __launch_bounds__(C::kThreads, C::kBlocks) void query_kernel(bf16* dq
 
 template <int HS, class C>
 constexpr size_t key_bytes() {
-  return 2 * Tile<C::kTile, HS>::kBytes +
+  return 2 * Tile<kRows, HS>::kBytes +
          size_t(C::kStages) * (2 * Tile<C::kN, HS>::kBytes + 2 * C::kN * sizeof(float));
 }
 
 template <int HS, class C, bool DK, bool DV, bool CAPPED = false>
-__global__ __launch_bounds__(C::kThreads, C::kBlocks) void key_kernel(bf16* dqkv, const bf16* dout, const bf16* qkv,
-                                                                      const float* lse, const float* D, int T, int NH,
-                                                                      int NKV, float scale, float cap) {
-  constexpr int M = C::kTile, N = C::kN;
-  static_assert(C::kThreads >= 2 * N);
+__global__ __launch_bounds__(kGroup, C::kBlocks) void key_kernel(bf16* dqkv, const bf16* dout, const bf16* qkv,
+                                                                 const float* lse, const float* D, Rotation rope,
+                                                                 int T, int NH, int NKV, float scale, float cap) {
+  constexpr int M = kRows, N = C::kN;
+  static_assert(kGroup >= 2 * N);
   const Place at = place((T + M - 1) / M, NKV);
   const int k0 = at.tile * M, heads = NH / NKV;
   const size_t stride = size_t(NH + 2 * NKV) * HS, out_stride = size_t(NH) * HS;
@@ -804,21 +839,21 @@ __global__ __launch_bounds__(C::kThreads, C::kBlocks) void key_kernel(bf16* dqkv
   const int first = k0 / N, per_head = (T + N - 1) / N - first, steps = heads * per_head;
   auto load = [&](int step, int stage) {
     int head = at.head * heads + step / per_head, q0 = (first + step % per_head) * N;
-    load_tile<C::kThreads>(q_tile(stage), qkv + size_t(at.b) * T * stride + head * HS, stride, q0, T);
-    load_tile<C::kThreads>(do_tile(stage), dout + size_t(at.b) * T * out_stride + head * HS, out_stride, q0, T);
+    load_tile<kGroup>(q_tile(stage), qkv + size_t(at.b) * T * stride + head * HS, stride, q0, T);
+    load_tile<kGroup>(do_tile(stage), dout + size_t(at.b) * T * out_stride + head * HS, out_stride, q0, T);
     size_t start = (size_t(at.b) * NH + head) * T;
     uint32_t to = statistics + stage * 2 * N * 4;
     load_vector<N>(to, lse + start, q0, T, threadIdx.x);
     if (DK) load_vector<N>(to + N * 4, D + start, q0, T, int(threadIdx.x) - N);
     commit_loads();
   };
-  load_tile<C::kThreads>(k_shared, qkv + k_start, stride, k0, T);
-  if (DK) load_tile<C::kThreads>(v_shared, qkv + v_start, stride, k0, T);
+  load_tile<kGroup>(k_shared, qkv + k_start, stride, k0, T);
+  if (DK) load_tile<kGroup>(v_shared, qkv + v_start, stride, k0, T);
   load(0, 0);
   wait_loads();
 
-  const int row0 = k0 + group() * kRows, row = row0 + own_row();
-  const Operand<C::kRegisters, M, HS> K(k_shared, group() * kRows), V(v_shared, group() * kRows);
+  const int row = k0 + own_row();
+  const Operand<C::kRegisters, M, HS> K(k_shared), V(v_shared);
   const float scale2 = scale * kLog2e;
   float dK[HS / 8][4] = {}, dV[HS / 8][4] = {};
 
@@ -832,60 +867,58 @@ __global__ __launch_bounds__(C::kThreads, C::kBlocks) void key_kernel(bf16* dqkv
     }
     if (C::kStages == 2 && step + 1 < steps) load(step + 1, stage ^ 1);
     const int q0 = (first + step % per_head) * N;
-    if (q0 + N - 1 >= row0) {
-      float S[N / 8][4], dP[N / 8][4];
-      K.template times<N>(S, q_tile(stage));
-      if (DK) V.template times<N>(dP, do_tile(stage));
-      wait_products<DK ? 1 : 0>(S);
-      cap_scores<CAPPED>(S, cap);
-      const float* lse_tile =
-          reinterpret_cast<const float*>(shared_memory + (statistics - shared_start())) + stage * 2 * N;
+    float S[N / 8][4], dP[N / 8][4];
+    K.template times<N>(S, q_tile(stage));
+    if (DK) V.template times<N>(dP, do_tile(stage));
+    wait_products<DK ? 1 : 0>(S);
+    cap_scores<CAPPED>(S, cap);
+    const float* lse_tile =
+        reinterpret_cast<const float*>(shared_memory + (statistics - shared_start())) + stage * 2 * N;
+#pragma unroll
+    for (int n = 0; n < N / 8; ++n) {
+      // Rows are keys here, so each column, a query, has its own lse.
+      float2 x = *reinterpret_cast<const float2*>(lse_tile + n * 8 + lane() % 4 * 2);
+      float lse2[2] = {x.x * kLog2e, x.y * kLog2e};
+#pragma unroll
+      for (int i = 0; i < 4; ++i) S[n][i] = exp2_(S[n][i] * scale2 - lse2[i % 2]);
+    }
+    if (q0 < k0 + kRows - 1) {
+#pragma unroll
+      for (int n = 0; n < N / 8; ++n)
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+          if (q0 + n * 8 + lane() % 4 * 2 + i % 2 < row + i / 2 * 8) S[n][i] = 0;
+    }
+    uint32_t P[N / 16][4], dS[N / 16][4];
+    if (DV) {
+      to_operand<N>(P, S);
+      // In the forward pass out = P V, so dV = P^T dO; P^T is what is at hand.
+      multiply<N, HS>(dV, P, do_tile(stage));
+    }
+    if (DK) {
+      wait_products<DV ? 1 : 0>(dP);
 #pragma unroll
       for (int n = 0; n < N / 8; ++n) {
-        // Rows are keys here, so each column, a query, has its own lse.
-        float2 x = *reinterpret_cast<const float2*>(lse_tile + n * 8 + lane() % 4 * 2);
-        float lse2[2] = {x.x * kLog2e, x.y * kLog2e};
+        float2 x = *reinterpret_cast<const float2*>(lse_tile + N + n * 8 + lane() % 4 * 2);
+        float d[2] = {x.x, x.y};
+        float2 y = *reinterpret_cast<const float2*>(lse_tile + n * 8 + lane() % 4 * 2);
+        float lse2[2] = {y.x * kLog2e, y.y * kLog2e};
 #pragma unroll
-        for (int i = 0; i < 4; ++i) S[n][i] = exp2_(S[n][i] * scale2 - lse2[i % 2]);
-      }
-      if (q0 < row0 + kRows - 1) {
-#pragma unroll
-        for (int n = 0; n < N / 8; ++n)
-#pragma unroll
-          for (int i = 0; i < 4; ++i)
-            if (q0 + n * 8 + lane() % 4 * 2 + i % 2 < row + i / 2 * 8) S[n][i] = 0;
-      }
-      uint32_t P[N / 16][4], dS[N / 16][4];
-      if (DV) {
-        to_operand<N>(P, S);
-        // In the forward pass out = P V, so dV = P^T dO; P^T is what is at hand.
-        multiply<N, HS>(dV, P, do_tile(stage));
-      }
-      if (DK) {
-        wait_products<DV ? 1 : 0>(dP);
-#pragma unroll
-        for (int n = 0; n < N / 8; ++n) {
-          float2 x = *reinterpret_cast<const float2*>(lse_tile + N + n * 8 + lane() % 4 * 2);
-          float d[2] = {x.x, x.y};
-          float2 y = *reinterpret_cast<const float2*>(lse_tile + n * 8 + lane() % 4 * 2);
-          float lse2[2] = {y.x * kLog2e, y.y * kLog2e};
-#pragma unroll
-          for (int i = 0; i < 4; ++i) {
-            const float slope = CAPPED ? soft_cap_slope(S[n][i], lse2[i % 2], 1 / (cap * scale2)) : 1;
-            S[n][i] *= (dP[n][i] - d[i % 2]) * slope;
-          }
+        for (int i = 0; i < 4; ++i) {
+          const float slope = CAPPED ? soft_cap_slope(S[n][i], lse2[i % 2], 1 / (cap * scale2)) : 1;
+          S[n][i] *= (dP[n][i] - d[i % 2]) * slope;
         }
-        to_operand<N>(dS, S);
-        // In the forward pass S = scale Q K^T, so dK = scale dS^T Q.
-        multiply<N, HS>(dK, dS, q_tile(stage));
-        wait_products<0>(dK);
       }
-      if (DV) wait_products<0>(dV);
+      to_operand<N>(dS, S);
+      // In the forward pass S = scale Q K^T, so dK = scale dS^T Q.
+      multiply<N, HS>(dK, dS, q_tile(stage));
+      wait_products<0>(dK);
     }
+    if (DV) wait_products<0>(dV);
     if (C::kStages == 2) stage ^= 1;
   }
   __syncthreads();
-  if (DK) store_rows(dqkv + k_start, stride, k0, T, dK, scale, scale, k_shared);
+  if (DK) store_rows(dqkv + k_start, stride, k0, T, dK, scale, scale, k_shared, rope);
   if (DV) store_rows(dqkv + v_start, stride, k0, T, dV, 1.0f, 1.0f, v_shared);
 }
 
@@ -896,14 +929,14 @@ __global__ __launch_bounds__(C::kThreads, C::kBlocks) void key_kernel(bf16* dqkv
 
 template <int HS, class C>
 constexpr size_t statistics_bytes() {
-  return Tile<C::kTile, HS>::kBytes + 2 * Tile<C::kN, HS>::kBytes;
+  return Tile<kRows, HS>::kBytes + 2 * Tile<C::kN, HS>::kBytes;
 }
 
 template <int HS, class C, bool CAPPED>
-__global__ __launch_bounds__(C::kThreads, C::kBlocks) void statistics_kernel(double* max_logit, float* entropies,
-                                                                             const bf16* qkv, const float* lse, int T,
-                                                                             int NH, int NKV, float scale, float cap) {
-  constexpr int M = C::kTile, N = C::kN;
+__global__ __launch_bounds__(kGroup, C::kBlocks) void statistics_kernel(double* max_logit, float* entropies,
+                                                                        const bf16* qkv, const float* lse, int T,
+                                                                        int NH, int NKV, float scale, float cap) {
+  constexpr int M = kRows, N = C::kN;
   const Place at = place((T + M - 1) / M, NH);
   const int q0 = ((T + M - 1) / M - 1 - at.tile) * M;
   const size_t stride = size_t(NH + 2 * NKV) * HS, rows = (size_t(at.b) * NH + at.head) * T;
@@ -913,15 +946,15 @@ __global__ __launch_bounds__(C::kThreads, C::kBlocks) void statistics_kernel(dou
   const Tile<M, HS> q_tile{shared_start()};
   auto k_tile = [&](int j) { return Tile<N, HS>{q_tile.at + q_tile.kBytes + j % 2 * Tile<N, HS>::kBytes}; };
   auto load = [&](int j) {
-    load_tile<C::kThreads>(k_tile(j), k, stride, j * N, T);
+    load_tile<kGroup>(k_tile(j), k, stride, j * N, T);
     commit_loads();
   };
-  load_tile<C::kThreads>(q_tile, q, stride, q0, T);
+  load_tile<kGroup>(q_tile, q, stride, q0, T);
   load(0);
   wait_loads();
-  const Operand<C::kRegisters, M, HS> Q(q_tile, group() * kRows);
+  const Operand<C::kRegisters, M, HS> Q(q_tile);
 
-  const int row0 = q0 + group() * kRows, row = row0 + own_row();
+  const int row = q0 + own_row();
   const float scale2 = scale * kLog2e;
   float lse2[2], top = 0, sum[2] = {0, 0};
 #pragma unroll
@@ -931,11 +964,10 @@ __global__ __launch_bounds__(C::kThreads, C::kBlocks) void statistics_kernel(dou
   for (int j = 0; j < tiles; ++j) {
     if (j > 0) wait_loads();
     if (j + 1 < tiles) load(j + 1);
-    if (j * N > row0 + kRows - 1) continue;
     float S[N / 8][4];
     Q.template times<N>(S, k_tile(j));
     wait_products<0>(S);
-    const bool diagonal = j * N + N - 1 > row0;
+    const bool diagonal = j * N + N - 1 > q0;
 #pragma unroll
     for (int n = 0; n < N / 8; ++n)
 #pragma unroll

@@ -295,7 +295,8 @@ constexpr size_t stream_query_bytes() {
 template <int HS, bool CAPPED>
 __global__ __launch_bounds__(FLASH_WGMMA ? 3 * kGroup : 32, 1) void stream_query_kernel(
     bf16* dqkv, float* D_out, const __grid_constant__ CUtensorMap qkv, const __grid_constant__ CUtensorMap dout,
-    const __grid_constant__ CUtensorMap out, const float* lse, int B, int T, int NH, int NKV, float scale, float cap) {
+    const __grid_constant__ CUtensorMap out, const float* lse, Rotation rope, int B, int T, int NH, int NKV,
+    float scale, float cap) {
 #if FLASH_WGMMA
   constexpr int N = kRows, M = 2 * kRows;
   using T64 = Tile<N, HS>;
@@ -410,7 +411,7 @@ __global__ __launch_bounds__(FLASH_WGMMA ? 3 * kGroup : 32, 1) void stream_query
     }
     // store_rows() counts rows from the first warpgroup's on.
     store_rows(dqkv + size_t(at.b) * T * (NH + 2 * NKV) * HS + at.head * HS, size_t(NH + 2 * NKV) * HS, q0, T, dQ,
-               scale, scale, T64{my_q.at - group() * T64::kPanelBytes});
+               scale, scale, T64{my_q.at - group() * T64::kPanelBytes}, rope);
     gemm::publish();
     q_ring.release(group());
   }
@@ -437,8 +438,8 @@ constexpr size_t stream_key_bytes() {
 template <int HS, bool CAPPED>
 __global__ __launch_bounds__(FLASH_WGMMA ? 3 * kGroup : 32, 1) void stream_key_kernel(
     bf16* dqkv, const __grid_constant__ CUtensorMap keys, const __grid_constant__ CUtensorMap queries,
-    const __grid_constant__ CUtensorMap dout, const float* lse, const float* D, int B, int T, int NH, int NKV,
-    float scale, float cap) {
+    const __grid_constant__ CUtensorMap dout, const float* lse, const float* D, Rotation rope, int B, int T, int NH,
+    int NKV, float scale, float cap) {
 #if FLASH_WGMMA
   constexpr int N = kStreamQueries<HS>;
   using KeyTile = Tile<kRows, HS>;
@@ -614,7 +615,7 @@ __global__ __launch_bounds__(FLASH_WGMMA ? 3 * kGroup : 32, 1) void stream_key_k
       }
       // store_rows() counts rows from the first warpgroup's on.
       bf16* dk = dqkv + size_t(at.b) * T * stride + (NH + at.head) * HS;
-      store_rows(dk, stride, k0 - kRows, T, acc, scale, scale, KeyTile{v_tile.at - KeyTile::kPanelBytes});
+      store_rows(dk, stride, k0 - kRows, T, acc, scale, scale, KeyTile{v_tile.at - KeyTile::kPanelBytes}, rope);
       gemm::publish();
       v_ring.release(0);
     }
@@ -694,16 +695,18 @@ inline void flash_attention_forward(Cuda& be, bf16* out, float* lse, const bf16*
       }
       using C = flash::ForwardConfig<size()>;
       launch(be, "flash_attention_forward", flash::forward_kernel<size(), C, capped()>,
-             divide_up(T, C::kTile) * B * NH, C::kThreads, flash::forward_bytes<size(), C>(), out, lse, qkv, T, NH, NKV,
-             scale, cap);
+             divide_up(T, flash::kRows) * B * NH, flash::kGroup, flash::forward_bytes<size(), C>(), out, lse, qkv, T,
+             NH, NKV, scale, cap);
     });
   });
 }
 
 // The gradient dqkv (B, T, NH + 2*NKV, HS), assigned, from dout (B, T, NH, HS) and the forward's qkv, out and lse. D:
-// workspace (B, NH, T) fp32. Deterministic: no atomics, every sum in a fixed order.
+// workspace (B, NH, T) fp32. With a rotation it is the gradient of what RoPE got. Deterministic: no atomics, every sum in
+// a fixed order.
 inline void flash_attention_backward(Cuda& be, bf16* dqkv, float* D, const bf16* dout, const bf16* qkv, const bf16* out,
-                                     const float* lse, int B, int T, int NH, int NKV, int HS, double softcap = 0) {
+                                     const float* lse, int B, int T, int NH, int NKV, int HS, double softcap = 0,
+                                     const flash::Rotation& rope = {}) {
   const float scale = 1 / std::sqrt(float(HS)), cap = float(softcap) * std::sqrt(float(HS));
   with_flash_head_size(HS, [&](auto size) {
     with_cap(softcap, [&](auto capped) {
@@ -718,13 +721,13 @@ inline void flash_attention_backward(Cuda& be, bf16* dqkv, float* D, const bf16*
                  3 * flash::kGroup, flash::stream_query_bytes<size()>(), dqkv, D,
                  describe_rows(qkv, B, T, (NH + 2 * NKV) * HS, flash::kRows),
                  describe_rows(dout, B, T, NH * HS, flash::kRows), describe_rows(out, B, T, NH * HS, flash::kRows), lse,
-                 B, T, NH, NKV, scale, cap);
+                 rope, B, T, NH, NKV, scale, cap);
         }
       }
       if (!done)
         launch(be, "flash_attention_backward (queries)", flash::query_kernel<size(), Q, capped()>,
-               divide_up(T, Q::kTile) * B * NH, Q::kThreads, flash::query_bytes<size(), Q>(), dqkv, D, dout, qkv, out,
-               lse, T, NH, NKV, scale, cap);
+               divide_up(T, flash::kRows) * B * NH, flash::kGroup, flash::query_bytes<size(), Q>(), dqkv, D, dout, qkv,
+               out, lse, rope, T, NH, NKV, scale, cap);
       if constexpr (size() >= 128) {
         auto* kernel = flash::stream_key_kernel<size(), capped()>;
         if (has_stream_kernel(be, kernel, 3 * flash::kGroup)) {
@@ -734,12 +737,13 @@ inline void flash_attention_backward(Cuda& be, bf16* dqkv, float* D, const bf16*
                         3 * flash::kGroup, flash::stream_key_bytes<size()>(), dqkv,
                         describe_rows(qkv, B, T, (NH + 2 * NKV) * HS, flash::kRows),
                         describe_rows(qkv, B, T, (NH + 2 * NKV) * HS, queries),
-                        describe_rows(dout, B, T, NH * HS, queries), lse, (const float*)D, B, T, NH, NKV, scale, cap);
+                        describe_rows(dout, B, T, NH * HS, queries), lse, (const float*)D, rope, B, T, NH, NKV, scale,
+                        cap);
         }
       }
       auto keys = [&](auto* kernel) {
-        launch(be, "flash_attention_backward (keys)", kernel, divide_up(T, K::kTile) * B * NKV, K::kThreads,
-               flash::key_bytes<size(), K>(), dqkv, dout, qkv, lse, (const float*)D, T, NH, NKV, scale, cap);
+        launch(be, "flash_attention_backward (keys)", kernel, divide_up(T, flash::kRows) * B * NKV, flash::kGroup,
+               flash::key_bytes<size(), K>(), dqkv, dout, qkv, lse, (const float*)D, rope, T, NH, NKV, scale, cap);
       };
       if constexpr (size() <= 128) {
         keys(flash::key_kernel<size(), K, true, true, capped()>);
@@ -758,8 +762,8 @@ inline void flash_attention_statistics(Cuda& be, double* max_logit, float* entro
     with_cap(softcap, [&](auto capped) {
       using C = flash::ForwardConfig<size()>;
       launch(be, "flash_attention_statistics", flash::statistics_kernel<size(), C, capped()>,
-             divide_up(T, C::kTile) * B * NH, C::kThreads, flash::statistics_bytes<size(), C>(), max_logit, entropies,
-             qkv, lse, T, NH, NKV, 1 / std::sqrt(float(HS)), float(softcap) * std::sqrt(float(HS)));
+             divide_up(T, flash::kRows) * B * NH, flash::kGroup, flash::statistics_bytes<size(), C>(), max_logit,
+             entropies, qkv, lse, T, NH, NKV, 1 / std::sqrt(float(HS)), float(softcap) * std::sqrt(float(HS)));
     });
   });
 }

@@ -448,6 +448,40 @@ TEST_CASE("cuda: attention, flash kernels") {
         for (double softcap : kSoftcaps) test_attention<bf16>({2, T, 4, NKV, HS}, true, softcap);
 }
 
+// Flash attention undoes RoPE where it stores; others call the two one after the other.
+TEST_CASE_TEMPLATE("cuda: attention's backward pass and RoPE's at once, to the bit as apart", Real, BOTH_TYPES) {
+  NEEDS_GPU;
+  for (int T : {1, 65, small() ? 130 : 330})
+    for (int NKV : {1, 4})
+      for (int HS : {32, 64, 96, 128, 256})
+        for (int R : {0, 2, 6, 16, 26, HS})
+          for (RopePairs pairs : {RopePairs::half, RopePairs::interleaved}) {
+            if (R != kRotaryDim.value_or(R)) continue;
+            CAPTURE(T);
+            CAPTURE(NKV);
+            CAPTURE(HS);
+            CAPTURE(R);
+            const AttentionShape s = {2, T, 4, NKV, HS};
+            const DeviceTable table(T, R, pairs);
+            const size_t N = size_t(s.B) * T;
+            Tensor<Real> qkv(numbers<Real>(N * (s.NH + 2 * NKV) * HS, 8)), dout(numbers<Real>(N * s.NH * HS, 9)),
+                out(dout.n), got(qkv.n), want(qkv.n);
+            Tensor<float> lse(N * s.NH), D(lse.n);
+            attention_forward(*gpu(), out(), lse(), qkv(), s);
+            attention_backward(*gpu(), want(), D(), dout(), qkv(), out(), lse(), s);
+            rope_backward(*gpu(), want(), table.on_gpu, s);
+            attention_rope_backward(*gpu(), got(), D(), dout(), qkv(), out(), lse(), table.on_gpu, s);
+            CHECK(same_bits(got.bits(), want.bits()));
+            if constexpr (std::is_same_v<Real, bf16>)
+              if (gpu()->capability >= 80 && flash_attention_supports(HS)) {  // whichever way that was, by the clock
+                Tensor<bf16> turned(qkv.n);
+                flash_attention_backward(*gpu(), turned(), D(), dout(), qkv(), out(), lse(), s.B, T, s.NH, NKV, HS, 0,
+                                         {table.on_gpu.cos_sin, R, pairs == RopePairs::interleaved});
+                CHECK(same_bits(turned.bits(), want.bits()));
+              }
+          }
+}
+
 // More tiles than a GPU has multiprocessors, and neither a multiple of the other: blocks that stay take several, and the
 // last tiles of keys and of queries are short.
 TEST_CASE("cuda: attention, flash kernels whose blocks take several tiles") {
