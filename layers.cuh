@@ -446,6 +446,7 @@ void linear_rope_forward(Cuda& be, Real* qkv, const Real* inp, const Real* weigh
         start_faster(be, {N, C, width, half ? R : -R}, qkv, size_t(N) * width, apart,
                      [&] { gemm::multiply(be, qkv, inp, weight, N, width, C, epilogue); });
       };
+      if (half && R == s.HS && R == gemm::FullRope::HS) return start(gemm::FullRope(table.cos_sin, s.T, heads));
       return with_width<4>(R % 8 == 0, [&](auto W) {
         half ? start(gemm::Rope<W(), false>(table.cos_sin, s.T, R, heads, s.HS))
              : start(gemm::Rope<W(), true>(table.cos_sin, s.T, R, heads, s.HS));

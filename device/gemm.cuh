@@ -181,6 +181,11 @@ __device__ __forceinline__ uint32_t pack_pair(float low, float high) {
   __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
   return reinterpret_cast<uint32_t&>(pair);
 }
+// Two neighbours as bf16 has them.
+__device__ __forceinline__ float2 rounded(const float* x) {
+  const uint32_t pair = pack_pair(x[0], x[1]);
+  return make_float2(__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000u));
+}
 // A warp's 16 rows from `row` on; stmatrix takes pieces of 8 x 8 as the tensor cores leave them, four at a time.
 __device__ __forceinline__ void write_tile(uint32_t tile, int row, const float (&d)[32][4]) {
   const int lane = threadIdx.x % 32;
@@ -194,7 +199,9 @@ __device__ __forceinline__ void write_tile(uint32_t tile, int row, const float (
 }
 // The same as a pointer, to any column.
 __device__ __forceinline__ bf16* element(uint32_t tile, int row, int column) {
-  return static_cast<bf16*>(__cvta_shared_to_generic(chunk_address(tile, row, column >> 3) + (column & 7) * 2));
+  extern __shared__ uint8_t memory[];
+  const uint32_t offset = chunk_address(tile, row, column >> 3) - uint32_t(__cvta_generic_to_shared(memory));
+  return reinterpret_cast<bf16*>(memory + offset) + (column & 7);
 }
 // 8 columns as they lie in memory, and as fp32.
 __device__ __forceinline__ uint4 read_chunk(uint32_t address) {
@@ -214,7 +221,8 @@ __device__ __forceinline__ void unpack(float (&x)[8], uint4 packed) {
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Epilogues. Each says which rows of B make a tile, and to which columns of out its four panels go (N: nowhere).
-// Finisher number `thread` of kFinishers calls prepare() while a tile is being made, and finish() once it is there: before
+// A consumer's warp calls begin() before it waits for the last sums of its 16 rows, from `row` of the tile on, and change()
+// before it writes them there. Finisher number `thread` of kFinishers calls prepare() while a tile is being made, and finish() once it is there: before
 // the tile is copied to device memory if finish() changes it, else meanwhile. Behind the tile it has kBytes of shared
 // memory.
 
@@ -224,6 +232,8 @@ struct Store {
   static constexpr int kBytes = 0;
   __device__ Place place(int row, int j, int /*N*/) const { return {row, j * kN, j * kN, j * kN + 128}; }
   __device__ int panel_column(Place at, int panel, int) const { return at.column + panel * 64; }
+  __device__ int begin(Place, int, int) const { return 0; }
+  __device__ void change(float (&)[32][4], Place, int) const {}
   __device__ void prepare(uint32_t, Place, int, int, int) const {}
   __device__ void finish(uint32_t, Place, int, int, int) const {}
 };
@@ -328,47 +338,85 @@ struct Rope : Store {
   int T, R, heads, HS;
   Rope(const float* table, int positions, int rotary_dim, int turned, int head_size)
       : cos_sin(table), T(positions), R(rotary_dim), heads(turned), HS(head_size) {}
-  // A thread turns W neighbouring pairs of a row in up to 4 heads at once, for which it reads the angles once.
+  // A warp has every third of the tile's eight groups of 16 rows, a lane every other group of W neighbouring pairs of one
+  // row of each. It turns them in up to 4 heads at once, for which it reads the angles once.
   __device__ void finish(uint32_t tile, Place at, int thread, int M, int) const {
 #if GEMM_HOPPER
-    const int vectors = R / 2 / W, end = min(kN, heads * HS - at.column), rows = min(kM, M - at.row);
+    constexpr int kWarps = kFinishers / 32, kGroups = (kM / 16 + kWarps - 1) / kWarps;
+    const int lane = thread % 32, row = thread / 32 * 16 + lane % 16;
+    const int end = min(kN, heads * HS - at.column), rows = min(kM, M - at.row);
     if (end <= 0) return;
-    float2 angle[W], next_angle[W];
-    auto read = [&](int i) {
+    const float* angles[kGroups];
 #pragma unroll
-      for (int k = 0; k < W; ++k)
-        if (i < rows * vectors)
-          next_angle[k] = __ldg(reinterpret_cast<const float2*>(cos_sin) +
-                                size_t((at.row + i / vectors) % T) * (R / 2) + i % vectors * W + k);
-    };
-    read(thread);
-    for (int i = thread; i < rows * vectors; i += kFinishers) {
-      const int row = i / vectors, pair = i % vectors * W;
+    for (int g = 0; g < kGroups; ++g) angles[g] = cos_sin + size_t((at.row + row + g * kWarps * 16) % T) * R;
+    for (int pair = lane / 16 * W; pair < R / 2; pair += 2 * W) {
+      float angle[kGroups][2 * W];
 #pragma unroll
-      for (int k = 0; k < W; ++k) angle[k] = next_angle[k];
-      read(i + kFinishers);
-      for (int head = 0; head < end; head += 4 * HS) {
-        using Half = float[W];
-        bf16 *first[4], *second[4];
-        float x[4][2 * W];  // W first channels and W second ones, or interleaved
+      for (int g = 0; g < kGroups; ++g) load<2 * W>(angle[g], angles[g] + 2 * pair);
 #pragma unroll
-        for (int h = 0; h < 4; ++h) {  // none of them under a condition, so that all are on their way at once
-          const int column = min(head + h * HS, kN - HS);
-          first[h] = element(tile, row, column + (INTERLEAVED ? 2 * pair : pair));
-          second[h] = element(tile, row, column + R / 2 + pair);
-          if constexpr (INTERLEAVED) load<2 * W>(x[h], first[h]);
-          else load<W>(reinterpret_cast<Half&>(x[h][0]), first[h]), load<W>(reinterpret_cast<Half&>(x[h][W]), second[h]);
-        }
+      for (int g = 0; g < kGroups; ++g) {
+        if (row + g * kWarps * 16 >= rows) continue;
+        for (int head = 0; head < end; head += 4 * HS) {
+          using Half = float[W];
+          bf16 *first[4], *second[4];
+          float x[4][2 * W];  // W first channels and W second ones, or interleaved
 #pragma unroll
-        for (int h = 0; h < 4; ++h) {
-          if (head + h * HS >= end) continue;
-#pragma unroll
-          for (int k = 0; k < W; ++k) {
-            float &a = x[h][INTERLEAVED ? 2 * k : k], &b = x[h][INTERLEAVED ? 2 * k + 1 : W + k];
-            turn(a, b, angle[k].x, angle[k].y);
+          for (int h = 0; h < 4; ++h) {  // none of them under a condition, so that all are on their way at once
+            const int column = min(head + h * HS, kN - HS);
+            first[h] = element(tile, row + g * kWarps * 16, column + (INTERLEAVED ? 2 * pair : pair));
+            second[h] = element(tile, row + g * kWarps * 16, column + R / 2 + pair);
+            if constexpr (INTERLEAVED) load<2 * W>(x[h], first[h]);
+            else load<W>(reinterpret_cast<Half&>(x[h][0]), first[h]), load<W>(reinterpret_cast<Half&>(x[h][W]), second[h]);
           }
-          if constexpr (INTERLEAVED) store<2 * W>(first[h], x[h]);
-          else store<W>(first[h], reinterpret_cast<Half&>(x[h][0])), store<W>(second[h], reinterpret_cast<Half&>(x[h][W]));
+#pragma unroll
+          for (int h = 0; h < 4; ++h) {
+            if (head + h * HS >= end) continue;
+#pragma unroll
+            for (int k = 0; k < W; ++k)
+              turn(x[h][INTERLEAVED ? 2 * k : k], x[h][INTERLEAVED ? 2 * k + 1 : W + k], angle[g][2 * k],
+                   angle[g][2 * k + 1]);
+            if constexpr (INTERLEAVED) store<2 * W>(first[h], x[h]);
+            else store<W>(first[h], reinterpret_cast<Half&>(x[h][0])), store<W>(second[h], reinterpret_cast<Half&>(x[h][W]));
+          }
+        }
+      }
+    }
+#endif
+  }
+};
+
+// The same for all channels of heads of 64, paired by halves: then both channels of a pair are in one of the consumers'
+// threads, which turns them before the tile is written.
+struct FullRope : Store {
+  static constexpr int HS = 64;
+  const float* cos_sin;  // (T, HS/2, 2)
+  int T, heads;
+  FullRope(const float* table, int positions, int turned) : cos_sin(table), T(positions), heads(turned) {}
+  // Where the angles of a thread's two rows are: those of the pairs 8n + 2t and 8n + 2t + 1 at 4n.
+  struct Angles {
+    const float4* row[2];
+  };
+  __device__ __forceinline__ Angles begin(Place at, int row, int M) const {
+    const int lane = threadIdx.x % 32, r = at.row + row + lane / 4;
+    const float4* from = reinterpret_cast<const float4*>(cos_sin) + lane % 4;
+    return {{from + size_t(min(r, M - 1) % T) * (HS / 4), from + size_t(min(r + 8, M - 1) % T) * (HS / 4)}};
+  }
+  __device__ __forceinline__ void change(float (&d)[32][4], Place at, const Angles& angles) const {
+#if GEMM_HOPPER
+    if (at.column >= heads * HS) return;
+#pragma unroll
+    for (int n = 0; n < HS / 16; ++n) {
+      const float4 angle[2] = {__ldg(angles.row[0] + 4 * n), __ldg(angles.row[1] + 4 * n)};
+#pragma unroll
+      for (int head = 0; head < kN / HS; ++head) {
+        if (at.column + head * HS >= heads * HS) continue;
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+          float *first = &d[head * HS / 8 + n][2 * h], *second = &d[head * HS / 8 + n + HS / 16][2 * h];
+          float2 a = rounded(first), b = rounded(second);  // turned in place, they would make ptxas wait between products
+          turn(a.x, b.x, angle[h].x, angle[h].y);
+          turn(a.y, b.y, angle[h].z, angle[h].w);
+          first[0] = a.x, first[1] = a.y, second[0] = b.x, second[1] = b.y;
         }
       }
     }
@@ -482,8 +530,11 @@ __global__ void GEMM_CLUSTER __launch_bounds__(kThreads, 1)
         if (k > 0 && thread < kCluster) arrive_at(empty + 8 * (slot > 0 ? slot - 1 : kSlots - 1), thread);
         if (++slot == kSlots) slot = 0, parity ^= 1;
       }
+      const Place at = tile_place(epilogue, t, rows, columns, N, rank);
+      const auto begun = epilogue.begin(at, (warp - 4) * 16, M);
       wait_products<0>(d);
       if (thread < kCluster) arrive_at(empty + 8 * (slot > 0 ? slot - 1 : kSlots - 1), thread);
+      epilogue.change(d, at, begun);
       wait_barrier(free, tile_parity);  // the tile before has left
       write_tile(tile, (warp - 4) * 16, d);
       publish();

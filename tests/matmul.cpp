@@ -255,6 +255,9 @@ TEST_CASE("cuda: the product of our own with RoPE") {
                                    : multiply(gemm::Rope<W(), true>(cos_sin, s.T, R, s.NH + s.NKV, s.HS));
         });
         CHECK(same_bits(got.bits(), apart.bits()));
+        if (pairs == RopePairs::interleaved || R != HS || HS != gemm::FullRope::HS) continue;
+        multiply(gemm::FullRope(table.on_gpu.cos_sin, s.T, s.NH + s.NKV));
+        CHECK(same_bits(got.bits(), apart.bits()));
       }
 }
 
