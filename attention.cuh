@@ -819,8 +819,7 @@ void qk_norm_rope_backward(Cuda& be, Real* dqkv, Acc<Real>* dq_weight, Acc<Real>
              partial, qk_raw, qk_rstd, q_weight, k_weight, table, s);
     });
   });
-  add_rows(be, dq_weight, partial, blocks, s.HS, 2 * s.HS);
-  add_rows(be, dk_weight, partial + s.HS, blocks, s.HS, 2 * s.HS);
+  add_rows(be, {dq_weight, dk_weight}, partial, blocks, s.HS);
 }
 
 #endif  // __CUDACC__

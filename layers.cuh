@@ -226,7 +226,7 @@ constexpr int kEmbeddingWarps = 8;
 template <class Real, int W>
 __device__ __forceinline__ void add_rows_of_token(float (&sum)[W], const Real* dx, const int* rows, int begin, int end,
                                                   int step, int C, int c) {
-#pragma unroll 4
+#pragma unroll 8
   for (int i = begin; i < end; i += step) {
     float d[W];
     load<W>(d, dx + size_t(rows[i]) * C + c);
@@ -235,7 +235,7 @@ __device__ __forceinline__ void add_rows_of_token(float (&sum)[W], const Real* d
   }
 }
 
-// A block has 8 tokens, gridDim.x apart, and 32 W columns. A warp adds up the rows of one token, a lane W columns of
+// A block has up to 8 tokens, gridDim.x apart, and 32 W columns. A warp adds up the rows of one token, a lane W columns of
 // them; where a token is frequent, all warps share its rows.
 template <class Real, int W>
 __global__ void __launch_bounds__(kEmbeddingWarps * 32)
@@ -286,8 +286,8 @@ void embedding_backward(Cuda& be, Acc<Real>* dweight, const Real* dx, const int*
   launch(be, "find_tokens", find_tokens_kernel, divide_up(N, 256), 256, 0, begin, end, (const int*)sorted, N);
   with_width<kWide<Real>>(wide(C, dx) && wide(4, dweight), [&](auto W) {
     launch(be, "embedding_backward", embedding_backward_kernel<Real, W()>,
-           dim3(divide_up(V, kEmbeddingWarps), divide_up(C, 32 * W())), kEmbeddingWarps * 32, 0, dweight, dx,
-           (const int*)rows, (const int*)begin, (const int*)end, V, C);
+           dim3(std::max(divide_up(V, kEmbeddingWarps), std::min<size_t>(V, 2 * be.multiprocessors)),
+                divide_up(C, 32 * W())), kEmbeddingWarps * 32, 0, dweight, dx, (const int*)rows, (const int*)begin, (const int*)end, V, C);
   });
 }
 
@@ -329,7 +329,7 @@ void linear_backward_parameters(Cuda& be, Acc<Real>* dweight, Acc<Real>* dbias, 
   const size_t most = Cuda::kWorkspaceBytes / sizeof(float) / OC;  // of a vocabulary of a million, 16
   const int rows = int(std::min({size_t(64), divide_up(N, 8), most}));
   launch(be, "bias_backward", bias_backward_kernel<Real>, dim3(divide_up(OC, 32), rows), 256, 0, partial, dout, N, OC);
-  add_rows(be, dbias, partial, rows, OC, OC);
+  add_rows(be, {dbias}, partial, rows, OC);
 }
 
 template <class Real>

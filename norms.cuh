@@ -253,9 +253,12 @@ __global__ void norm_backward_kernel(Real* dx, float* partial, const Real* dresi
 }
 
 // The same for rows of which a lane holds at most 2 vectors: everything stays in registers, the sums for dweight and dbias
-// too, which meet in shared memory, (warps, C), at the end. Errors: dweight and dbias with 264 blocks, k = 31.
+// too, which meet in shared memory, (warps, C), at the end. Errors: dweight and dbias with 396 blocks, k = 21.
+constexpr int narrow_blocks(int sums) {  // per multiprocessor, as registers allow
+  return sums <= 2 ? 3 : sums <= 4 ? 2 : 1;
+}
 template <class Real, int W, NormKind KIND, bool PAIR, int VECTORS>
-__global__ void __launch_bounds__(kNormWarps * 32)
+__global__ void __launch_bounds__(kNormWarps * 32, narrow_blocks(norm_sums(KIND, PAIR) * VECTORS))
     norm_backward_narrow_kernel(Real* dx, float* partial, const Real* dresidual, const Real* dout, const Real* dout2,
                                 const Real* x, const float* mean, const float* rstd, const Real* weight,
                                 const Real* weight2, int N, int C) {
@@ -319,13 +322,14 @@ __global__ void __launch_bounds__(kNormWarps * 32)
 
 // dsums: where each of the kernel's sums goes.
 template <bool PAIR, class Real>
-void start_norm_backward(Cuda& be, NormKind kind, Real* dx, const std::vector<float*>& dsums, const Real* dresidual,
+void start_norm_backward(Cuda& be, NormKind kind, Real* dx, const RowSums& dsums, const Real* dresidual,
                          const Real* dout, const Real* dout2, const Real* x, const float* mean, const float* rstd,
                          const Real* weight, const Real* weight2, int N, int C) {
   const int sums = norm_sums(kind, PAIR);
   float* partial = static_cast<float*>(be.workspace);
   if (constexpr int W = kWide<Real>; C <= 2 * 32 * W && wide(C, dx, dresidual, dout, dout2, x, weight, weight2)) {
-    const int blocks = int(std::min<size_t>(2 * be.multiprocessors, divide_up(N, kNormWarps)));
+    const int per_multiprocessor = narrow_blocks(sums * (C <= 32 * W ? 1 : 2));
+    const int blocks = int(std::min<size_t>(per_multiprocessor * be.multiprocessors, divide_up(N, kNormWarps)));
     auto start = [&](auto* kernel) {
       launch(be, "norm_backward", kernel, blocks, kNormWarps * 32, kNormWarps * C * sizeof(float), dx, partial,
              dresidual, dout, dout2, x, mean, rstd, weight, weight2, N, C);
@@ -336,8 +340,7 @@ void start_norm_backward(Cuda& be, NormKind kind, Real* dx, const std::vector<fl
     else
       start(C <= 32 * W ? norm_backward_narrow_kernel<Real, W, NormKind::layer, PAIR, 1>
                         : norm_backward_narrow_kernel<Real, W, NormKind::layer, PAIR, 2>);
-    for (int i = 0; i < sums; ++i) add_rows(be, dsums[i], partial + size_t(i) * C, blocks, C, sums * C);
-    return;
+    return add_rows(be, dsums, partial, blocks, C);
   }
   const size_t bytes = size_t(sums) * C * sizeof(float);  // per warp
   const int warps = int(std::min<size_t>(kNormWarps, be.shared_bytes / bytes));
@@ -352,22 +355,23 @@ void start_norm_backward(Cuda& be, NormKind kind, Real* dx, const std::vector<fl
                                  : norm_backward_kernel<Real, W(), NormKind::layer, PAIR>,
            blocks, warps * 32, warps * bytes, dx, partial, dresidual, dout, dout2, x, mean, rstd, weight, weight2, N, C);
   });
-  for (int i = 0; i < sums; ++i) add_rows(be, dsums[i], partial + size_t(i) * C, blocks, C, sums * C);
+  add_rows(be, dsums, partial, blocks, C);
 }
 template <class Real>
 void norm_backward(Cuda& be, NormKind kind, Real* dx, Acc<Real>* dweight, Acc<Real>* dbias, const Real* dresidual,
                    const Real* dout, const Real* x, const Acc<Real>* mean, const Acc<Real>* rstd, const Real* weight,
                    int N, int C) {
   const Real* none = nullptr;
-  start_norm_backward<false>(be, kind, dx, {dweight, dbias}, dresidual, dout, none, x, mean, rstd, weight, none, N, C);
+  const RowSums dsums = kind == NormKind::rms ? RowSums{dweight} : RowSums{dweight, dbias};
+  start_norm_backward<false>(be, kind, dx, dsums, dresidual, dout, none, x, mean, rstd, weight, none, N, C);
 }
 template <class Real>
 void norm_pair_backward(Cuda& be, NormKind kind, Real* dx, Acc<Real>* dweight1, Acc<Real>* dbias1, Acc<Real>* dweight2,
                         Acc<Real>* dbias2, const Real* dresidual, const Real* dout1, const Real* dout2, const Real* x,
                         const Acc<Real>* mean, const Acc<Real>* rstd, const Real* weight1, const Real* weight2, int N,
                         int C) {
-  std::vector<float*> dsums = {dweight1, dweight2};
-  if (kind == NormKind::layer) dsums = {dweight1, dbias1, dweight2, dbias2};
+  const RowSums dsums =
+      kind == NormKind::rms ? RowSums{dweight1, dweight2} : RowSums{dweight1, dbias1, dweight2, dbias2};
   start_norm_backward<true>(be, kind, dx, dsums, dresidual, dout1, dout2, x, mean, rstd, weight1, weight2, N, C);
 }
 

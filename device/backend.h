@@ -402,26 +402,41 @@ void launch(Cuda& be, const char* name, void (*kernel)(Parameters...), dim3 bloc
   check(cudaGetLastError(), name);
 }
 
-// to (columns) += the sum over rows of partial (rows, columns), rows being `stride` elements apart, in an order that
-// depends on the shape only. A block has 32 columns; warp w adds up rows w, w + 32, ..., the first warp the 32 sums.
+// Up to four vectors (columns) to which sums are added, in order: two of them may be the same.
+struct RowSums {
+  int count = 0;
+  float* to[4];
+  RowSums(std::initializer_list<float*> vectors) {
+    for (float* vector : vectors) to[count++] = vector;
+  }
+};
+
+// Adds to each vector the sum over rows of its part of partial (rows, vectors, columns), in an order that depends on the
+// shape only. A block has 32 columns; warp w adds up rows w, w + 32, ..., the first warp the 32 sums.
 static __global__ void __launch_bounds__(1024)
-    add_rows_kernel(float* to, const float* partial, int rows, int columns, int stride) {
+    add_rows_kernel(RowSums sums_of, const float* partial, int rows, int columns) {
   __shared__ float sums[32][33];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, c = blockIdx.x * 32 + lane;
-  // A lane is a column and a warp takes every 32nd row: neighbouring lanes read neighbouring numbers.
-  float sum = 0;
-  if (c < columns)
-    for (int r = warp; r < rows; r += 32) sum += partial[size_t(r) * stride + c];
-  sums[warp][lane] = sum;
-  __syncthreads();
-  if (warp > 0 || c >= columns) return;
-  sum = 0;
-  // The first warp adds up what the 32 have; rows of 33 keep its reads in distinct banks.
-  for (int w = 0; w < 32; ++w) sum += sums[w][lane];
-  to[c] += sum;
+  const size_t stride = size_t(sums_of.count) * columns;
+  for (int i = 0; i < sums_of.count; ++i) {
+    // A lane is a column and a warp takes every 32nd row: neighbouring lanes read neighbouring numbers.
+    const float* from = partial + size_t(i) * columns + c;
+    float sum = 0;
+    if (c < columns)
+#pragma unroll 8
+      for (int r = warp; r < rows; r += 32) sum += from[r * stride];
+    __syncthreads();  // the sums before have been read
+    sums[warp][lane] = sum;
+    __syncthreads();
+    if (warp > 0 || c >= columns) continue;
+    sum = 0;
+    // The first warp adds up what the 32 have; rows of 33 keep its reads in distinct banks.
+    for (int w = 0; w < 32; ++w) sum += sums[w][lane];
+    sums_of.to[i][c] += sum;
+  }
 }
-inline void add_rows(Cuda& be, float* to, const float* partial, int rows, int columns, int stride) {
-  launch(be, "add_rows", add_rows_kernel, divide_up(columns, 32), 1024, 0, to, partial, rows, columns, stride);
+inline void add_rows(Cuda& be, const RowSums& sums, const float* partial, int rows, int columns) {
+  launch(be, "add_rows", add_rows_kernel, divide_up(columns, 32), 1024, 0, sums, partial, rows, columns);
 }
 
 #endif  // __CUDACC__
