@@ -101,7 +101,7 @@ __global__ void __launch_bounds__(kQueries * 32)
 // ---------------------------------------------------------------------------------------------------------------------
 // Rung 3: tensor cores. A block has 64 queries now, a warp 16, and both sums are matrix products of bf16 tiles by
 // mma.sync: S = Q K^T (64 keys at a time) and O += P V. A warp's 32 threads hold a product in pieces (the fragments of
-// flash.cuh), and a row of S lies in four of them. So S goes to shared memory, where a whole warp takes one row after
+// tiles.cuh), and a row of S lies in four of them. So S goes to shared memory, where a whole warp takes one row after
 // the other as in rung 2, and P comes back from there.
 
 constexpr int kTile = 64;           // queries of a block, and keys of a tile

@@ -101,7 +101,7 @@ using Piece = Tile<kSide, kRun>;
 __device__ __forceinline__ int warp_row() { return threadIdx.x / 32 / 4 * 64; }
 __device__ __forceinline__ int warp_column() { return threadIdx.x / 32 % 4 * 32; }
 
-// acc += a b^T for the warp's 64 x 32 elements: 4 x 4 pieces of 16 x 8, in the fragments that flash.cuh describes.
+// acc += a b^T for the warp's 64 x 32 elements: 4 x 4 pieces of 16 x 8, in the fragments that tiles.cuh describes.
 __device__ __forceinline__ void multiply_pieces(float (&acc)[4][4][4], Piece a, Piece b) {
 #pragma unroll
   for (int k = 0; k < kRun / 16; ++k) {

@@ -1,6 +1,6 @@
 #pragma once
 // Flash attention for heads of 128 and 256 on Hopper (sm_90a), and the functions that start flash attention on any GPU:
-// which kernel it is, they choose. Tiles, products and the algorithm are those of device/flash.cuh: read that first.
+// which kernel it is, they choose. The algorithm is that of device/flash.cuh: read that first.
 
 #include <cmath>
 #include <stdexcept>

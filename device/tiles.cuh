@@ -1,0 +1,337 @@
+#pragma once
+// Tiles and their products, of which flash attention is made (device/flash.cuh, flash_hopper.cuh; bench/attention_ladder.cu
+// on the way there): bf16 with fp32 sums, on the tensor cores of sm_80 and up.
+//
+// Four warps, a warpgroup, own 64 rows and keep their sums, the accumulators, in registers. The other operand streams
+// through shared memory in tiles. A product is then one of
+//   multiply_transposed   acc (64, N)  = A (64, HS) tile^T       tile (N, HS):    S = Q K^T, dP = dO V^T, ...
+//   multiply              acc (64, HS) += A (64, ROWS) tile      tile (ROWS, HS): O = P V, dQ = dS K, ...
+// and what the first leaves in the accumulators is, rounded to bf16 in place, the A operand of the second. Both products
+// are written twice: with mma.sync and ldmatrix (sm_80 and up), and with wgmma, which reads its second operand straight
+// from shared memory (sm_90a, the target that `make` picks for Hopper). Registers and shared memory are laid out alike
+// for both, so that the kernels do not know which one they use.
+
+#include "device/backend.h"
+
+#ifdef __CUDACC__
+
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#define FLASH_WGMMA 1
+#else
+#define FLASH_WGMMA 0
+#endif
+
+namespace flash {
+
+constexpr int kGroup = 128;  // threads of a warpgroup
+constexpr int kRows = 64;    // rows that a warpgroup owns: 16 per warp
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Tiles in shared memory
+
+// A tile (ROWS, HS) of bf16 in shared memory, starting at a multiple of 1024 bytes. It is cut into panels of up to 64
+// columns, each of ROWS rows of up to 128 bytes. Within a panel the 16-byte chunks of a row are permuted by the row's
+// number, so that eight rows of one chunk column lie in distinct banks: this is the 128-byte swizzle that wgmma knows
+// (64-byte for HS = 32).
+template <int ROWS, int HS>
+struct Tile {
+  static constexpr int kPanel = HS < 64 ? HS : 64;  // columns
+  static constexpr int kPanelBytes = ROWS * kPanel * 2;
+  static constexpr int kBytes = ROWS * HS * 2;
+
+  uint32_t at;  // address in shared memory
+
+  // The address of 8 columns of a row, starting at column 8 * chunk.
+  __device__ __forceinline__ uint32_t address(int row, int chunk) const {
+    if (HS == 32) return at + row * 64 + ((chunk ^ ((row >> 1) & 3)) << 4);
+    return at + (chunk >> 3) * kPanelBytes + row * 128 + (((chunk & 7) ^ (row & 7)) << 4);
+  }
+
+  // wgmma's description of the tile from (row, column) on, for either reading direction: address, distance of the
+  // panels (which only a product by columns needs), stride of 8 rows, swizzle (PTX ISA, "Matrix descriptor"; all in
+  // units of 16 bytes). row must be a multiple of 8, column of 16.
+  __device__ __forceinline__ uint64_t descriptor(int row, int column) const {
+    constexpr uint64_t kSwizzle = HS == 32 ? 2 : 1, kRows8 = 8 * kPanel * 2;
+    return (kSwizzle << 62 | kRows8 >> 4 << 32 | kPanelBytes >> 4 << 16 | at >> 4) +
+           (column / kPanel * kPanelBytes + row * kPanel * 2 + column % kPanel * 2) / 16;
+  }
+};
+
+// Starts the copy of rows first..first+ROWS-1 of a matrix (T, HS), `stride` elements from row to row, to a tile, by
+// THREADS threads; rows from T on become zeros.
+template <int THREADS, int ROWS, int HS>
+__device__ __forceinline__ void load_tile(Tile<ROWS, HS> tile, const bf16* source, size_t stride, int first, int T) {
+#if __CUDA_ARCH__ >= 800
+  // A thread copies the same 16 bytes of every kStep-th row.
+  constexpr int kChunks = HS / 8, kStep = THREADS / kChunks;
+  static_assert(ROWS % kStep == 0);
+  const int row = threadIdx.x / kChunks, chunk = threadIdx.x % kChunks;
+  // cp.async goes past registers, and with .cg past the L1 cache: what is loaded once would only push other things out.
+  const bf16* from = source + (first + row) * stride + chunk * 8;
+#pragma unroll
+  for (int n = 0; n < ROWS; n += kStep, from += kStep * stride)
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(tile.address(row + n, chunk)), "l"(from),
+                 "r"(first + row + n < T ? 16 : 0)  // 0: nothing is read, zeros are written
+                 : "memory");
+#endif
+}
+
+// The same for N floats of a vector of length T, one per thread.
+template <int N>
+__device__ __forceinline__ void load_vector(uint32_t to, const float* source, int first, int T, int thread) {
+#if __CUDA_ARCH__ >= 800
+  if (thread < 0 || thread >= N) return;
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(to + thread * 4), "l"(source + first + thread),
+               "r"(first + thread < T ? 4 : 0)
+               : "memory");
+#endif
+}
+
+__device__ __forceinline__ void commit_loads() {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+}
+
+// Waits until all of the block's copies have arrived and all its threads are here, i.e. are done with the tiles before.
+__device__ __forceinline__ void wait_loads() {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.wait_all;" ::: "memory");
+#if FLASH_WGMMA
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");  // wgmma reads shared memory by another path
+#endif
+  __syncthreads();
+#endif
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Fragments. Of a 16 x 8 piece of accumulators, thread 4g + t of a warp holds rows g and g + 8, columns 2t and 2t+1, as
+// acc[piece] = {(g, 2t), (g, 2t+1), (g+8, 2t), (g+8, 2t+1)}; of a 16 x 16 piece of an A operand, (g, 2t..2t+1) of the
+// four 8 x 8 quarters as bf16 pairs, in the order top left, bottom left, top right, bottom right.
+
+__device__ __forceinline__ int lane() { return threadIdx.x & 31; }
+// Which warpgroup of the block; the shuffle tells the compiler that all threads of a warp agree.
+__device__ __forceinline__ int group() { return __shfl_sync(~0u, threadIdx.x / kGroup, 0); }
+// Row of the warpgroup's 64 that the thread's accumulators 0 and 1 belong to; 2 and 3 belong to the row 8 further.
+__device__ __forceinline__ int own_row() { return threadIdx.x % kGroup / 32 * 16 + lane() / 4; }
+
+__device__ __forceinline__ uint32_t pack(float low, float high) {
+  __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+  return reinterpret_cast<uint32_t&>(pair);
+}
+
+// Accumulators (64, N), rounded to bf16, as an A operand.
+template <int N>
+__device__ __forceinline__ void to_operand(uint32_t (&a)[N / 16][4], const float (&acc)[N / 8][4]) {
+#pragma unroll
+  for (int k = 0; k < N / 16; ++k)
+#pragma unroll
+    for (int i = 0; i < 4; ++i) a[k][i] = pack(acc[2 * k + i / 2][i % 2 * 2], acc[2 * k + i / 2][i % 2 * 2 + 1]);
+}
+
+template <int TRANSPOSED>
+__device__ __forceinline__ void ldmatrix(uint32_t (&r)[4], uint32_t address) {
+#if __CUDA_ARCH__ >= 800
+  if (TRANSPOSED)
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(address)
+                 : "memory");
+  else
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(address)
+                 : "memory");
+#endif
+}
+
+// The 16 x 16 piece number k of the warp's 16 rows, as an A operand; the warpgroup's rows start at `first`.
+template <int ROWS, int HS>
+__device__ __forceinline__ void load_operand(uint32_t (&a)[4], Tile<ROWS, HS> tile, int first, int k) {
+  int row = first + threadIdx.x % kGroup / 32 * 16 + lane() % 16;
+  ldmatrix<0>(a, tile.address(row, 2 * k + lane() / 16));
+}
+template <int ROWS, int HS>
+__device__ __forceinline__ void load_operand(uint32_t (&a)[HS / 16][4], Tile<ROWS, HS> tile, int first) {
+#pragma unroll
+  for (int k = 0; k < HS / 16; ++k) load_operand(a[k], tile, first, k);
+}
+
+// An A operand left in shared memory: the 64 rows of a tile from `first` on.
+template <int ROWS, int HS>
+struct Shared {
+  Tile<ROWS, HS> tile;
+  int first;
+};
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Products. They start, and may still run until wait_products; a pending product's operands must be left alone.
+
+// With mma.sync, on every GPU from sm_80 on: bench/attention_ladder.cu uses them on Hopper as well.
+namespace mma_sync {
+
+// d (16, 8) += A (16, 16) B (16, 8), per warp
+__device__ __forceinline__ void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+#if __CUDA_ARCH__ >= 800
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+#endif
+}
+
+template <int N, int HS>
+__device__ __forceinline__ void multiply_transposed_step(float (&acc)[N / 8][4], const uint32_t (&a)[4],
+                                                         Tile<N, HS> tile, int k) {
+#pragma unroll
+  for (int n = 0; n < N / 16; ++n) {
+    uint32_t b[4];
+    ldmatrix<0>(b, tile.address(n * 16 + lane() / 16 * 8 + lane() % 8, 2 * k + lane() / 8 % 2));
+    mma(acc[2 * n], a, b[0], b[1]);
+    mma(acc[2 * n + 1], a, b[2], b[3]);
+  }
+}
+
+template <int N>
+__device__ __forceinline__ void clear(float (&acc)[N][4]) {
+#pragma unroll
+  for (int n = 0; n < N; ++n) acc[n][0] = acc[n][1] = acc[n][2] = acc[n][3] = 0;
+}
+
+// acc (64, N) = A (64, HS) tile^T
+template <int N, int HS>
+__device__ __forceinline__ void multiply_transposed(float (&acc)[N / 8][4], const uint32_t (&a)[HS / 16][4],
+                                                    Tile<N, HS> tile) {
+  clear(acc);
+#pragma unroll
+  for (int k = 0; k < HS / 16; ++k) multiply_transposed_step<N, HS>(acc, a[k], tile, k);
+}
+template <int N, int ROWS, int HS>
+__device__ __forceinline__ void multiply_transposed(float (&acc)[N / 8][4], Shared<ROWS, HS> a, Tile<N, HS> tile) {
+  clear(acc);
+#pragma unroll
+  for (int k = 0; k < HS / 16; ++k) {
+    uint32_t piece[4];
+    load_operand(piece, a.tile, a.first, k);
+    multiply_transposed_step<N, HS>(acc, piece, tile, k);
+  }
+}
+
+// acc (64, HS) += A (64, ROWS) tile
+template <int ROWS, int HS>
+__device__ __forceinline__ void multiply(float (&acc)[HS / 8][4], const uint32_t (&a)[ROWS / 16][4],
+                                         Tile<ROWS, HS> tile) {
+#pragma unroll
+  for (int k = 0; k < ROWS / 16; ++k)
+#pragma unroll
+    for (int n = 0; n < HS / 16; ++n) {
+      uint32_t b[4];
+      ldmatrix<1>(b, tile.address(k * 16 + lane() % 16, 2 * n + lane() / 16));
+      mma(acc[2 * n], a[k], b[0], b[1]);
+      mma(acc[2 * n + 1], a[k], b[2], b[3]);
+    }
+}
+
+}  // namespace mma_sync
+
+#if FLASH_WGMMA
+
+__device__ __forceinline__ void begin_products() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ __forceinline__ void end_products() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+
+// Waits until at most PENDING products still run; acc, the result of one that has finished, can be read after.
+template <int PENDING, int N>
+__device__ __forceinline__ void wait_products(float (&acc)[N][4]) {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
+#pragma unroll
+  for (int n = 0; n < N; ++n)  // keeps the compiler from reading the registers before the wait
+    asm volatile("" : "+f"(acc[n][0]), "+f"(acc[n][1]), "+f"(acc[n][2]), "+f"(acc[n][3])::"memory");
+}
+
+// d (64, N) = [d +] A (64, 16) B (16, N); A in registers or in shared memory. B is stored (N, 16), or with BY_COLUMN
+// (16, N).
+// clang-format off
+#define FLASH_D8(n) "+f"(d[n][0]), "+f"(d[n][1]), "+f"(d[n][2]), "+f"(d[n][3]), \
+    "+f"(d[n + 1][0]), "+f"(d[n + 1][1]), "+f"(d[n + 1][2]), "+f"(d[n + 1][3])
+#define FLASH_D16 FLASH_D8(0), FLASH_D8(2)
+#define FLASH_D32 FLASH_D16, FLASH_D8(4), FLASH_D8(6)
+#define FLASH_D40 FLASH_D32, FLASH_D8(8)
+#define FLASH_D64 FLASH_D40, FLASH_D8(10), FLASH_D8(12), FLASH_D8(14)
+#define FLASH_D128 FLASH_D64, FLASH_D8(16), FLASH_D8(18), FLASH_D8(20), FLASH_D8(22), FLASH_D8(24), FLASH_D8(26), \
+    FLASH_D8(28), FLASH_D8(30)
+#define FLASH_R16  \
+  "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15"
+#define FLASH_R32 FLASH_R16 "," \
+  "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
+#define FLASH_R40 FLASH_R32 "," \
+  "%32,%33,%34,%35,%36,%37,%38,%39"
+#define FLASH_R64 FLASH_R40 "," \
+  "%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
+#define FLASH_R128 FLASH_R64 "," \
+  "%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79,%80,%81,%82,%83,%84,%85,%86,%87,%88,%89," \
+  "%90,%91,%92,%93,%94,%95,%96,%97,%98,%99,%100,%101,%102,%103,%104,%105,%106,%107,%108,%109,%110,%111," \
+  "%112,%113,%114,%115,%116,%117,%118,%119,%120,%121,%122,%123,%124,%125,%126,%127"
+// R is N / 2, the number of a thread's results; then come the operands' numbers.
+#define FLASH_WGMMA_REGISTERS(N, R, A0, A1, A2, A3, B, P, T)                                                           \
+  asm volatile("{.reg .pred p; setp.ne.b32 p, %" #P ", 0;\n"                                                           \
+               "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32.bf16.bf16 {" FLASH_R##R                                 \
+               "}, {%" #A0 ",%" #A1 ",%" #A2 ",%" #A3 "}, %" #B ", p, 1, 1, %" #T ";}"                                 \
+               : FLASH_D##R                                                                                            \
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate), "n"(BY_COLUMN))
+#define FLASH_WGMMA_SHARED(N, R, A, B, P, T)                                                                           \
+  asm volatile("{.reg .pred p; setp.ne.b32 p, %" #P ", 0;\n"                                                           \
+               "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32.bf16.bf16 {" FLASH_R##R                                 \
+               "}, %" #A ", %" #B ", p, 1, 1, 0, %" #T ";}"                                                            \
+               : FLASH_D##R                                                                                            \
+               : "l"(a), "l"(b), "r"(accumulate), "n"(BY_COLUMN))
+// clang-format on
+
+template <int N, int BY_COLUMN>
+__device__ __forceinline__ void wgmma(float (*d)[4], const uint32_t (&a)[4], uint64_t b, int accumulate) {
+  static_assert(N == 32 || N == 64 || N == 128 || N == 256);
+  if constexpr (N == 32) FLASH_WGMMA_REGISTERS(32, 16, 16, 17, 18, 19, 20, 21, 22);
+  if constexpr (N == 64) FLASH_WGMMA_REGISTERS(64, 32, 32, 33, 34, 35, 36, 37, 38);
+  if constexpr (N == 128) FLASH_WGMMA_REGISTERS(128, 64, 64, 65, 66, 67, 68, 69, 70);
+  if constexpr (N == 256) FLASH_WGMMA_REGISTERS(256, 128, 128, 129, 130, 131, 132, 133, 134);
+}
+template <int N, int BY_COLUMN>
+__device__ __forceinline__ void wgmma(float (*d)[4], uint64_t a, uint64_t b, int accumulate) {
+  static_assert(N == 32 || N == 64 || N == 80 || N == 128);
+  if constexpr (N == 32) FLASH_WGMMA_SHARED(32, 16, 16, 17, 18, 19);
+  if constexpr (N == 64) FLASH_WGMMA_SHARED(64, 32, 32, 33, 34, 35);
+  if constexpr (N == 80) FLASH_WGMMA_SHARED(80, 40, 40, 41, 42, 43);
+  if constexpr (N == 128) FLASH_WGMMA_SHARED(128, 64, 64, 65, 66, 67);
+}
+
+// acc (64, N) = A (64, HS) tile^T
+template <int N, int ROWS, int HS>
+__device__ __forceinline__ void multiply_transposed(float (&acc)[N / 8][4], Shared<ROWS, HS> a, Tile<N, HS> tile) {
+  begin_products();
+#pragma unroll
+  for (int k = 0; k < HS / 16; ++k)
+    wgmma<N, 0>(acc, a.tile.descriptor(a.first, k * 16), tile.descriptor(0, k * 16), k > 0);
+  end_products();
+}
+
+// acc (64, HS) += A (64, ROWS) tile
+template <int ROWS, int HS>
+__device__ __forceinline__ void multiply(float (&acc)[HS / 8][4], const uint32_t (&a)[ROWS / 16][4],
+                                         Tile<ROWS, HS> tile) {
+  begin_products();
+#pragma unroll
+  for (int k = 0; k < ROWS / 16; ++k) wgmma<HS, 1>(acc, a[k], tile.descriptor(k * 16, 0), 1);
+  end_products();
+}
+
+#else
+
+template <int PENDING, int N>
+__device__ __forceinline__ void wait_products(float (&)[N][4]) {}
+
+using namespace mma_sync;
+
+#endif
+
+}  // namespace flash
+
+#endif  // __CUDACC__
