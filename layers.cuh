@@ -287,7 +287,8 @@ void embedding_backward(Cuda& be, Acc<Real>* dweight, const Real* dx, const int*
   with_width<kWide<Real>>(wide(C, dx) && wide(4, dweight), [&](auto W) {
     launch(be, "embedding_backward", embedding_backward_kernel<Real, W()>,
            dim3(std::max(divide_up(V, kEmbeddingWarps), std::min<size_t>(V, 2 * be.multiprocessors)),
-                divide_up(C, 32 * W())), kEmbeddingWarps * 32, 0, dweight, dx, (const int*)rows, (const int*)begin, (const int*)end, V, C);
+                divide_up(C, 32 * W())),
+           kEmbeddingWarps * 32, 0, dweight, dx, (const int*)rows, (const int*)begin, (const int*)end, V, C);
   });
 }
 

@@ -252,11 +252,11 @@ __global__ void norm_backward_kernel(Real* dx, float* partial, const Real* dresi
   }
 }
 
+// Blocks of the next kernel for a multiprocessor, as the registers allow that its vectors of sums take.
+constexpr int narrow_blocks(int sums) { return sums <= 2 ? 3 : sums <= 4 ? 2 : 1; }
+
 // The same for rows of which a lane holds at most 2 vectors: everything stays in registers, the sums for dweight and dbias
 // too, which meet in shared memory, (warps, C), at the end. Errors: dweight and dbias with 396 blocks, k = 21.
-constexpr int narrow_blocks(int sums) {  // per multiprocessor, as registers allow
-  return sums <= 2 ? 3 : sums <= 4 ? 2 : 1;
-}
 template <class Real, int W, NormKind KIND, bool PAIR, int VECTORS>
 __global__ void __launch_bounds__(kNormWarps * 32, narrow_blocks(norm_sums(KIND, PAIR) * VECTORS))
     norm_backward_narrow_kernel(Real* dx, float* partial, const Real* dresidual, const Real* dout, const Real* dout2,
