@@ -12,7 +12,8 @@
 //     become free.
 //   - Two warpgroups, the consumers, own 64 rows each: 128 fp32 sums a thread. wgmma reads both operands straight from
 //     shared memory. They leave a finished tile in shared memory, rounded to bf16, and go on with the next.
-//   - Three warps, the finishers, have that tile copied to device memory and do what the epilogue says, meanwhile.
+//   - Three warps, the finishers, have that tile copied to device memory and do what the epilogue says, meanwhile; one
+//     epilogue, FullRope, is done by the consumers before they leave the tile.
 //   - Barriers pass all of it on: `full` and `empty` for each slot, `ready` and `free` for the finished tile.
 //   - Two blocks, a cluster, work on tiles one above the other, which need the same slice of B: each fetches half of it
 //     and the copy engine delivers it to both. Without that the L2 cache cannot keep up.
@@ -222,9 +223,9 @@ __device__ __forceinline__ void unpack(float (&x)[8], uint4 packed) {
 // ---------------------------------------------------------------------------------------------------------------------
 // Epilogues. Each says which rows of B make a tile, and to which columns of out its four panels go (N: nowhere).
 // A consumer's warp calls begin() before it waits for the last sums of its 16 rows, from `row` of the tile on, and change()
-// before it writes them there. Finisher number `thread` of kFinishers calls prepare() while a tile is being made, and finish() once it is there: before
-// the tile is copied to device memory if finish() changes it, else meanwhile. Behind the tile it has kBytes of shared
-// memory.
+// before it writes them there. Finisher number `thread` of kFinishers calls prepare() while a tile is being made, and
+// finish() once it is there: before the tile is copied to device memory if finish() changes it, else meanwhile. Behind the
+// tile it has kBytes of shared memory.
 
 // out as it is.
 struct Store {

@@ -1,6 +1,6 @@
 #pragma once
-// Tiles and their products, of which flash attention is made (device/flash.cuh, flash_hopper.cuh; bench/attention_ladder.cu
-// on the way there): bf16 with fp32 sums, on the tensor cores of sm_80 and up.
+// Tiles and their products, of which flash attention is made (device/flash.cuh, flash_hopper.cuh; the ladders in bench/ use
+// them on the way): bf16 with fp32 sums, on the tensor cores of sm_80 and up.
 //
 // Four warps, a warpgroup, own 64 rows and keep their sums, the accumulators, in registers. The other operand streams
 // through shared memory in tiles. A product is then one of
