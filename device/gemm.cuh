@@ -12,8 +12,9 @@
 //     become free.
 //   - Two warpgroups, the consumers, own 64 rows each: 128 fp32 sums a thread. wgmma reads both operands straight from
 //     shared memory. They leave a finished tile in shared memory, rounded to bf16, and go on with the next.
-//   - Three warps, the finishers, have that tile copied to device memory and do what the epilogue says, meanwhile; one
-//     epilogue, FullRope, is done by the consumers before they leave the tile.
+//   - Three warps, the finishers, do what the epilogue says and have that tile copied to device memory, meanwhile. What
+//     they change they send off piece by piece: 64 KB at once, with the next tile well under way, would hold up its
+//     slices, for 5 to 7 % of the product's time on an H200.
 //   - Barriers pass all of it on: `full` and `empty` for each slot, `ready` and `free` for the finished tile.
 //   - Two blocks, a cluster, work on tiles one above the other, which need the same slice of B: each fetches half of it
 //     and the copy engine delivers it to both. Without that the L2 cache cannot keep up.
@@ -89,7 +90,6 @@ __device__ __forceinline__ void arrive_at(uint32_t barrier, int rank) {
       "r"(rank)
       : "memory");
 }
-__device__ __forceinline__ void finishers_barrier() { asm volatile("bar.sync 1, %0;" ::"n"(kFinishers) : "memory"); }
 __device__ __forceinline__ void cluster_barrier() {
   asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
@@ -223,13 +223,15 @@ __device__ __forceinline__ void unpack(float (&x)[8], uint4 packed) {
 // ---------------------------------------------------------------------------------------------------------------------
 // Epilogues. Each says which rows of B make a tile, and to which columns of out its four panels go (N: nowhere).
 // A consumer's warp calls begin() before it waits for the last sums of its 16 rows, from `row` of the tile on, and change()
-// before it writes them there. Finisher number `thread` of kFinishers calls prepare() while a tile is being made, and
-// finish() once it is there: before the tile is copied to device memory if finish() changes it, else meanwhile. Behind the
-// tile it has kBytes of shared memory.
+// before it writes them there. The finishers call prepare() while a tile is being made. Once it is there, they call
+// finish() while the copy engine takes it away, or, if they change it, each warp finish_piece() for a piece of 64 rows and
+// piece_columns() columns before it sends that off. Behind the tile there are kBytes of shared memory.
+
+enum class Finish { nothing, reads, changes };  // what finishers do with a tile
 
 // out as it is.
 struct Store {
-  static constexpr bool kChanges = false;
+  static constexpr Finish kFinish = Finish::nothing;
   static constexpr int kBytes = 0;
   __device__ Place place(int row, int j, int /*N*/) const { return {row, j * kN, j * kN, j * kN + 128}; }
   __device__ int panel_column(Place at, int panel, int) const { return at.column + panel * 64; }
@@ -237,11 +239,14 @@ struct Store {
   __device__ void change(float (&)[32][4], Place, int) const {}
   __device__ void prepare(uint32_t, Place, int, int, int) const {}
   __device__ void finish(uint32_t, Place, int, int, int) const {}
+  __device__ int piece_columns() const { return kN; }
+  __device__ void finish_piece(uint32_t, Place, int, int) const {}
 };
 
 // out (M, 2F) holds gates in its first F columns and ups behind them; act (M, F) = silu(gate) * up, to the bit as from
 // swiglu_forward(). A tile has 128 gates and the 128 ups that go with them. F is a multiple of 64.
 struct SwiGlu : Store {
+  static constexpr Finish kFinish = Finish::reads;
   bf16* act;
   explicit SwiGlu(bf16* to) : act(to) {}
   __device__ Place place(int row, int j, int N) const { return {row, j * 128, j * 128, N / 2 + j * 128}; }
@@ -280,6 +285,7 @@ __device__ __forceinline__ void swiglu_gradient(float& gate, float& up, float d)
 // rows before they are needed, the first while the tile is still being made, and come to a place in shared memory that
 // each thread has for itself.
 struct SwiGluBackward : Store {
+  static constexpr Finish kFinish = Finish::reads;
   static constexpr int kAhead = 6, kStep = kFinishers / 32, kBytesRow = kFinishers * 16, kBytes = kAhead * 2 * kBytesRow;
   const bf16* gate_up;
   bf16* dgate_up;
@@ -334,51 +340,45 @@ struct SwiGluBackward : Store {
 // the row's position, to the bit as by rope_forward(). 256 is a multiple of HS, R / 2 of W.
 template <int W, bool INTERLEAVED>
 struct Rope : Store {
-  static constexpr bool kChanges = true;
+  static constexpr Finish kFinish = Finish::changes;
   const float* cos_sin;  // (T, R/2, 2)
   int T, R, heads, HS;
   Rope(const float* table, int positions, int rotary_dim, int turned, int head_size)
       : cos_sin(table), T(positions), R(rotary_dim), heads(turned), HS(head_size) {}
-  // A warp has every third of the tile's eight groups of 16 rows, a lane every other group of W neighbouring pairs of one
-  // row of each. It turns them in up to 4 heads at once, for which it reads the angles once.
-  __device__ void finish(uint32_t tile, Place at, int thread, int M, int) const {
+  __device__ int piece_columns() const { return max(HS, 64); }  // whole heads, and whole panels
+  // A lane has two rows, and turns W neighbouring pairs of each at once.
+  __device__ void finish_piece(uint32_t tile, Place at, int first_row, int first_column) const {
 #if GEMM_HOPPER
-    constexpr int kWarps = kFinishers / 32, kGroups = (kM / 16 + kWarps - 1) / kWarps;
-    const int lane = thread % 32, row = thread / 32 * 16 + lane % 16;
-    const int end = min(kN, heads * HS - at.column), rows = min(kM, M - at.row);
-    if (end <= 0) return;
-    const float* angles[kGroups];
+    const int row = first_row + threadIdx.x % 32, end = min(first_column + piece_columns(), heads * HS - at.column);
+    if (first_column >= end) return;
+    const float* angles[2];
 #pragma unroll
-    for (int g = 0; g < kGroups; ++g) angles[g] = cos_sin + size_t((at.row + row + g * kWarps * 16) % T) * R;
-    for (int pair = lane / 16 * W; pair < R / 2; pair += 2 * W) {
-      float angle[kGroups][2 * W];
+    for (int g = 0; g < 2; ++g) angles[g] = cos_sin + size_t((at.row + row + g * 32) % T) * R;
+    for (int pair = 0; pair < R / 2; pair += W) {
+      float angle[2][2 * W];
 #pragma unroll
-      for (int g = 0; g < kGroups; ++g) load<2 * W>(angle[g], angles[g] + 2 * pair);
+      for (int g = 0; g < 2; ++g) load<2 * W>(angle[g], angles[g] + 2 * pair);
+      for (int head = first_column; head < end; head += HS) {
+        using Half = float[W];
+        bf16 *first[2], *second[2];
+        float x[2][2 * W];  // W first channels and W second ones, or interleaved
 #pragma unroll
-      for (int g = 0; g < kGroups; ++g) {
-        if (row + g * kWarps * 16 >= rows) continue;
-        for (int head = 0; head < end; head += 4 * HS) {
-          using Half = float[W];
-          bf16 *first[4], *second[4];
-          float x[4][2 * W];  // W first channels and W second ones, or interleaved
+        for (int g = 0; g < 2; ++g) {  // both are on their way at once
+          first[g] = element(tile, row + g * 32, head + (INTERLEAVED ? 2 * pair : pair));
+          second[g] = element(tile, row + g * 32, head + R / 2 + pair);
+          if constexpr (INTERLEAVED) load<2 * W>(x[g], first[g]);
+          else
+            load<W>(reinterpret_cast<Half&>(x[g][0]), first[g]), load<W>(reinterpret_cast<Half&>(x[g][W]), second[g]);
+        }
 #pragma unroll
-          for (int h = 0; h < 4; ++h) {  // none of them under a condition, so that all are on their way at once
-            const int column = min(head + h * HS, kN - HS);
-            first[h] = element(tile, row + g * kWarps * 16, column + (INTERLEAVED ? 2 * pair : pair));
-            second[h] = element(tile, row + g * kWarps * 16, column + R / 2 + pair);
-            if constexpr (INTERLEAVED) load<2 * W>(x[h], first[h]);
-            else load<W>(reinterpret_cast<Half&>(x[h][0]), first[h]), load<W>(reinterpret_cast<Half&>(x[h][W]), second[h]);
-          }
+        for (int g = 0; g < 2; ++g) {
 #pragma unroll
-          for (int h = 0; h < 4; ++h) {
-            if (head + h * HS >= end) continue;
-#pragma unroll
-            for (int k = 0; k < W; ++k)
-              turn(x[h][INTERLEAVED ? 2 * k : k], x[h][INTERLEAVED ? 2 * k + 1 : W + k], angle[g][2 * k],
-                   angle[g][2 * k + 1]);
-            if constexpr (INTERLEAVED) store<2 * W>(first[h], x[h]);
-            else store<W>(first[h], reinterpret_cast<Half&>(x[h][0])), store<W>(second[h], reinterpret_cast<Half&>(x[h][W]));
-          }
+          for (int k = 0; k < W; ++k)
+            turn(x[g][INTERLEAVED ? 2 * k : k], x[g][INTERLEAVED ? 2 * k + 1 : W + k], angle[g][2 * k],
+                 angle[g][2 * k + 1]);
+          if constexpr (INTERLEAVED) store<2 * W>(first[g], x[g]);
+          else
+            store<W>(first[g], reinterpret_cast<Half&>(x[g][0])), store<W>(second[g], reinterpret_cast<Half&>(x[g][W]));
         }
       }
     }
@@ -457,7 +457,7 @@ __global__ void GEMM_CLUSTER __launch_bounds__(kThreads, 1)
       init_barrier(empty + 8 * i, 2 * kCluster);  // both consumers of both blocks: B's halves go to both
     }
     init_barrier(ready, 256);  // all threads of the consumers have written their part of the tile
-    init_barrier(free, 1);     // one finisher, for all of them, has seen the copy engine take it
+    init_barrier(free, 3);     // a finisher of each warp has seen the copy engine take the warp's part of it
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }
   cluster_barrier();  // nobody may write to the other block, or arrive there, before its barriers exist
@@ -483,29 +483,34 @@ __global__ void GEMM_CLUSTER __launch_bounds__(kThreads, 1)
       }
     }
     if (warp > 0) {  // the finishers
-      const int thread = threadIdx.x - 32;
+      const int thread = threadIdx.x - 32, lane = threadIdx.x % 32;
       int parity = 0;
       for (int t = first_tile; t < rows * columns; t += tiles_apart, parity ^= 1) {
         const Place at = tile_place(epilogue, t, rows, columns, N, rank);
+        auto send = [&](int half, int panel) {  // of the tile's two halves of 64 rows, its four panels of 64 columns
+          if (const int column = epilogue.panel_column(at, panel, N); column < N)
+            store_box(out, column, at.row + half * 64, tile + (half * 4 + panel) * kBytesPanel);
+          commit_stores();
+        };
         epilogue.prepare(tile, at, thread, M, N);
         wait_barrier(ready, parity);
-        if (Epilogue::kChanges) {
+        if (Epilogue::kFinish == Finish::changes) {
+          const int width = epilogue.piece_columns();
+          for (int piece = warp - 1; piece < 2 * kN / width; piece += 3) {
+            epilogue.finish_piece(tile, at, piece % 2 * 64, piece / 2 * width);
+            publish();
+            __syncwarp();
+            for (int c = 0; c < width && lane == 0; c += 64) send(piece % 2, (piece / 2 * width + c) / 64);
+          }
+        } else {
+          for (int panel = warp - 1; panel < 8 && lane == 0; panel += 3) {
+            send(panel / 4, panel % 4);
+            if (Epilogue::kFinish == Finish::nothing) wait_stores();  // no hurry: one after the other
+          }
           epilogue.finish(tile, at, thread, M, N);
-          publish();
-          finishers_barrier();
+          __syncwarp();
         }
-        if (thread == 0) {
-          for (int i = 0; i < 8; ++i)
-            if (const int column = epilogue.panel_column(at, i % 4, N); column < N)
-              store_box(out, column, at.row + i / 4 * 64, tile + i * kBytesPanel);
-          commit_stores();
-        }
-        // While the copy engine takes the tile away, its numbers are read again here.
-        if (!Epilogue::kChanges) {
-          epilogue.finish(tile, at, thread, M, N);
-          finishers_barrier();
-        }
-        if (thread == 0) {
+        if (lane == 0) {
           wait_stores();
           arrive(free);
         }

@@ -234,8 +234,8 @@ TEST_CASE("cuda: the product of our own with RoPE") {
     return;
   }
   // Heads of queries, of keys, their size: the last heads of a row share a tile with values, or have it for themselves.
-  for (auto [NH, NKV, HS] : {std::array{12, 12, 64}, {2, 2, 128}, {6, 1, 64}, {3, 1, 256}, {8, 2, 32}})
-    for (int R : {2, 6, 16, 26, 32, 64, 128})
+  for (auto [NH, NKV, HS] : {std::array{12, 12, 64}, {2, 2, 128}, {6, 1, 64}, {3, 1, 256}, {8, 2, 32}, {16, 8, 16}})
+    for (int R : {2, 6, 8, 16, 26, 32, 64, 128, 256})
       for (RopePairs pairs : {RopePairs::half, RopePairs::interleaved}) {
         if (R > HS || R != kRotaryDim.value_or(R)) continue;
         CAPTURE(HS);
