@@ -30,7 +30,7 @@ namespace flash {
 constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 
 // How RoPE turned the first R channels of queries and keys, which is undone in their gradients: pair i of position t,
-// channels i and i + R/2 or with `interleaved` 2i and 2i + 1, by the angle at cos_sin (T, R/2, 2). nullptr: not at all.
+// channels i and i + R/2 or with `interleaved` 2i and 2i + 1, by the angle at cos_sin (T, R/2, 2). R = 0: not at all.
 struct Rotation {
   const float* cos_sin = nullptr;
   int R = 0;
@@ -161,36 +161,61 @@ __device__ __forceinline__ void multiply_rows(float (&O)[N][4], const float (&fa
 extern __shared__ __align__(1024) unsigned char shared_memory[];
 __device__ __forceinline__ uint32_t shared_start() { return uint32_t(__cvta_generic_to_shared(shared_memory)); }
 
+// Channel of a row of a tile, as a pointer.
+template <int ROWS, int HS>
+__device__ __forceinline__ bf16* element(Tile<ROWS, HS> tile, int row, int channel) {
+  return reinterpret_cast<bf16*>(shared_memory + (tile.address(row, channel / 8) - shared_start())) + channel % 8;
+}
+
 // Undoes the rotation, to the bit as rope_backward(), in the warp's own 16 rows of a tile whose row 0 is at position
-// `first`. A lane has every other pair of a row, or every other group of 8 pairs.
+// `first`. Two lanes share a row, each has every other pair. Rows from T on are not stored, whatever they are.
+template <int ROWS, int HS>
+__device__ __forceinline__ void turn_pairs_back(Tile<ROWS, HS> tile, const Rotation& rope, int first, int T) {
+  const int R = rope.R, row = threadIdx.x / 32 * 16 + lane() % 16;
+  const float* angles = rope.cos_sin + size_t(min(first + row, T - 1)) * R;
+  for (int i = lane() / 16; i < R / 2; i += 2) {
+    bf16* a = element(tile, row, rope.interleaved ? 2 * i : i);
+    bf16* b = element(tile, row, rope.interleaved ? 2 * i + 1 : i + R / 2);
+    float angle[2], x = float(*a), y = float(*b);
+    load<2>(angle, angles + 2 * i);
+    turn(x, y, angle[0], -angle[1]);
+    *a = bf16(x), *b = bf16(y);
+  }
+}
+
+// The same for R = 8 LANES: so many lanes share a row, of which each turns four neighbouring pairs. Together they read
+// whole rows of the table; with a row to a lane, the L1 cache would look up a line for every lane.
+template <int LANES, int ROWS, int HS>
+__device__ __forceinline__ void turn_fours_back(Tile<ROWS, HS> tile, const Rotation& rope, int first, int T) {
+  const int i = lane() % LANES * 4;
+#pragma unroll 4
+  for (int n = 0; n < 16; n += 32 / LANES) {
+    if (LANES == 1 && lane() >= 16) break;
+    const int row = threadIdx.x / 32 * 16 + n + lane() / LANES;
+    const float4* angles =
+        reinterpret_cast<const float4*>(rope.cos_sin + size_t(min(first + row, T - 1)) * (8 * LANES) + 2 * i);
+    const float4 angle[2] = {__ldg(angles), __ldg(angles + 1)};
+    bf16* a = element(tile, row, rope.interleaved ? 2 * i : i);
+    bf16* b = rope.interleaved ? a + 4 : element(tile, row, i + 4 * LANES);
+    float x[4], y[4];
+    load<4>(x, a), load<4>(y, b);
+    if (rope.interleaved) {
+      turn(x[0], x[1], angle[0].x, -angle[0].y), turn(x[2], x[3], angle[0].z, -angle[0].w);
+      turn(y[0], y[1], angle[1].x, -angle[1].y), turn(y[2], y[3], angle[1].z, -angle[1].w);
+    } else {
+      turn(x[0], y[0], angle[0].x, -angle[0].y), turn(x[1], y[1], angle[0].z, -angle[0].w);
+      turn(x[2], y[2], angle[1].x, -angle[1].y), turn(x[3], y[3], angle[1].z, -angle[1].w);
+    }
+    store<4>(a, x), store<4>(b, y);
+  }
+}
+
 template <int ROWS, int HS>
 __device__ __forceinline__ void turn_rows_back(Tile<ROWS, HS> tile, const Rotation& rope, int first, int T) {
-  const int R = rope.R, row = threadIdx.x / 32 * 16 + lane() % 16;
-  const float* angles = rope.cos_sin + size_t(min(first + row, T - 1)) * R;  // rows from T on are not stored
-  auto at = [&](int channel) {
-    return reinterpret_cast<bf16*>(shared_memory + (tile.address(row, channel / 8) - shared_start())) + channel % 8;
-  };
-  if (R % 16 == 0) {
-    for (int i = lane() / 16 * 8; i < R / 2; i += 16) {
-      bf16* to[2] = {at(rope.interleaved ? 2 * i : i), at(rope.interleaved ? 2 * i + 8 : i + R / 2)};
-      float angle[16], x[2][8];
-      load<16>(angle, angles + 2 * i);
-      load<8>(x[0], to[0]), load<8>(x[1], to[1]);
-#pragma unroll
-      for (int k = 0; k < 8; ++k)
-        if (rope.interleaved) turn(x[k / 4][k % 4 * 2], x[k / 4][k % 4 * 2 + 1], angle[2 * k], -angle[2 * k + 1]);
-        else turn(x[0][k], x[1][k], angle[2 * k], -angle[2 * k + 1]);
-      store<8>(to[0], x[0]), store<8>(to[1], x[1]);
-    }
-  } else {
-    for (int i = lane() / 16; i < R / 2; i += 2) {
-      bf16 *a = at(rope.interleaved ? 2 * i : i), *b = at(rope.interleaved ? 2 * i + 1 : i + R / 2);
-      float angle[2], x = float(*a), y = float(*b);
-      load<2>(angle, angles + 2 * i);
-      turn(x, y, angle[0], -angle[1]);
-      *a = bf16(x), *b = bf16(y);
-    }
-  }
+  if (rope.R == HS) turn_fours_back<HS / 8>(tile, rope, first, T);
+  else if (rope.R == HS / 2) turn_fours_back<HS / 16>(tile, rope, first, T);
+  else if (rope.R == HS / 4) turn_fours_back<HS / 32>(tile, rope, first, T);
+  else turn_pairs_back(tile, rope, first, T);
 }
 
 // Writes accumulators (64, HS), times factor0 (rows g) or factor1 (rows g + 8), to rows first.. of a matrix (T, HS)
@@ -212,7 +237,7 @@ __device__ __forceinline__ void store_rows(bf16* to, size_t stride, int first, i
                  : "memory");
   }
   __syncwarp();
-  if (rope.cos_sin) {
+  if (rope.R > 0) {
     turn_rows_back(tile, rope, first, T);
     __syncwarp();
   }
