@@ -268,8 +268,63 @@ __global__ void __launch_bounds__(kEmbeddingWarps * 32)
   }
 }
 
+// For a small vocabulary, to sort the tokens takes longer than to look through the batch for each: a block has one token
+// of the vocabulary and 64 W columns. A warp looks through a stretch of the batch, 256 rows at a time, of which it lists
+// those that have the token and adds them up; the warps' sums meet in the end, in order.
+constexpr int kSmallVocabulary = 512, kListedWarps = 16, kListed = 256;
+
+template <class Real, int W>
+__global__ void __launch_bounds__(kListedWarps * 32)
+    embedding_backward_small_kernel(float* dweight, const Real* dx, const int* tokens, int N, int C) {
+  __shared__ int lists[kListedWarps][kListed];
+  __shared__ float sums[kListedWarps][32 * W];
+  const int token = blockIdx.x, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int stretch = (N + kListedWarps - 1) / kListedWarps, end = min((warp + 1) * stretch, N);
+  int* list = lists[warp];
+  float sum[2][W] = {};
+  for (int begin = warp * stretch; begin < end; begin += kListed) {
+    int count = 0;
+    bool here[kListed / 32];
+#pragma unroll
+    for (int i = 0; i < kListed / 32; ++i) {
+      const int n = begin + i * 32 + lane;
+      here[i] = n < end && tokens[n] == token;
+    }
+#pragma unroll
+    for (int i = 0; i < kListed / 32; ++i) {
+      const unsigned lanes = __ballot_sync(~0u, here[i]);
+      if (here[i]) list[count + __popc(lanes & ((1u << lane) - 1))] = begin + i * 32 + lane;
+      count += __popc(lanes);
+    }
+    __syncwarp();
+#pragma unroll
+    for (int part = 0; part < 2; ++part)
+      if (const int c = ((blockIdx.y * 2 + part) * 32 + lane) * W; c < C)
+        add_rows_of_token<Real, W>(sum[part], dx, list, 0, count, 1, C, c);
+    __syncwarp();  // before the list is written anew
+  }
+#pragma unroll
+  for (int part = 0; part < 2; ++part) {
+    const int c = ((blockIdx.y * 2 + part) * 32 + lane) * W;
+    for (int k = 0; k < W; ++k) sums[warp][k * 32 + lane] = sum[part][k];
+    __syncthreads();
+    if (warp == 0 && c < C) {
+      for (int w = 1; w < kListedWarps; ++w)
+        for (int k = 0; k < W; ++k) sum[part][k] += sums[w][k * 32 + lane];
+      add_to<W>(dweight + size_t(token) * C + c, sum[part]);
+    }
+    __syncthreads();
+  }
+}
+
 template <class Real>
 void embedding_backward(Cuda& be, Acc<Real>* dweight, const Real* dx, const int* tokens, int N, int V, int C) {
+  const bool is_wide = wide(C, dx) && wide(4, dweight);
+  if (V <= kSmallVocabulary)
+    return with_width<kWide<Real>>(is_wide, [&](auto W) {
+      launch(be, "embedding_backward", embedding_backward_small_kernel<Real, W()>, dim3(V, divide_up(C, 64 * W())),
+             kListedWarps * 32, 0, dweight, dx, tokens, N, C);
+    });
   // In the workspace: begin (V), end (V), sorted (N), rows (N), counts (N), then the sort's own memory.
   int* memory = static_cast<int*>(be.workspace);
   int *begin = memory, *end = begin + V, *sorted = end + V, *rows = sorted + N, *counts = rows + N;
@@ -284,7 +339,7 @@ void embedding_backward(Cuda& be, Acc<Real>* dweight, const Real* dx, const int*
   check(cub::DeviceRadixSort::SortPairs(temporary, bytes, tokens, sorted, counts, rows, N, 0, bits, be.stream), "sort");
   be.zero(begin, 2 * size_t(V) * sizeof(int));
   launch(be, "find_tokens", find_tokens_kernel, divide_up(N, 256), 256, 0, begin, end, (const int*)sorted, N);
-  with_width<kWide<Real>>(wide(C, dx) && wide(4, dweight), [&](auto W) {
+  with_width<kWide<Real>>(is_wide, [&](auto W) {
     launch(be, "embedding_backward", embedding_backward_kernel<Real, W()>,
            dim3(std::max(divide_up(V, kEmbeddingWarps), std::min<size_t>(V, 2 * be.multiprocessors)),
                 divide_up(C, 32 * W())),

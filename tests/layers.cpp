@@ -361,7 +361,8 @@ TEST_CASE_TEMPLATE("cuda: embedding", Real, BOTH_TYPES) {
   NEEDS_GPU;
   using Sizes = std::array<int, 3>;
   for (Sizes sizes :
-       {Sizes{1, 1, 1}, {17, 5, 8}, {1000, 3, 24}, {1000, 70000, 24}, {2000, 257, 65}, {2000, 300, 520}}) {
+       {Sizes{1, 1, 1}, {17, 5, 8}, {1000, 3, 24}, {9000, 512, 40}, {2000, 257, 65}, {2000, 300, 520},
+        {2000, 513, 520}, {1000, 70000, 24}}) {  // small vocabularies are looked through, others sorted
     const int N = sizes[0], V = sizes[1], C = sizes[2];
     CAPTURE(N);
     CAPTURE(V);
