@@ -5,6 +5,7 @@
 //   ops_gpu steps [NAME]   the steps only, of models with NAME in their names
 //   ops_gpu fused [NAME]   products with what comes next in their epilogue, at the shapes of these models
 //   ops_gpu floor [NAME]   a step of each beside what its products, attention and bytes take at least
+//   ops_gpu rotation NAME [ROUNDS]   what 10 % and 100 % of rotation add to a step of the model, by turns with none
 //   ops_gpu kernels        every rung of RoPE and attention as CSV: notebooks/kernels.csv, which 05_kernels reads
 //
 // GB/s counts each tensor that an operation must read or write once, next to a plain device-to-device copy (bytes read
@@ -13,8 +14,10 @@
 #include <algorithm>
 #include <cstdio>
 #include <map>
+#include <memory>
 #include <random>
 #include <string>
+#include <vector>
 
 #include "bench/gpu.h"
 #include "run/diagnostics.cuh"
@@ -329,20 +332,37 @@ static Config config_of(const Row& r, int percent) {
   return c;
 }
 
+// A model, and what its training steps read.
+struct Training {
+  const Config c;
+  const int B, T, N;
+  Model<Cuda, bf16> model;
+  HostArray<Cuda, int> tokens;
+  int steps = 0;
+  Training(const Row& r, int percent)
+      : c(config_of(r, percent)), B(r.B), T(r.T), N(r.B * r.T), model(*be, c, r.B, r.T, true), tokens(*be, N + 1) {
+    model.initialise_weights(1);
+    std::mt19937 random(3);
+    for (int n = 0; n <= N; ++n) tokens.data[n] = random() % c.vocab;
+  }
+  void update() { model.update({1e-4, 0.9, 0.95, 1e-8, 0.1, 1.0, ++steps}); }
+  void step() {
+    model.zero_gradients();
+    model.train_batch(tokens.data, tokens.data + 1, 1.0 / N, 0);
+    update();
+  }
+};
+
 static void whole_steps(const Row& r) {
   for (int percent : {0, 10, 100}) {
-    const Config c = config_of(r, percent);
-    const int N = r.B * r.T;
-    Model<Cuda, bf16> model(*be, c, r.B, r.T, true);
-    model.initialise_weights(1);
-    std::vector<int> tokens(N + 1);
-    std::mt19937 random(3);
-    for (int& t : tokens) t = random() % c.vocab;
-    int step = 0;
+    Training run(r, percent);
+    const Config& c = run.c;
+    Model<Cuda, bf16>& model = run.model;
+    const int N = run.N;
     auto zero = [&] { model.zero_gradients(); };
-    auto forward = [&] { model.forward(tokens.data(), r.B, r.T); };
-    auto backward = [&] { model.backward(tokens.data() + 1, r.B, r.T, 1.0 / N, 0); };
-    auto update = [&] { model.update({1e-4, 0.9, 0.95, 1e-8, 0.1, 1.0, ++step}); };
+    auto forward = [&] { model.forward(run.tokens.data, r.B, r.T); };
+    auto backward = [&] { model.backward(run.tokens.data + 1, r.B, r.T, 1.0 / N, 0); };
+    auto update = [&] { run.update(); };
     const int runs = r.layers * r.width > 20000 ? 3 : 10;
     const double ms = milliseconds([&] { zero(), forward(), backward(), update(); }, runs);
     const double f = milliseconds(forward, runs), b = milliseconds(backward, runs), u = milliseconds(update, runs);
@@ -360,19 +380,10 @@ static void whole_steps(const Row& r) {
 // of its own, so at the clock that the card holds under that load; all else would cost no more than to read and write
 // its tensors once, at the rate of a copy, RoPE nothing.
 static void step_floor(const Row& r) {
-  const Config c = config_of(r, 10);
-  const int N = r.B * r.T, C = c.width, A = c.heads * c.head_size, F = c.mlp_hidden, V = c.vocab, QKV = c.qkv_width();
-  Model<Cuda, bf16> model(*be, c, r.B, r.T, true);
-  model.initialise_weights(1);
-  std::vector<int> tokens(N + 1);
-  std::mt19937 random(3);
-  for (int& t : tokens) t = random() % V;
-  int step = 0;
-  auto whole = [&] {
-    model.zero_gradients();
-    model.train_batch(tokens.data(), tokens.data() + 1, 1.0 / N, 0);
-    model.update({1e-4, 0.9, 0.95, 1e-8, 0.1, 1.0, ++step});
-  };
+  Training run(r, 10);
+  const Config& c = run.c;
+  Model<Cuda, bf16>& model = run.model;
+  const int N = run.N, C = c.width, A = c.heads * c.head_size, F = c.mlp_hidden, V = c.vocab, QKV = c.qkv_width();
   auto& d = model.grads;
   auto products = [&] {
     for (int l = 0; l < c.layers; ++l) {
@@ -417,7 +428,7 @@ static void step_floor(const Row& r) {
   const double parameters = double(model.table.parameters);  // 4 bytes for the norm; gradient, m, v, master, weight
   const double bytes = 2 * elements + parameters * (4 + 30);
   const int runs = r.layers * r.width > 20000 ? 3 : 10;
-  const double step_ms = milliseconds(whole, runs), product_ms = milliseconds(products, runs),
+  const double step_ms = milliseconds([&] { run.step(); }, runs), product_ms = milliseconds(products, runs),
                attention_ms = milliseconds(attention, runs), rest_ms = milliseconds(copy, 10) * bytes / (2.0 * copied),
                floor_ms = product_ms + attention_ms + rest_ms;
   std::printf("%-22s step %8.2f ms %9.0f tokens/s   floor %8.2f ms %9.0f tokens/s = products %.2f + attention %.2f + "
@@ -425,6 +436,47 @@ static void step_floor(const Row& r) {
               r.name, step_ms, N / step_ms * 1e3, floor_ms, N / floor_ms * 1e3, product_ms, attention_ms, bytes * 1e-9,
               rest_ms);
   std::fflush(stdout);
+}
+
+// Four models at once, so that they can take turns of a few steps: without rotation, with 10 %, with 100 %, and without
+// again. The card's clock follows its load and warmth, so that a turn is compared with those of its own round; the last
+// model says what equal ones differ by. The error is that of the mean over the rounds.
+static void rotation(const Row& r, int rounds) {
+  const std::vector<int> percents = {0, 10, 100, 0};
+  const int steps = std::max(1, 40000 / (r.layers * r.width));
+  std::vector<std::unique_ptr<Training>> runs;
+  for (int percent : percents) runs.push_back(std::make_unique<Training>(r, percent));
+  std::vector<std::vector<double>> ms(runs.size());
+  for (int round = -2; round < rounds; ++round)
+    for (size_t k = 0; k < runs.size(); ++k) {
+      const size_t i = round % 2 ? runs.size() - 1 - k : k;  // there and back
+      cudaEvent_t begin, end;
+      check(cudaEventCreate(&begin), "event");
+      check(cudaEventCreate(&end), "event");
+      check(cudaEventRecord(begin, be->stream), "event");
+      for (int n = 0; n < steps; ++n) runs[i]->step();
+      check(cudaEventRecord(end, be->stream), "event");
+      check(cudaEventSynchronize(end), "event");
+      float time;
+      check(cudaEventElapsedTime(&time, begin, end), "event");
+      cudaEventDestroy(begin);
+      cudaEventDestroy(end);
+      if (round >= 0) ms[i].push_back(time / steps);
+    }
+  std::printf("%s, %d rounds of %d steps\n", r.name, rounds, steps);
+  for (size_t i = 0; i < runs.size(); ++i) {
+    double sum = 0, square = 0, all = 0;
+    for (int round = 0; round < rounds; ++round) {
+      const double none = i == 0 || i + 1 == runs.size() ? ms[0][round] : (ms[0][round] + ms.back()[round]) / 2;
+      const double more = 100 * (ms[i][round] / none - 1);
+      sum += more, square += more * more, all += ms[i][round];
+    }
+    const double mean = sum / rounds, error = std::sqrt((square / rounds - mean * mean) / (rounds - 1));
+    std::printf("%4d %% RoPE %9.3f ms %10.0f tokens/s", percents[i], all / rounds, runs[i]->N / (all / rounds) * 1e3);
+    const char* equal = i + 1 == runs.size() ? ", though it is the same" : "";
+    if (i > 0) std::printf("   %+6.2f %% +- %.2f of a step%s", mean, error, equal);
+    std::printf("\n");
+  }
 }
 
 int main(int argc, char** argv) {
@@ -436,7 +488,7 @@ int main(int argc, char** argv) {
       kernels();
       return 0;
     }
-    if (only != "steps" && only != "fused" && only != "floor") operations();
+    if (only.empty() || only == "ops") operations();
     if (only == "ops") return 0;
     const BlockKind sequential = BlockKind::sequential, parallel = BlockKind::parallel;
     for (const Row& r : {Row{"12 x 768", 12, 768, 12, 12, 64, 2048, 50304, 1024, 64, sequential},
@@ -445,8 +497,9 @@ int main(int argc, char** argv) {
                          Row{"llama-1b", 16, 2048, 32, 8, 64, 8192, 50304, 2048, 8, sequential}})
       if (argc < 3 || std::string(r.name).find(argv[2]) != std::string::npos) {
         if (only == "fused") fused(r);
-        if (only != "fused" && only != "floor") whole_steps(r);
-        if (only != "fused" && only != "steps") step_floor(r);
+        if (only.empty() || only == "steps") whole_steps(r);
+        if (only.empty() || only == "floor") step_floor(r);
+        if (only == "rotation" && argc > 2) rotation(r, argc > 3 ? std::max(2, std::atoi(argv[3])) : 24);
       }
   } catch (const std::exception& e) {
     std::fprintf(stderr, "error: %s\n", e.what());
