@@ -485,29 +485,34 @@ void linear_swiglu_backward(Cuda& be, Real* dgate_up, Real* dact, Acc<Real>* dwe
   linear_backward_parameters(be, dweight, dbias, dout, act, N, F, C, first);
 }
 
+// Calls work(epilogue) with the epilogue of a product that turns such heads.
+template <class Work>
+void with_rope_epilogue(const RopeTable& table, RopeShape s, Work work) {
+  const int heads = s.NH + s.NKV, R = table.R;
+  const bool half = table.pairs == RopePairs::half;
+  if (half && R == s.HS && R == gemm::FullRope::HS) return work(gemm::FullRope(table.cos_sin, s.T, heads));
+  with_width<4>(R % 8 == 0, [&](auto W) {
+    half ? work(gemm::Rope<W(), false>(table.cos_sin, s.T, R, heads, s.HS))
+         : work(gemm::Rope<W(), true>(table.cos_sin, s.T, R, heads, s.HS));
+  });
+}
+
 // Of the whole sequence in one kernel, where heads end with a tile.
 template <class Real>
 void linear_rope_forward(Cuda& be, Real* qkv, const Real* inp, const Real* weight, const Real* bias,
                          const RopeTable& table, RopeShape s, int C) {
-  const int N = s.B * (s.T - s.first), heads = s.NH + s.NKV, width = (heads + s.NKV) * s.HS, R = table.R;
+  const int N = s.B * (s.T - s.first), width = (s.NH + 2 * s.NKV) * s.HS, R = table.R;
   auto apart = [&] {
     linear_forward(be, qkv + size_t(s.first) * width, inp, weight, bias, N, C, width);
     rope_forward(be, qkv, table, s);
   };
   if constexpr (std::is_same_v<Real, bf16>)
     if (R > 0 && s.first == 0 && !bias && gemm::kN % s.HS == 0 && 2.0 * N * C * width > 1e9 &&
-        gemm::supports(be, width, C, qkv, inp, weight)) {
-      const bool half = table.pairs == RopePairs::half;
-      auto start = [&](auto epilogue) {
-        start_faster(be, {N, C, width, half ? R : -R}, qkv, size_t(N) * width, apart,
+        gemm::supports(be, width, C, qkv, inp, weight))
+      return with_rope_epilogue(table, s, [&](auto epilogue) {
+        start_faster(be, {N, C, width, table.pairs == RopePairs::half ? R : -R}, qkv, size_t(N) * width, apart,
                      [&] { gemm::multiply(be, qkv, inp, weight, N, width, C, epilogue); });
-      };
-      if (half && R == s.HS && R == gemm::FullRope::HS) return start(gemm::FullRope(table.cos_sin, s.T, heads));
-      return with_width<4>(R % 8 == 0, [&](auto W) {
-        half ? start(gemm::Rope<W(), false>(table.cos_sin, s.T, R, heads, s.HS))
-             : start(gemm::Rope<W(), true>(table.cos_sin, s.T, R, heads, s.HS));
       });
-    }
   apart();
 }
 

@@ -12,21 +12,11 @@ static Cuda* be;  // the program's GPU, set first of all in main()
 // Milliseconds of work() on the GPU, the median of some runs after two to warm up.
 template <class Work>
 double milliseconds(Work work, int runs = 10) {
-  cudaEvent_t begin, end;
-  check(cudaEventCreate(&begin), "event");
-  check(cudaEventCreate(&end), "event");
   std::vector<float> times;
   for (int i = 0; i < runs + 2; ++i) {
-    check(cudaEventRecord(begin, be->stream), "event");
-    work();
-    check(cudaEventRecord(end, be->stream), "event");
-    check(cudaEventSynchronize(end), "event");
-    float ms;
-    check(cudaEventElapsedTime(&ms, begin, end), "event");
+    const float ms = milliseconds_once(*be, work);
     if (i >= 2) times.push_back(ms);
   }
-  cudaEventDestroy(begin);
-  cudaEventDestroy(end);
   std::sort(times.begin(), times.end());
   return times[times.size() / 2];
 }

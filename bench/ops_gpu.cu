@@ -311,11 +311,8 @@ static void fused(const Row& r) {
       rope_forward(*be, qkv(), table, s);
     });
     double one = 0;
-    with_width<4>(R % 8 == 0, [&](auto W) {
-      one = milliseconds([&] {
-        gemm::multiply(*be, qkv(), x(), w(), N, QKV, C,
-                       gemm::Rope<W(), false>(table.cos_sin, r.T, R, r.heads + r.kv_heads, r.head_size));
-      });
+    with_rope_epilogue(table, s, [&](auto epilogue) {
+      one = milliseconds([&] { gemm::multiply(*be, qkv(), x(), w(), N, QKV, C, epilogue); });
     });
     line("qkv, rope", R, apart, one, milliseconds([&] {
            linear_rope_forward(*be, qkv(), x(), w(), (bf16*)nullptr, table, s, C);
@@ -450,17 +447,9 @@ static void rotation(const Row& r, int rounds) {
   for (int round = -2; round < rounds; ++round)
     for (size_t k = 0; k < runs.size(); ++k) {
       const size_t i = round % 2 ? runs.size() - 1 - k : k;  // there and back
-      cudaEvent_t begin, end;
-      check(cudaEventCreate(&begin), "event");
-      check(cudaEventCreate(&end), "event");
-      check(cudaEventRecord(begin, be->stream), "event");
-      for (int n = 0; n < steps; ++n) runs[i]->step();
-      check(cudaEventRecord(end, be->stream), "event");
-      check(cudaEventSynchronize(end), "event");
-      float time;
-      check(cudaEventElapsedTime(&time, begin, end), "event");
-      cudaEventDestroy(begin);
-      cudaEventDestroy(end);
+      const double time = milliseconds_once(*be, [&] {
+        for (int n = 0; n < steps; ++n) runs[i]->step();
+      });
       if (round >= 0) ms[i].push_back(time / steps);
     }
   std::printf("%s, %d rounds of %d steps\n", r.name, rounds, steps);

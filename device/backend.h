@@ -282,6 +282,23 @@ struct Cuda {
   }
 };
 
+// Milliseconds that the GPU needs for work(), which queues something; waits for its end.
+template <class Work>
+float milliseconds_once(Cuda& be, Work work) {
+  cudaEvent_t begin, end;
+  check(cudaEventCreate(&begin), "cudaEventCreate");
+  check(cudaEventCreate(&end), "cudaEventCreate");
+  check(cudaEventRecord(begin, be.stream), "cudaEventRecord");
+  work();
+  check(cudaEventRecord(end, be.stream), "cudaEventRecord");
+  check(cudaEventSynchronize(end), "cudaEventSynchronize");
+  float ms = 0;
+  check(cudaEventElapsedTime(&ms, begin, end), "cudaEventElapsedTime");
+  cudaEventDestroy(begin);
+  cudaEventDestroy(end);
+  return ms;
+}
+
 // What every kernel needs. A tensor is read and written W elements at a time, 16 bytes where its columns and addresses
 // allow it (wide), else one element; either way it is computed with as fp32.
 

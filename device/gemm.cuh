@@ -239,8 +239,6 @@ struct Store {
   __device__ void change(float (&)[32][4], Place, int) const {}
   __device__ void prepare(uint32_t, Place, int, int, int) const {}
   __device__ void finish(uint32_t, Place, int, int, int) const {}
-  __device__ int piece_columns() const { return kN; }
-  __device__ void finish_piece(uint32_t, Place, int, int) const {}
 };
 
 // out (M, 2F) holds gates in its first F columns and ups behind them; act (M, F) = silu(gate) * up, to the bit as from
@@ -494,7 +492,7 @@ __global__ void GEMM_CLUSTER __launch_bounds__(kThreads, 1)
         };
         epilogue.prepare(tile, at, thread, M, N);
         wait_barrier(ready, parity);
-        if (Epilogue::kFinish == Finish::changes) {
+        if constexpr (Epilogue::kFinish == Finish::changes) {
           const int width = epilogue.piece_columns();
           for (int piece = warp - 1; piece < 2 * kN / width; piece += 3) {
             epilogue.finish_piece(tile, at, piece % 2 * 64, piece / 2 * width);

@@ -295,22 +295,9 @@ int fastest_of_same_bits(Cuda& be, const Out* out, size_t n, int count, float at
   }
   // By turns, the best of four: a clock that runs slowly at first or when the card is warm, or another program, must not
   // decide.
-  cudaEvent_t begin, end;
-  check(cudaEventCreate(&begin), "cudaEventCreate");
-  check(cudaEventCreate(&end), "cudaEventCreate");
   std::vector<float> least(count, INFINITY);
   for (int turn = 0; turn < 4; ++turn)
-    for (int i : same) {
-      float ms = 0;
-      check(cudaEventRecord(begin, be.stream), "cudaEventRecord");
-      start(i);
-      check(cudaEventRecord(end, be.stream), "cudaEventRecord");
-      check(cudaEventSynchronize(end), "cudaEventSynchronize");
-      check(cudaEventElapsedTime(&ms, begin, end), "cudaEventElapsedTime");
-      least[i] = std::min(least[i], ms);
-    }
-  cudaEventDestroy(begin);
-  cudaEventDestroy(end);
+    for (int i : same) least[i] = std::min(least[i], milliseconds_once(be, [&] { start(i); }));
   int best = same.empty() ? 0 : same[0];
   for (int i : same)
     if (least[i] < at_most * least[best]) best = i;
