@@ -128,7 +128,7 @@ __device__ __forceinline__ void store_pieces(bf16* C, const float (&acc)[4][4][4
         const int n = n0 + warp_row() + i * 16 + half * 8 + lane() / 4;
         const int m = m0 + warp_column() + j * 8 + lane() % 4 * 2;
         if (n < N && m < M)
-          *reinterpret_cast<uint32_t*>(C + size_t(n) * M + m) = pack(acc[i][j][2 * half], acc[i][j][2 * half + 1]);
+          *reinterpret_cast<uint32_t*>(C + size_t(n) * M + m) = pack_pair(acc[i][j][2 * half], acc[i][j][2 * half + 1]);
       }
 }
 

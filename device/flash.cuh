@@ -218,26 +218,64 @@ __device__ __forceinline__ void turn_rows_back(Tile<ROWS, HS> tile, const Rotati
   else turn_pairs_back(tile, rope, first, T);
 }
 
+// All channels paired by halves are turned back in registers, for a thread has both of each pair, and by angles that come
+// to shared memory while the last products are on their way.
+template <int HS>
+__device__ __forceinline__ bool turns_registers(const Rotation& rope) {
+  return rope.R == HS && !rope.interleaved;
+}
+template <int HS>
+using Angles = Tile<kRows, 2 * HS>;  // those of the block's rows, (kRows, HS/2, 2) fp32, as twice as many bf16
+template <int HS>
+__device__ __forceinline__ void load_angles(uint32_t to, const Rotation& rope, int first, int T) {
+  load_tile<kGroup>(Angles<HS>{to}, reinterpret_cast<const bf16*>(rope.cos_sin), 2 * HS, first, T);
+  commit_loads();
+}
+__device__ __forceinline__ void wait_angles() {  // if any were asked for; and until all of the block's threads are here
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.wait_all;" ::: "memory");
+  __syncthreads();
+#endif
+}
+
 // Writes accumulators (64, HS), times factor0 (rows g) or factor1 (rows g + 8), to rows first.. of a matrix (T, HS)
 // with the given stride, by way of the warp's own 16 rows of a tile, so that global memory sees 16-byte accesses. On
-// that way a rotation is undone.
-template <int ROWS, int HS>
+// that way a rotation is undone; ANGLES: if turns_registers(), by those at `angles`.
+template <bool ANGLES = false, int ROWS, int HS>
 __device__ __forceinline__ void store_rows(bf16* to, size_t stride, int first, int T, const float (&acc)[HS / 8][4],
                                            float factor0, float factor1, Tile<ROWS, HS> tile,
-                                           const Rotation& rope = {}) {
+                                           const Rotation& rope = {}, uint32_t angles = 0) {
   int row = group() * kRows + own_row();
+  auto put = [&](int n, int h, float x, float y) {
+    asm volatile("st.shared.b32 [%0], %1;" ::"r"(tile.address(row + 8 * h, n) + lane() % 4 * 4), "r"(pack_pair(x, y))
+                 : "memory");
+  };
+  const bool turned = ANGLES && turns_registers<HS>(rope);
+  if (turned) {
 #pragma unroll
-  for (int n = 0; n < HS / 8; ++n) {
-    uint32_t offset = lane() % 4 * 4;
-    asm volatile("st.shared.b32 [%0], %1;" ::"r"(tile.address(row, n) + offset),
-                 "r"(pack(acc[n][0] * factor0, acc[n][1] * factor0))
-                 : "memory");
-    asm volatile("st.shared.b32 [%0], %1;" ::"r"(tile.address(row + 8, n) + offset),
-                 "r"(pack(acc[n][2] * factor1, acc[n][3] * factor1))
-                 : "memory");
+    for (int n = 0; n < HS / 16; ++n)
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const float factor = h ? factor1 : factor0;
+        const float (&u)[4] = acc[n], (&v)[4] = acc[n + HS / 16];
+        float2 a = rounded_pair(u[2 * h] * factor, u[2 * h + 1] * factor),
+               b = rounded_pair(v[2 * h] * factor, v[2 * h + 1] * factor);
+        float4 angle;
+        asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
+                     : "=f"(angle.x), "=f"(angle.y), "=f"(angle.z), "=f"(angle.w)
+                     : "r"(Angles<HS>{angles}.address(row + 8 * h, 4 * n + lane() % 4))
+                     : "memory");
+        turn(a.x, b.x, angle.x, -angle.y);
+        turn(a.y, b.y, angle.z, -angle.w);
+        put(n, h, a.x, a.y), put(n + HS / 16, h, b.x, b.y);
+      }
+  } else {
+#pragma unroll
+    for (int n = 0; n < HS / 8; ++n)
+      put(n, 0, acc[n][0] * factor0, acc[n][1] * factor0), put(n, 1, acc[n][2] * factor1, acc[n][3] * factor1);
   }
   __syncwarp();
-  if (rope.R > 0) {
+  if (rope.R > 0 && !turned) {
     turn_rows_back(tile, rope, first, T);
     __syncwarp();
   }
@@ -267,7 +305,7 @@ __device__ __forceinline__ void store_rows(bf16* to, size_t stride, int first, i
       const float factor = h ? factor1 : factor0;
       uint32_t x[4];  // x[i], columns 2t and 2t + 1 of piece n + i, becomes columns 2i and 2i + 1 of piece n + t
 #pragma unroll
-      for (int i = 0; i < 4; ++i) x[i] = pack(acc[n + i][2 * h] * factor, acc[n + i][2 * h + 1] * factor);
+      for (int i = 0; i < 4; ++i) x[i] = pack_pair(acc[n + i][2 * h] * factor, acc[n + i][2 * h + 1] * factor);
 #pragma unroll
       for (int i = 0; i < 4; i += 2) {
         const uint32_t other = __shfl_xor_sync(~0u, odd ? x[i] : x[i + 1], 1);
@@ -493,7 +531,10 @@ __global__ __launch_bounds__(kGroup, C::kBlocks) void query_kernel(bf16* dqkv, f
       load(j, 0);
     }
     wait_loads();
-    if (C::kStages == 2 && j > 0) load(j - 1, stage ^ 1);
+    if (C::kStages == 2) {
+      if (j > 0) load(j - 1, stage ^ 1);
+      else if (turns_registers<HS>(rope)) load_angles<HS>(k_tile(stage ^ 1).at, rope, q0, T);
+    }
     float S[N / 8][4], dP[N / 8][4];
     Q.template times<N>(S, k_tile(stage));
     dO.template times<N>(dP, v_tile(stage));
@@ -509,8 +550,8 @@ __global__ __launch_bounds__(kGroup, C::kBlocks) void query_kernel(bf16* dqkv, f
     wait_products<0>(dQ);
     if (C::kStages == 2) stage ^= 1;
   }
-  __syncthreads();
-  store_rows(dqkv + q_start, stride, q0, T, dQ, scale, scale, q_tile, rope);
+  wait_angles();
+  store_rows<C::kStages == 2>(dqkv + q_start, stride, q0, T, dQ, scale, scale, q_tile, rope, k_tile(tiles % 2).at);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -571,7 +612,10 @@ __global__ __launch_bounds__(kGroup, C::kBlocks) void key_kernel(bf16* dqkv, con
       }
       wait_loads();
     }
-    if (C::kStages == 2 && step + 1 < steps) load(step + 1, stage ^ 1);
+    if (C::kStages == 2) {
+      if (step + 1 < steps) load(step + 1, stage ^ 1);
+      else if (DK && turns_registers<HS>(rope)) load_angles<HS>(q_tile(stage ^ 1).at, rope, k0, T);
+    }
     const int q0 = (first + step % per_head) * N;
     float S[N / 8][4], dP[N / 8][4];
     K.template times<N>(S, q_tile(stage));
@@ -623,8 +667,10 @@ __global__ __launch_bounds__(kGroup, C::kBlocks) void key_kernel(bf16* dqkv, con
     if (DV) wait_products<0>(dV);
     if (C::kStages == 2) stage ^= 1;
   }
-  __syncthreads();
-  if (DK) store_rows(dqkv + k_start, stride, k0, T, dK, scale, scale, k_shared, rope);
+  wait_angles();
+  if (DK)
+    store_rows<C::kStages == 2>(dqkv + k_start, stride, k0, T, dK, scale, scale, k_shared, rope,
+                                q_tile(steps % 2).at);
   if (DV) store_rows(dqkv + v_start, stride, k0, T, dV, 1.0f, 1.0f, v_shared);
 }
 

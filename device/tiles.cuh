@@ -115,18 +115,13 @@ __device__ __forceinline__ int group() { return __shfl_sync(~0u, threadIdx.x / k
 // Row of the warpgroup's 64 that the thread's accumulators 0 and 1 belong to; 2 and 3 belong to the row 8 further.
 __device__ __forceinline__ int own_row() { return threadIdx.x % kGroup / 32 * 16 + lane() / 4; }
 
-__device__ __forceinline__ uint32_t pack(float low, float high) {
-  __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
-  return reinterpret_cast<uint32_t&>(pair);
-}
-
 // Accumulators (64, N), rounded to bf16, as an A operand.
 template <int N>
 __device__ __forceinline__ void to_operand(uint32_t (&a)[N / 16][4], const float (&acc)[N / 8][4]) {
 #pragma unroll
   for (int k = 0; k < N / 16; ++k)
 #pragma unroll
-    for (int i = 0; i < 4; ++i) a[k][i] = pack(acc[2 * k + i / 2][i % 2 * 2], acc[2 * k + i / 2][i % 2 * 2 + 1]);
+    for (int i = 0; i < 4; ++i) a[k][i] = pack_pair(acc[2 * k + i / 2][i % 2 * 2], acc[2 * k + i / 2][i % 2 * 2 + 1]);
 }
 
 template <int TRANSPOSED>
