@@ -485,16 +485,18 @@ void linear_swiglu_backward(Cuda& be, Real* dgate_up, Real* dact, Acc<Real>* dwe
   linear_backward_parameters(be, dweight, dbias, dout, act, N, F, C, first);
 }
 
-// Calls work(epilogue) with the epilogue of a product that turns such heads.
+// Calls work(epilogue) with the epilogue of a product that turns such heads, if there is one.
 template <class Work>
-void with_rope_epilogue(const RopeTable& table, RopeShape s, Work work) {
+bool with_rope_epilogue(const RopeTable& table, RopeShape s, Work work) {
   const int heads = s.NH + s.NKV, R = table.R;
   const bool half = table.pairs == RopePairs::half;
-  if (half && R == s.HS && R == gemm::FullRope::HS) return work(gemm::FullRope(table.cos_sin, s.T, heads));
-  with_width<4>(R % 8 == 0, [&](auto W) {
-    half ? work(gemm::Rope<W(), false>(table.cos_sin, s.T, R, heads, s.HS))
-         : work(gemm::Rope<W(), true>(table.cos_sin, s.T, R, heads, s.HS));
-  });
+  if (gemm::kN % s.HS != 0 || R == 0 || (R > 16 && R % 16 != 0)) return false;
+  const bool full = half && R == s.HS && s.T % 64 == 0;
+  if (full && R == 64) work(gemm::FullRope<64>(table.cos_sin, s.T, heads));
+  else if (full && R == 128) work(gemm::FullRope<128>(table.cos_sin, s.T, heads));
+  else if (half) work(gemm::Rope<false>(table.cos_sin, s.T, R, heads, s.HS));
+  else work(gemm::Rope<true>(table.cos_sin, s.T, R, heads, s.HS));
+  return true;
 }
 
 // Of the whole sequence in one kernel, where heads end with a tile.
@@ -507,12 +509,12 @@ void linear_rope_forward(Cuda& be, Real* qkv, const Real* inp, const Real* weigh
     rope_forward(be, qkv, table, s);
   };
   if constexpr (std::is_same_v<Real, bf16>)
-    if (R > 0 && s.first == 0 && !bias && gemm::kN % s.HS == 0 && 2.0 * N * C * width > 1e9 &&
-        gemm::supports(be, width, C, qkv, inp, weight))
-      return with_rope_epilogue(table, s, [&](auto epilogue) {
-        start_faster(be, {N, C, width, table.pairs == RopePairs::half ? R : -R}, qkv, size_t(N) * width, apart,
-                     [&] { gemm::multiply(be, qkv, inp, weight, N, width, C, epilogue); });
-      });
+    if (s.first == 0 && !bias && 2.0 * N * C * width > 1e9 && gemm::supports(be, width, C, qkv, inp, weight) &&
+        with_rope_epilogue(table, s, [&](auto epilogue) {
+          start_faster(be, {N, C, width, table.pairs == RopePairs::half ? R : -R}, qkv, size_t(N) * width, apart,
+                       [&] { gemm::multiply(be, qkv, inp, weight, N, width, C, epilogue); });
+        }))
+      return;
   apart();
 }
 

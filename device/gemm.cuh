@@ -9,13 +9,13 @@
 //
 // How it works (bench/matmul_ladder.cu leads up to it). A block makes tiles of 128 x 256 of `out`, one after the other:
 //   - One thread, the producer, asks the copy engine (TMA) for slices of A (128, 64) and B (256, 64), as slots for them
-//     become free.
+//     become free. It also has finished tiles copied to device memory, in panels of (64, 64), each right behind the
+//     request for a slice: all at once, or before it, they would hold up the slices, for 4 % of the product's time on an
+//     H200.
 //   - Two warpgroups, the consumers, own 64 rows each: 128 fp32 sums a thread. wgmma reads both operands straight from
 //     shared memory. They leave a finished tile in shared memory, rounded to bf16, and go on with the next.
-//   - Three warps, the finishers, do what the epilogue says and have that tile copied to device memory, meanwhile. What
-//     they change they send off piece by piece: 64 KB at once, with the next tile well under way, would hold up its
-//     slices, for 5 to 7 % of the product's time on an H200.
-//   - Barriers pass all of it on: `full` and `empty` for each slot, `ready` and `free` for the finished tile.
+//   - Three warps, the finishers, do there what the epilogue wants done, meanwhile.
+//   - Barriers pass all of it on: `full` and `empty` for each slot, `ready`, `changed` and `free` for the finished tile.
 //   - Two blocks, a cluster, work on tiles one above the other, which need the same slice of B: each fetches half of it
 //     and the copy engine delivers it to both. Without that the L2 cache cannot keep up.
 // Barriers are waited for in the scope of the block: in that of the cluster each wait would also empty the L1 cache and
@@ -53,6 +53,30 @@ struct Place {
   int row, column, first_half, second_half;
 };
 
+// The driver's function that describes a matrix to the copy engine.
+inline auto tensor_map_encoder() {
+  static const auto encode = [] {
+    void* function = nullptr;
+    cudaDriverEntryPointQueryResult found;
+    check(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &found),
+          "cuTensorMapEncodeTiled");
+    return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(function);
+  }();
+  return encode;
+}
+
+// Describes a matrix (rows, columns) of bf16 to the copy engine, which takes boxes of `box_rows` rows of 64 columns.
+inline CUtensorMap describe(const bf16* matrix, int rows, int columns, int box_rows) {
+  CUtensorMap map;
+  const cuuint64_t sizes[] = {cuuint64_t(columns), cuuint64_t(rows)}, strides[] = {cuuint64_t(columns) * sizeof(bf16)};
+  const cuuint32_t box[] = {64, cuuint32_t(box_rows)}, steps[] = {1, 1};
+  if (tensor_map_encoder()(&map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, const_cast<bf16*>(matrix), sizes, strides, box, steps,
+             CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+             CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) != CUDA_SUCCESS)
+    throw std::runtime_error("cuTensorMapEncodeTiled: a matrix that the copy engine does not take");
+  return map;
+}
+
 #if GEMM_HOPPER
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -63,6 +87,10 @@ __device__ __forceinline__ void init_barrier(uint32_t barrier, int arrivals) {
 }
 __device__ __forceinline__ void expect_bytes(uint32_t barrier, int bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+}
+// The same without an arrival.
+__device__ __forceinline__ void expect_more_bytes(uint32_t barrier, int bytes) {
+  asm volatile("mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
 }
 // Waits until the phase of this parity has ended.
 __device__ __forceinline__ void wait_barrier(uint32_t barrier, int parity) {
@@ -178,15 +206,6 @@ __device__ __forceinline__ uint32_t chunk_address(uint32_t tile, uint32_t row, u
   const uint32_t panel = tile + row / 64 * (kBytesTile / 2) + (chunk >> 3) * kBytesPanel;
   return panel + row % 64 * 128 + (((chunk & 7) ^ (row & 7)) << 4);
 }
-__device__ __forceinline__ uint32_t pack_pair(float low, float high) {
-  __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
-  return reinterpret_cast<uint32_t&>(pair);
-}
-// Two neighbours as bf16 has them.
-__device__ __forceinline__ float2 rounded(const float* x) {
-  const uint32_t pair = pack_pair(x[0], x[1]);
-  return make_float2(__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000u));
-}
 // A warp's 16 rows from `row` on; stmatrix takes pieces of 8 x 8 as the tensor cores leave them, four at a time.
 __device__ __forceinline__ void write_tile(uint32_t tile, int row, const float (&d)[32][4]) {
   const int lane = threadIdx.x % 32;
@@ -222,10 +241,10 @@ __device__ __forceinline__ void unpack(float (&x)[8], uint4 packed) {
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Epilogues. Each says which rows of B make a tile, and to which columns of out its four panels go (N: nowhere).
-// A consumer's warp calls begin() before it waits for the last sums of its 16 rows, from `row` of the tile on, and change()
-// before it writes them there. The finishers call prepare() while a tile is being made. Once it is there, they call
-// finish() while the copy engine takes it away, or, if they change it, each warp finish_piece() for a piece of 64 rows and
-// piece_columns() columns before it sends that off. Behind the tile there are kBytes of shared memory.
+// A consumer's warp calls change() with the sums of its 16 rows, from `row` of the tile on, before it writes them there;
+// it may find there what load_panel() had copied to a panel while the tile was being made. The finishers call prepare()
+// while a tile is being made, and then finish(), or, if they change it, each warp finish_piece() for a piece of 64 rows and
+// piece_columns() columns. Behind the tile there are kBytes of shared memory.
 
 enum class Finish { nothing, reads, changes };  // what finishers do with a tile
 
@@ -233,10 +252,11 @@ enum class Finish { nothing, reads, changes };  // what finishers do with a tile
 struct Store {
   static constexpr Finish kFinish = Finish::nothing;
   static constexpr int kBytes = 0;
+  __device__ int piece_columns() const { return 64; }
   __device__ Place place(int row, int j, int /*N*/) const { return {row, j * kN, j * kN, j * kN + 128}; }
   __device__ int panel_column(Place at, int panel, int) const { return at.column + panel * 64; }
-  __device__ int begin(Place, int, int) const { return 0; }
-  __device__ void change(float (&)[32][4], Place, int) const {}
+  __device__ void load_panel(uint32_t, Place, int, int, uint32_t) const {}
+  __device__ void change(float (&)[32][4], uint32_t, Place, int) const {}
   __device__ void prepare(uint32_t, Place, int, int, int) const {}
   __device__ void finish(uint32_t, Place, int, int, int) const {}
 };
@@ -335,92 +355,118 @@ struct SwiGluBackward : Store {
 };
 
 // out holds `heads` heads of HS channels, and more behind them. The first R channels of each are turned by the angles of
-// the row's position, to the bit as by rope_forward(). 256 is a multiple of HS, R / 2 of W.
-template <int W, bool INTERLEAVED>
+// the row's position, to the bit as by rope_forward(). 256 is a multiple of HS; R is at most 16 or a multiple of 16.
+template <bool INTERLEAVED>
 struct Rope : Store {
   static constexpr Finish kFinish = Finish::changes;
   const float* cos_sin;  // (T, R/2, 2)
   int T, R, heads, HS;
   Rope(const float* table, int positions, int rotary_dim, int turned, int head_size)
       : cos_sin(table), T(positions), R(rotary_dim), heads(turned), HS(head_size) {}
-  __device__ int piece_columns() const { return max(HS, 64); }  // whole heads, and whole panels
-  // A lane has two rows, and turns W neighbouring pairs of each at once.
-  __device__ void finish_piece(uint32_t tile, Place at, int first_row, int first_column) const {
 #if GEMM_HOPPER
-    const int row = first_row + threadIdx.x % 32, end = min(first_column + piece_columns(), heads * HS - at.column);
-    if (first_column >= end) return;
-    const float* angles[2];
+  // A few angles come to the L1 cache while the tile is being made.
+  __device__ void prepare(uint32_t, Place at, int thread, int, int) const {
+    if (R > 32 || at.column >= heads * HS) return;
+    for (int row = thread; row < kM; row += kFinishers)
+      asm volatile("prefetch.global.L1 [%0];" ::"l"(cos_sin + size_t((at.row + row) % T) * R));
+  }
+  __device__ int piece_columns() const { return max(HS, 64); }  // whole heads, and whole panels
+  __device__ void finish_piece(uint32_t tile, Place at, int row, int column) const {
+    const int end = min(column + piece_columns(), heads * HS - at.column);
+    row += threadIdx.x % 32;
+    switch (R) {
+      case 2: return turn_rows<2>(tile, at, row, column, end, 0, 0, 0);
+      case 4: return turn_rows<4>(tile, at, row, column, end, 0, 0, 0);
+      case 6: return turn_rows<6>(tile, at, row, column, end, 0, 0, 0);
+      case 8: return turn_rows<8>(tile, at, row, column, end, 0, 0, 0);
+      case 10: return turn_rows<10>(tile, at, row, column, end, 0, 8, 0);
+      case 12: return turn_rows<12>(tile, at, row, column, end, 0, 8, 0);
+      case 14: return turn_rows<14>(tile, at, row, column, end, 0, 8, 0);
+    }
+    for (int i = 0; i < R / 2; i += 8)
+      turn_rows<16>(tile, at, row, column, end, INTERLEAVED ? 2 * i : i, INTERLEAVED ? 2 * i + 8 : i + R / 2, i);
+  }
+  // Turns CHANNELS of the heads in columns column .. end-1, from pair `pair` on: those of 8 channels from `first` on, then
+  // of 8 from `second` on. A lane has two rows.
+  template <int CHANNELS>
+  __device__ __forceinline__ void turn_rows(uint32_t tile, Place at, int row, int column, int end, int first, int second,
+                                            int pair) const {
+    constexpr int kChunks = (CHANNELS + 7) / 8, kWide = CHANNELS % 4 == 0 ? 4 : 2;
+    if (column >= end) return;
+    float angle[2][CHANNELS / kWide][kWide];
 #pragma unroll
-    for (int g = 0; g < 2; ++g) angles[g] = cos_sin + size_t((at.row + row + g * 32) % T) * R;
-    for (int pair = 0; pair < R / 2; pair += W) {
-      float angle[2][2 * W];
+    for (int g = 0; g < 2; ++g)
 #pragma unroll
-      for (int g = 0; g < 2; ++g) load<2 * W>(angle[g], angles[g] + 2 * pair);
-      for (int head = first_column; head < end; head += HS) {
-        using Half = float[W];
-        bf16 *first[2], *second[2];
-        float x[2][2 * W];  // W first channels and W second ones, or interleaved
+      for (int i = 0; i < CHANNELS / kWide; ++i)
+        load<kWide>(angle[g][i], cos_sin + size_t((at.row + row + 32 * g) % T) * R + 2 * pair + i * kWide);
+    for (int head = column; head < end; head += HS) {
+      bf16* chunk[2][2];
+      float x[2][2][8];
 #pragma unroll
-        for (int g = 0; g < 2; ++g) {  // both are on their way at once
-          first[g] = element(tile, row + g * 32, head + (INTERLEAVED ? 2 * pair : pair));
-          second[g] = element(tile, row + g * 32, head + R / 2 + pair);
-          if constexpr (INTERLEAVED) load<2 * W>(x[g], first[g]);
-          else
-            load<W>(reinterpret_cast<Half&>(x[g][0]), first[g]), load<W>(reinterpret_cast<Half&>(x[g][W]), second[g]);
+      for (int g = 0; g < 2; ++g)
+#pragma unroll
+        for (int c = 0; c < kChunks; ++c)
+          load<8>(x[g][c], chunk[g][c] = element(tile, row + 32 * g, head + (c ? second : first)));
+#pragma unroll
+      for (int g = 0; g < 2; ++g) {
+#pragma unroll
+        for (int i = 0; i < CHANNELS / 2; ++i) {
+          const int a = INTERLEAVED ? 2 * i : i, b = INTERLEAVED ? 2 * i + 1 : i + CHANNELS / 2;
+          const float* turns = &angle[g][2 * i / kWide][2 * i % kWide];
+          turn(x[g][a / 8][a % 8], x[g][b / 8][b % 8], turns[0], turns[1]);
         }
 #pragma unroll
-        for (int g = 0; g < 2; ++g) {
-#pragma unroll
-          for (int k = 0; k < W; ++k)
-            turn(x[g][INTERLEAVED ? 2 * k : k], x[g][INTERLEAVED ? 2 * k + 1 : W + k], angle[g][2 * k],
-                 angle[g][2 * k + 1]);
-          if constexpr (INTERLEAVED) store<2 * W>(first[g], x[g]);
-          else
-            store<W>(first[g], reinterpret_cast<Half&>(x[g][0])), store<W>(second[g], reinterpret_cast<Half&>(x[g][W]));
-        }
+        for (int c = 0; c < kChunks; ++c) store<8>(chunk[g][c], x[g][c]);
       }
     }
-#endif
   }
+#endif
 };
 
-// The same for all channels of heads of 64, paired by halves: then both channels of a pair are in one of the consumers'
-// threads, which turns them before the tile is written.
+// The same for all channels of heads of 64 or 128, paired by halves: then both channels of a pair are in one of the
+// consumers' threads, which turns them before the tile is written. The angles arrive where the tile will be, while it is
+// being made. T is a multiple of 64.
+template <int HS>
 struct FullRope : Store {
-  static constexpr int HS = 64;
-  const float* cos_sin;  // (T, HS/2, 2)
+  CUtensorMap cos_sin;  // (T, HS/2, 2) fp32, as rows of twice as many bf16
   int T, heads;
-  FullRope(const float* table, int positions, int turned) : cos_sin(table), T(positions), heads(turned) {}
-  // Where the angles of a thread's two rows are: those of the pairs 8n + 2t and 8n + 2t + 1 at 4n.
-  struct Angles {
-    const float4* row[2];
-  };
-  __device__ __forceinline__ Angles begin(Place at, int row, int M) const {
-    const int lane = threadIdx.x % 32, r = at.row + row + lane / 4;
-    const float4* from = reinterpret_cast<const float4*>(cos_sin) + lane % 4;
-    return {{from + size_t(min(r, M - 1) % T) * (HS / 4), from + size_t(min(r + 8, M - 1) % T) * (HS / 4)}};
-  }
-  __device__ __forceinline__ void change(float (&d)[32][4], Place at, const Angles& angles) const {
+  FullRope(const float* table, int positions, int turned)
+      : cos_sin(describe(reinterpret_cast<const bf16*>(table), positions, 2 * HS, 64)), T(positions), heads(turned) {}
 #if GEMM_HOPPER
-    if (at.column >= heads * HS) return;
+  __device__ bool turns(Place at) const { return at.column < heads * HS; }
+  __device__ void load_panel(uint32_t to, Place at, int half, int panel, uint32_t barrier) const {
+    if (panel >= HS / 32 || !turns(at)) return;  // a panel has 16 pairs' angles for 64 rows
+    expect_more_bytes(barrier, kBytesPanel);
+    load_box(to, cos_sin, panel * 64, (at.row + half * 64) % T, barrier);
+  }
+  __device__ __forceinline__ void change(float (&d)[32][4], uint32_t tile, Place at, int row) const {
+    if (!turns(at)) return;
+    const int lane = threadIdx.x % 32;
 #pragma unroll
     for (int n = 0; n < HS / 16; ++n) {
-      const float4 angle[2] = {__ldg(angles.row[0] + 4 * n), __ldg(angles.row[1] + 4 * n)};
+      float4 angle[2];  // of pairs 8n + 2t and 8n + 2t + 1, in both of the thread's rows
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const uint4 bits = read_chunk(chunk_address(tile, row + lane / 4 + 8 * h, 4 * n + lane % 4));
+        angle[h] = reinterpret_cast<const float4&>(bits);
+      }
 #pragma unroll
       for (int head = 0; head < kN / HS; ++head) {
         if (at.column + head * HS >= heads * HS) continue;
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
           float *first = &d[head * HS / 8 + n][2 * h], *second = &d[head * HS / 8 + n + HS / 16][2 * h];
-          float2 a = rounded(first), b = rounded(second);  // turned in place, they would make ptxas wait between products
+          // Turned in place, they would make ptxas wait between products.
+          float2 a = rounded_pair(first[0], first[1]), b = rounded_pair(second[0], second[1]);
           turn(a.x, b.x, angle[h].x, angle[h].y);
           turn(a.y, b.y, angle[h].z, angle[h].w);
           first[0] = a.x, first[1] = a.y, second[0] = b.x, second[1] = b.y;
         }
       }
     }
-#endif
+    __syncwarp();  // the warp's rows have been read, and may be written
   }
+#endif
 };
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -438,24 +484,35 @@ __device__ __forceinline__ Place tile_place(const Epilogue& epilogue, int t, int
 template <bool BY_COLUMN, class Epilogue>
 __global__ void GEMM_CLUSTER __launch_bounds__(kThreads, 1)
     kernel(const __grid_constant__ CUtensorMap a, const __grid_constant__ CUtensorMap b,
-           const __grid_constant__ CUtensorMap out, int M, int N, int K, Epilogue epilogue) {
+           const __grid_constant__ CUtensorMap out, int M, int N, int K, const __grid_constant__ Epilogue epilogue) {
 #if GEMM_HOPPER
   extern __shared__ uint8_t memory[];
   const uint32_t slots = uint32_t(__cvta_generic_to_shared(memory)), tile = slots + kSlots * kBytesSlice,
                  full = tile + kBytesTile + Epilogue::kBytes, empty = full + 8 * kSlots, ready = empty + 8 * kSlots,
-                 free = ready + 8;
+                 changed = ready + 8, free = changed + 8 * 3;
   if (slots % 1024) __trap();  // the 128-byte swizzle counts from there; a kernel's shared memory begins there
   // The shuffle tells the compiler that all lanes of a warp agree.
   const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0), rank = blockIdx.x % kCluster;
   const int rows = (M + kCluster * kM - 1) / (kCluster * kM), columns = (N + kN - 1) / kN;
   const int slices = (K + kK - 1) / kK, first_tile = blockIdx.x / kCluster, tiles_apart = gridDim.x / kCluster;
+  // The producer sends finished tiles to device memory. Changed ones, if they have few slices, would come too late for it:
+  // then the finishers do.
+  constexpr bool kChanges = Epilogue::kFinish == Finish::changes;
+  const bool producer_sends = !kChanges || slices >= 8;
+  auto send = [&](Place at, int half, int panel) {  // of the tile's two halves of 64 rows, its four panels of 64 columns
+    if (const int column = epilogue.panel_column(at, panel, N); column < N)
+      store_box(out, column, at.row + half * 64, tile + (half * 4 + panel) * kBytesPanel);
+    commit_stores();
+  };
   if (threadIdx.x == 0) {
     for (int i = 0; i < kSlots; ++i) {
       init_barrier(full + 8 * i, 1);              // the producer arrives, and says how many bytes are still to come
       init_barrier(empty + 8 * i, 2 * kCluster);  // both consumers of both blocks: B's halves go to both
     }
     init_barrier(ready, 256);  // all threads of the consumers have written their part of the tile
-    init_barrier(free, 3);     // a finisher of each warp has seen the copy engine take the warp's part of it
+    for (int i = 0; i < 3; ++i) init_barrier(changed + 8 * i, 3);  // each of the finishers' warps has changed a piece more
+    // The producer has sent the tile, if it does, and the finishers' warps, if there are any, are done with it.
+    init_barrier(free, producer_sends + (Epilogue::kFinish == Finish::nothing ? 0 : 3));
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }
   cluster_barrier();  // nobody may write to the other block, or arrive there, before its barriers exist
@@ -463,8 +520,31 @@ __global__ void GEMM_CLUSTER __launch_bounds__(kThreads, 1)
   if (warp < 4) {
     if (threadIdx.x == 0) {  // the producer
       int slot = 0, parity = 1;  // the first time round all slots are empty
+      Place at = tile_place(epilogue, first_tile, rows, columns, N, rank), before = at, after = at;
+      // Its other task: the tile before leaves by panels, each right behind the boxes of a slice. Before them, or all at
+      // once, panels would hold up the slices. The first goes when all slots are on their way, since the consumers are
+      // done with that tile by then; where it is changed, two slices later.
+      const int first_slice = min(kSlots + (kChanges ? 2 : 0), slices) - 1;
+      const int panels_a_slice = (8 + max(slices - 4, 1) - 1) / max(slices - 4, 1);
+      const int width = epilogue.piece_columns() / 64;
+      int sent = 9, tile_parity = 1;  // of its eight panels; 9: and its place is free for the tile after it
+      auto make_room = [&] {
+        wait_stores();
+        for (int n = 0; n < 8; ++n) epilogue.load_panel(tile + n * kBytesPanel, after, n / 4, n % 4, free);
+        arrive(free);
+        sent = 9;
+      };
+      auto send_some = [&](int panels) {
+        for (const int end = min(8, sent + panels); sent < end; ++sent) {
+          const int piece = sent / width;
+          if (kChanges) wait_barrier(changed + 8 * (piece / 3), tile_parity);
+          else if (sent == 0) wait_barrier(ready, tile_parity);
+          send(before, piece % 2, piece / 2 * width + sent % width);
+        }
+      };
+      if (producer_sends) make_room();
       for (int t = first_tile; t < rows * columns; t += tiles_apart) {
-        const Place at = tile_place(epilogue, t, rows, columns, N, rank);
+        before = at, at = tile_place(epilogue, t, rows, columns, N, rank);
         for (int k = 0; k < slices; ++k) {
           const uint32_t slice = slots + slot * kBytesSlice;
           // Both blocks of the cluster must be done with the slot: the other writes its half of B here, too.
@@ -477,47 +557,46 @@ __global__ void GEMM_CLUSTER __launch_bounds__(kThreads, 1)
           for (int panel = 0; panel < (BY_COLUMN ? 2 : 0); ++panel)
             load_box_for_both(to + panel * kBytesPanel, b, half + panel * 64, k * kK, full + 8 * slot);
           if (++slot == kSlots) slot = 0, parity ^= 1;
+
+          if (sent == 8) make_room();
+          if (k == first_slice && t > first_tile && producer_sends) sent = 0, tile_parity ^= 1, after = at;
+          if (k >= first_slice) send_some(panels_a_slice);
         }
       }
+      if (sent == 8) make_room();
+      if (producer_sends) sent = 0, tile_parity ^= 1, before = at, send_some(8);
+      wait_stores();  // while the block's shared memory exists
     }
-    if (warp > 0) {  // the finishers
+    if (warp > 0 && Epilogue::kFinish != Finish::nothing) {  // the finishers
       const int thread = threadIdx.x - 32, lane = threadIdx.x % 32;
       int parity = 0;
       for (int t = first_tile; t < rows * columns; t += tiles_apart, parity ^= 1) {
         const Place at = tile_place(epilogue, t, rows, columns, N, rank);
-        auto send = [&](int half, int panel) {  // of the tile's two halves of 64 rows, its four panels of 64 columns
-          if (const int column = epilogue.panel_column(at, panel, N); column < N)
-            store_box(out, column, at.row + half * 64, tile + (half * 4 + panel) * kBytesPanel);
-          commit_stores();
-        };
+        __syncwarp();
+        if (lane == 0) arrive(free);  // the warp is done with the tile before
         epilogue.prepare(tile, at, thread, M, N);
         wait_barrier(ready, parity);
-        if constexpr (Epilogue::kFinish == Finish::changes) {
-          const int width = epilogue.piece_columns();
-          for (int piece = warp - 1; piece < 2 * kN / width; piece += 3) {
-            epilogue.finish_piece(tile, at, piece % 2 * 64, piece / 2 * width);
+        if constexpr (kChanges) {
+          const int width = epilogue.piece_columns(), pieces = 2 * kN / width;
+          for (int round = 0; round < 3; ++round) {
+            const int piece = round * 3 + warp - 1;
+            if (piece < pieces) epilogue.finish_piece(tile, at, piece % 2 * 64, piece / 2 * width);
             publish();
             __syncwarp();
-            for (int c = 0; c < width && lane == 0; c += 64) send(piece % 2, (piece / 2 * width + c) / 64);
+            if (lane == 0 && producer_sends) arrive(changed + 8 * round);
+            for (int c = 0; c < width && piece < pieces && lane == 0 && !producer_sends; c += 64)
+              send(at, piece % 2, (piece / 2 * width + c) / 64);
           }
         } else {
-          for (int panel = warp - 1; panel < 8 && lane == 0; panel += 3) {
-            send(panel / 4, panel % 4);
-            if (Epilogue::kFinish == Finish::nothing) wait_stores();  // no hurry: one after the other
-          }
           epilogue.finish(tile, at, thread, M, N);
-          __syncwarp();
         }
-        if (lane == 0) {
-          wait_stores();
-          arrive(free);
-        }
+        if (!producer_sends) wait_stores();
       }
     }
   } else {  // the consumers
     const int consumer = warp / 4 - 1, thread = threadIdx.x % 128;
     float d[32][4];
-    int slot = 0, parity = 0, tile_parity = 1;
+    int slot = 0, parity = 0, tile_parity = 0;
     for (int t = first_tile; t < rows * columns; t += tiles_apart, tile_parity ^= 1) {
       for (int k = 0; k < slices; ++k) {
         const uint32_t slice = slots + slot * kBytesSlice;
@@ -534,12 +613,10 @@ __global__ void GEMM_CLUSTER __launch_bounds__(kThreads, 1)
         if (k > 0 && thread < kCluster) arrive_at(empty + 8 * (slot > 0 ? slot - 1 : kSlots - 1), thread);
         if (++slot == kSlots) slot = 0, parity ^= 1;
       }
-      const Place at = tile_place(epilogue, t, rows, columns, N, rank);
-      const auto begun = epilogue.begin(at, (warp - 4) * 16, M);
       wait_products<0>(d);
       if (thread < kCluster) arrive_at(empty + 8 * (slot > 0 ? slot - 1 : kSlots - 1), thread);
-      epilogue.change(d, at, begun);
       wait_barrier(free, tile_parity);  // the tile before has left
+      epilogue.change(d, tile, tile_place(epilogue, t, rows, columns, N, rank), (warp - 4) * 16);
       write_tile(tile, (warp - 4) * 16, d);
       publish();
       arrive(ready);
@@ -547,30 +624,6 @@ __global__ void GEMM_CLUSTER __launch_bounds__(kThreads, 1)
   }
   cluster_barrier();  // neither block may go while the other still sends it something
 #endif
-}
-
-// The driver's function that describes a matrix to the copy engine.
-inline auto tensor_map_encoder() {
-  static const auto encode = [] {
-    void* function = nullptr;
-    cudaDriverEntryPointQueryResult found;
-    check(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &found),
-          "cuTensorMapEncodeTiled");
-    return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(function);
-  }();
-  return encode;
-}
-
-// Describes a matrix (rows, columns) of bf16 to the copy engine, which takes boxes of `box_rows` rows of 64 columns.
-inline CUtensorMap describe(const bf16* matrix, int rows, int columns, int box_rows) {
-  CUtensorMap map;
-  const cuuint64_t sizes[] = {cuuint64_t(columns), cuuint64_t(rows)}, strides[] = {cuuint64_t(columns) * sizeof(bf16)};
-  const cuuint32_t box[] = {64, cuuint32_t(box_rows)}, steps[] = {1, 1};
-  if (tensor_map_encoder()(&map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, const_cast<bf16*>(matrix), sizes, strides, box, steps,
-             CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-             CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) != CUDA_SUCCESS)
-    throw std::runtime_error("cuTensorMapEncodeTiled: a matrix that the copy engine does not take");
-  return map;
 }
 
 // Whether the kernel exists for this GPU and takes this shape: rows of all matrices start at multiples of 16 bytes.

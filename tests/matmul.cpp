@@ -233,32 +233,34 @@ TEST_CASE("cuda: the product of our own with RoPE") {
     MESSAGE("this GPU is not of compute capability 9.0: skipped");
     return;
   }
-  // Heads of queries, of keys, their size: the last heads of a row share a tile with values, or have it for themselves.
-  for (auto [NH, NKV, HS] : {std::array{12, 12, 64}, {2, 2, 128}, {6, 1, 64}, {3, 1, 256}, {8, 2, 32}, {16, 8, 16}})
-    for (int R : {2, 6, 8, 16, 26, 32, 64, 128, 256})
-      for (RopePairs pairs : {RopePairs::half, RopePairs::interleaved}) {
-        if (R > HS || R != kRotaryDim.value_or(R)) continue;
-        CAPTURE(HS);
-        CAPTURE(R);
-        CAPTURE(int(pairs));
-        const RopeShape s = {small() ? 1 : 7, 67, NH, NKV, HS};
-        const int M = s.B * s.T, K = 72, N = (NH + 2 * NKV) * HS;
-        const DeviceTable table(s.T, R, pairs);
-        Tensor<bf16> inp(numbers<bf16>(size_t(M) * K, 3)), weight(numbers<bf16>(size_t(N) * K, 4)),
-            got(size_t(M) * N), apart(got.n);
-        gemm::multiply(*gpu(), apart(), inp(), weight(), M, N, K, gemm::Store{});
-        rope_forward(*gpu(), apart(), table.on_gpu, s);
-        auto multiply = [&](auto epilogue) { gemm::multiply(*gpu(), got(), inp(), weight(), M, N, K, epilogue); };
-        with_width<4>(R % 8 == 0, [&](auto W) {
-          const float* cos_sin = table.on_gpu.cos_sin;
-          pairs == RopePairs::half ? multiply(gemm::Rope<W(), false>(cos_sin, s.T, R, s.NH + s.NKV, s.HS))
-                                   : multiply(gemm::Rope<W(), true>(cos_sin, s.T, R, s.NH + s.NKV, s.HS));
-        });
-        CHECK(same_bits(got.bits(), apart.bits()));
-        if (pairs == RopePairs::interleaved || R != HS || HS != gemm::FullRope::HS) continue;
-        multiply(gemm::FullRope(table.on_gpu.cos_sin, s.T, s.NH + s.NKV));
-        CHECK(same_bits(got.bits(), apart.bits()));
-      }
+  // Heads of queries, of keys, their size, and K: the last heads of a row share a tile with values, or have it for
+  // themselves; K is one slice to fourteen. There are more tiles than blocks, or fewer.
+  for (auto [NH, NKV, HS, K] : {std::array{12, 12, 64, 72}, {2, 2, 128, 264}, {6, 1, 64, 840}, {3, 1, 256, 200},
+                                {8, 2, 32, 392}, {16, 8, 16, 64}})
+    for (int R : {2, 4, 6, 8, 10, 12, 14, 16, 26, 32, 48, 64, 128, 256})
+      for (RopePairs pairs : {RopePairs::half, RopePairs::interleaved})
+        for (int T : {67, 192}) {  // positions of a tile's rows follow each other, or begin anew somewhere
+          if (R > HS || R != kRotaryDim.value_or(R) || (T == 192 && R != HS)) continue;
+          CAPTURE(HS);
+          CAPTURE(R);
+          CAPTURE(T);
+          CAPTURE(int(pairs));
+          const int N = (NH + 2 * NKV) * HS;
+          const bool many = !small() && (R == 6 || R == 16 || R == HS);
+          const RopeShape s = {many ? 10000000 / N / T : 1 + !small() * 6, T, NH, NKV, HS};
+          const int M = s.B * s.T;
+          const DeviceTable table(s.T, R, pairs);
+          Tensor<bf16> inp(numbers<bf16>(size_t(M) * K, 3)), weight(numbers<bf16>(size_t(N) * K, 4)),
+              got(size_t(M) * N), apart(got.n);
+          const bool has_epilogue = with_rope_epilogue(table.on_gpu, s, [&](auto epilogue) {
+            gemm::multiply(*gpu(), got(), inp(), weight(), M, N, K, epilogue);
+          });
+          CHECK(has_epilogue == (R != 26));
+          if (!has_epilogue) continue;
+          gemm::multiply(*gpu(), apart(), inp(), weight(), M, N, K, gemm::Store{});
+          rope_forward(*gpu(), apart(), table.on_gpu, s);
+          CHECK(same_bits(got.bits(), apart.bits()));
+        }
 }
 
 TEST_CASE("cuda: a linear layer with RoPE, and with SwiGLU's gradient, gives the bits of its two operations") {
