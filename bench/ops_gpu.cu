@@ -373,9 +373,26 @@ static void whole_steps(const Row& r) {
   }
 }
 
+// Milliseconds of work() when it runs for two seconds without a pause, so at the clock that the card holds under that load:
+// the median of runs of about a tenth of a second, but for those of the first second.
+template <class Work>
+static double sustained_milliseconds(Work work) {
+  work();
+  const int times = std::max(1, int(100 / milliseconds_once(*be, work)));
+  std::vector<double> ms;
+  for (double all = 0; all < 2000; all += ms.back() * times) {
+    if (all < 1000) ms.clear();
+    ms.push_back(milliseconds_once(*be, [&] {
+                   for (int i = 0; i < times; ++i) work();
+                 }) / times);
+  }
+  std::sort(ms.begin(), ms.end());
+  return ms[ms.size() / 2];
+}
+
 // What a step cannot be faster than with its products and its attention one after the other as they are, each in a loop
-// of its own, so at the clock that the card holds under that load; all else would cost no more than to read and write
-// its tensors once, at the rate of a copy, RoPE nothing.
+// of its own, as the step is; all else would cost no more than to read and write its tensors once, at the rate of a copy,
+// RoPE nothing.
 static void step_floor(const Row& r) {
   Training run(r, 10);
   const Config& c = run.c;
@@ -424,9 +441,10 @@ static void step_floor(const Row& r) {
   const double elements = double(N) * (c.layers * (2 * 6.0 * C + 5.0 * F) + 4.0 * C + 5.0 * C + 2.0 * V);
   const double parameters = double(model.table.parameters);  // 4 bytes for the norm; gradient, m, v, master, weight
   const double bytes = 2 * elements + parameters * (4 + 30);
-  const int runs = r.layers * r.width > 20000 ? 3 : 10;
-  const double step_ms = milliseconds([&] { run.step(); }, runs), product_ms = milliseconds(products, runs),
-               attention_ms = milliseconds(attention, runs), rest_ms = milliseconds(copy, 10) * bytes / (2.0 * copied),
+  for (int i = 0; i < 3; ++i) run.step();  // chooses algorithms, and records the step
+  const double step_ms = sustained_milliseconds([&] { run.step(); }), product_ms = sustained_milliseconds(products),
+               attention_ms = sustained_milliseconds(attention),
+               rest_ms = sustained_milliseconds(copy) * bytes / (2.0 * copied),
                floor_ms = product_ms + attention_ms + rest_ms;
   std::printf("%-22s step %8.2f ms %9.0f tokens/s   floor %8.2f ms %9.0f tokens/s = products %.2f + attention %.2f + "
               "%.1f GB of the rest %.2f\n",
