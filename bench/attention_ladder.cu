@@ -150,7 +150,8 @@ __global__ void __launch_bounds__(128)
       const float a = j <= t ? x.x * scale2 : -INFINITY, b = j + 1 <= t ? x.y * scale2 : -INFINITY;
       const float before = highest[r], higher = fmaxf(before, warp_max(fmaxf(a, b)));
       const float p_a = exp2_(a - higher), p_b = exp2_(b - higher), p_sum = warp_sum(p_a + p_b);
-      asm volatile("st.shared.b32 [%0], %1;" ::"r"(p_tile.address(r, lane() / 4) + lane() % 4 * 4), "r"(pack_pair(p_a, p_b))
+      asm volatile("st.shared.b32 [%0], %1;" ::"r"(p_tile.address(r, lane() / 4) + lane() % 4 * 4),
+                   "r"(pack_pair(p_a, p_b))
                    : "memory");
       if (lane() == 0) {
         highest[r] = higher;
