@@ -70,16 +70,22 @@ void multiply_tile(Real* c, size_t c_stride, const Real* start, size_t start_str
   const Real* a_row[kTileRows];  // pointers that the loop only adds to
   for (int i = 0; i < kTileRows; ++i) a_row[i] = a.at(std::min(i, rows - 1), 0);  // rows past the edge: any, not kept
   // The loop in which training on a CPU spends most of its time: two loads of b, then for each row a number of a,
-  // spread over a vector, and two multiply-adds. The sums stay in registers to the end.
+  // spread over a vector, and two multiply-adds. The sums stay in registers to the end. Meanwhile the rows of c come to
+  // the cache, one by one: all at once they would hold up the loads.
   Vector sum[kTileRows][2] = {};
-  for (int k = 0; k < K; ++k) {
-    Vector b0, b1;
-    std::memcpy(&b0, b + size_t(k) * 2 * kLanes, sizeof b0);
-    std::memcpy(&b1, b + size_t(k) * 2 * kLanes + kLanes, sizeof b1);
-    for (int i = 0; i < kTileRows; ++i) {
-      const Real x = a_row[i][k * a.column];
-      sum[i][0] += x * b0;
-      sum[i][1] += x * b1;
+  const int part = K / kTileRows + 1;
+  for (int k = 0, row = 0; k < K; ++row) {
+    for (int j = 0; row < rows && j < columns; j += 64 / int(sizeof(Real)))
+      __builtin_prefetch(c + row * c_stride + j, 1);
+    for (const int end = std::min(K, k + part); k < end; ++k) {
+      Vector b0, b1;
+      std::memcpy(&b0, b + size_t(k) * 2 * kLanes, sizeof b0);
+      std::memcpy(&b1, b + size_t(k) * 2 * kLanes + kLanes, sizeof b1);
+      for (int i = 0; i < kTileRows; ++i) {
+        const Real x = a_row[i][k * a.column];
+        sum[i][0] += x * b0;
+        sum[i][1] += x * b1;
+      }
     }
   }
   // A whole tile goes out vector by vector.
@@ -211,7 +217,8 @@ void matmul(Real* c, const Real* start, size_t start_stride, Strided<Real> a, St
   if (packed.size() < slab) packed.resize(slab);
   Real* panels = packed.data();  // the calling thread's, shared by all
   // At least two tasks per thread: one that is late must not keep the others waiting for long.
-  const int row_block = std::min(kRowBlock, round_up(M / (2 * omp_get_max_threads()) + 1, kTileRows));
+  const int tasks = 2 * omp_get_max_threads();
+  const int row_block = std::min(kRowBlock, round_up((M + tasks - 1) / tasks, kTileRows));
 #pragma omp parallel
   for (int k = 0; k < std::max(K, 1); k += kSlabDepth)
     for (int j = 0; j < N; j += kSlabColumns) {
