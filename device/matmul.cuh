@@ -35,7 +35,8 @@ constexpr int kVectorBytes = 16, kTileRows = 6;
 template <class Real>
 constexpr int kTileColumns = 2 * kVectorBytes / int(sizeof(Real));
 
-constexpr int kDepth = 384;    // k per slice: a panel of b (kDepth, kTileColumns) takes 24 KiB of a 32 KiB L1 cache
+// k per slice: a panel of b (kDepth, kTileColumns) takes 24 KiB of the L1 cache with AVX, 48 with AVX-512.
+constexpr int kDepth = 384;
 constexpr int kRowBlock = 96;  // rows per task: their part of a (kRowBlock, kDepth) takes 144 KiB of the L2 cache
 // b is packed a slab at a time: up to kSlabDepth of k by kSlabColumns, 8 MiB in fp32, part of which the L3 cache holds.
 constexpr int kSlabDepth = 2048, kSlabColumns = 1024;
@@ -73,7 +74,7 @@ void multiply_tile(Real* c, size_t c_stride, const Real* start, size_t start_str
   // spread over a vector, and two multiply-adds. The sums stay in registers to the end. Meanwhile the rows of c come to
   // the cache, one by one: all at once they would hold up the loads.
   Vector sum[kTileRows][2] = {};
-  const int part = K / kTileRows + 1;
+  const int part = (K + kTileRows - 1) / kTileRows;
   for (int k = 0, row = 0; k < K; ++row) {
     for (int j = 0; row < rows && j < columns; j += 64 / int(sizeof(Real)))
       __builtin_prefetch(c + row * c_stride + j, 1);
