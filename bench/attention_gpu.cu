@@ -189,20 +189,12 @@ bool check_shape(Cuda& be, Shape s, float deviation, double* worst) {
   return ok;
 }
 
-double median_ms(cudaStream_t stream, const std::function<void()>& work) {
-  cudaEvent_t from, to;
-  cudaEventCreate(&from), cudaEventCreate(&to);
+double median_ms(Cuda& be, const std::function<void()>& work) {
   std::vector<float> times;
   for (int i = 0; i < 23; ++i) {
-    cudaEventRecord(from, stream);
-    work();
-    cudaEventRecord(to, stream);
-    check(cudaEventSynchronize(to), "timed");
-    float ms;
-    cudaEventElapsedTime(&ms, from, to);
+    const float ms = milliseconds_once(be, work);
     if (i >= 3) times.push_back(ms);
   }
-  cudaEventDestroy(from), cudaEventDestroy(to);
   std::sort(times.begin(), times.end());
   return times[times.size() / 2];
 }
@@ -240,8 +232,8 @@ int main(int argc, char** argv) try {
       fill(qkv, 1, 1);
       fill(dout, 2, 1);
       double forward = median_ms(
-          be.stream, [&] { flash_attention_forward(be, out.data, lse.data, qkv.data, s.B, s.T, s.NH, s.NKV, s.HS); });
-      double backward = median_ms(be.stream, [&] {
+          be, [&] { flash_attention_forward(be, out.data, lse.data, qkv.data, s.B, s.T, s.NH, s.NKV, s.HS); });
+      double backward = median_ms(be, [&] {
         flash_attention_backward(be, dqkv.data, D.data, dout.data, qkv.data, out.data, lse.data, s.B, s.T, s.NH, s.NKV,
                                  s.HS);
       });

@@ -333,6 +333,16 @@ __device__ __forceinline__ float2 rounded_pair(float low, float high) {
   return make_float2(__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000u));
 }
 
+// 16 bytes of shared memory, at a multiple of 16.
+__device__ __forceinline__ uint4 read_chunk(uint32_t address) {
+  uint4 packed;
+  asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(packed.x), "=r"(packed.y), "=r"(packed.z), "=r"(packed.w)
+               : "r"(address)
+               : "memory");
+  return packed;
+}
+
 template <int W>
 __device__ __forceinline__ void add_to(float* to, const float (&sum)[W]) {
   float old[W];

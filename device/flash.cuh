@@ -260,11 +260,8 @@ __device__ __forceinline__ void store_rows(bf16* to, size_t stride, int first, i
         const float (&u)[4] = acc[n], (&v)[4] = acc[n + HS / 16];
         float2 a = rounded_pair(u[2 * h] * factor, u[2 * h + 1] * factor),
                b = rounded_pair(v[2 * h] * factor, v[2 * h + 1] * factor);
-        float4 angle;
-        asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
-                     : "=f"(angle.x), "=f"(angle.y), "=f"(angle.z), "=f"(angle.w)
-                     : "r"(Angles<HS>{angles}.address(row + 8 * h, 4 * n + lane() % 4))
-                     : "memory");
+        const uint4 bits = read_chunk(Angles<HS>{angles}.address(row + 8 * h, 4 * n + lane() % 4));
+        const float4 angle = reinterpret_cast<const float4&>(bits);
         turn(a.x, b.x, angle.x, -angle.y);
         turn(a.y, b.y, angle.z, -angle.w);
         put(n, h, a.x, a.y), put(n + HS / 16, h, b.x, b.y);
@@ -284,11 +281,7 @@ __device__ __forceinline__ void store_rows(bf16* to, size_t stride, int first, i
 #pragma unroll
   for (int i = lane(); i < 16 * kChunks; i += 32) {
     int r = warp_row + i / kChunks, chunk = i % kChunks;
-    uint4 v;
-    asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-                 : "r"(tile.address(r, chunk))
-                 : "memory");
+    const uint4 v = read_chunk(tile.address(r, chunk));
     if (first + r < T) *reinterpret_cast<uint4*>(to + (first + r) * stride + chunk * 8) = v;
   }
 }

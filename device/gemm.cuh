@@ -10,7 +10,7 @@
 // How it works (bench/matmul_ladder.cu leads up to it). A block makes tiles of 128 x 256 of `out`, one after the other:
 //   - One thread, the producer, asks the copy engine (TMA) for slices of A (128, 64) and B (256, 64), as slots for them
 //     become free. It also has finished tiles copied to device memory, in panels of (64, 64), each right behind the
-//     request for a slice: all at once, or before it, they would hold up the slices, for 4 % of the product's time on an
+//     request for a slice: sent as soon as they are there, they hold up the slices, for 4 % of the product's time on an
 //     H200.
 //   - Two warpgroups, the consumers, own 64 rows each: 128 fp32 sums a thread. wgmma reads both operands straight from
 //     shared memory. They leave a finished tile in shared memory, rounded to bf16, and go on with the next.
@@ -223,15 +223,7 @@ __device__ __forceinline__ bf16* element(uint32_t tile, int row, int column) {
   const uint32_t offset = chunk_address(tile, row, column >> 3) - uint32_t(__cvta_generic_to_shared(memory));
   return reinterpret_cast<bf16*>(memory + offset) + (column & 7);
 }
-// 8 columns as they lie in memory, and as fp32.
-__device__ __forceinline__ uint4 read_chunk(uint32_t address) {
-  uint4 packed;
-  asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(packed.x), "=r"(packed.y), "=r"(packed.z), "=r"(packed.w)
-               : "r"(address)
-               : "memory");
-  return packed;
-}
+// 8 columns of a chunk as fp32.
 __device__ __forceinline__ void unpack(float (&x)[8], uint4 packed) {
   const uint32_t pairs[4] = {packed.x, packed.y, packed.z, packed.w};
 #pragma unroll
@@ -521,9 +513,8 @@ __global__ void GEMM_CLUSTER __launch_bounds__(kThreads, 1)
     if (threadIdx.x == 0) {  // the producer
       int slot = 0, parity = 1;  // the first time round all slots are empty
       Place at = tile_place(epilogue, first_tile, rows, columns, N, rank), before = at, after = at;
-      // Its other task: the tile before leaves by panels, each right behind the boxes of a slice. Before them, or all at
-      // once, panels would hold up the slices. The first goes when all slots are on their way, since the consumers are
-      // done with that tile by then; where it is changed, two slices later.
+      // Its other task: the tile before leaves by panels, each right behind the boxes of a slice. The first goes when all
+      // slots are on their way, since the consumers are done with that tile by then; where it is changed, two slices later.
       const int first_slice = min(kSlots + (kChanges ? 2 : 0), slices) - 1;
       const int panels_a_slice = (8 + max(slices - 4, 1) - 1) / max(slices - 4, 1);
       const int width = epilogue.piece_columns() / 64;
