@@ -323,15 +323,12 @@ __device__ __forceinline__ void store(Real* to, const float (&from)[W]) {
   *reinterpret_cast<Vector<Real, W>*>(to) = vector;
 }
 
-// Two numbers as bf16 in 32 bits, and as fp32 again.
+// Two numbers as bf16 in 32 bits; one, rounded to bf16, as fp32 again.
 __device__ __forceinline__ uint32_t pack_pair(float low, float high) {
   __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
   return reinterpret_cast<uint32_t&>(pair);
 }
-__device__ __forceinline__ float2 rounded_pair(float low, float high) {
-  const uint32_t pair = pack_pair(low, high);
-  return make_float2(__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000u));
-}
+__device__ __forceinline__ float rounded(float x) { return __uint_as_float(pack_pair(0, x)); }
 
 // 16 bytes of shared memory, at a multiple of 16.
 __device__ __forceinline__ uint4 read_chunk(uint32_t address) {

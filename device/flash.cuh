@@ -252,19 +252,22 @@ __device__ __forceinline__ void store_rows(bf16* to, size_t stride, int first, i
   };
   const bool turned = ANGLES && turns_registers<HS>(rope);
   if (turned) {
+    const uint32_t first_angle = Angles<HS>{angles}.address(row, lane() % 4);
 #pragma unroll
     for (int n = 0; n < HS / 16; ++n)
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
         const float factor = h ? factor1 : factor0;
         const float (&u)[4] = acc[n], (&v)[4] = acc[n + HS / 16];
-        float2 a = rounded_pair(u[2 * h] * factor, u[2 * h + 1] * factor),
-               b = rounded_pair(v[2 * h] * factor, v[2 * h + 1] * factor);
-        const uint4 bits = read_chunk(Angles<HS>{angles}.address(row + 8 * h, 4 * n + lane() % 4));
+        float x0 = rounded(u[2 * h] * factor), x1 = rounded(u[2 * h + 1] * factor);
+        float y0 = rounded(v[2 * h] * factor), y1 = rounded(v[2 * h + 1] * factor);
+        // Chunk 4n + t of a row 8h further: all of its address that depends on n and h.
+        const uint4 bits = read_chunk((n % 2 ? first_angle ^ 4 << 4 : first_angle) + n / 2 * Angles<HS>::kPanelBytes +
+                                      h * 8 * 128);
         const float4 angle = reinterpret_cast<const float4&>(bits);
-        turn(a.x, b.x, angle.x, -angle.y);
-        turn(a.y, b.y, angle.z, -angle.w);
-        put(n, h, a.x, a.y), put(n + HS / 16, h, b.x, b.y);
+        turn(x0, y0, angle.x, -angle.y);
+        turn(x1, y1, angle.z, -angle.w);
+        put(n, h, x0, x1), put(n + HS / 16, h, y0, y1);
       }
   } else {
 #pragma unroll

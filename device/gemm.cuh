@@ -107,16 +107,14 @@ __device__ __forceinline__ void wait_barrier(uint32_t barrier, int parity) {
 __device__ __forceinline__ void arrive(uint32_t barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
-// Arrives at the same barrier of block `rank` of the cluster.
-__device__ __forceinline__ void arrive_at(uint32_t barrier, int rank) {
-  asm volatile(
-      "{\n"
-      ".reg .b32 there;\n"
-      "mapa.shared::cluster.u32 there, %0, %1;\n"
-      "mbarrier.arrive.shared::cluster.b64 _, [there];\n"
-      "}" ::"r"(barrier),
-      "r"(rank)
-      : "memory");
+// The same address in block `rank` of the cluster, and an arrival at a barrier there.
+__device__ __forceinline__ uint32_t in_block(uint32_t address, int rank) {
+  uint32_t there;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(address), "r"(rank));
+  return there;
+}
+__device__ __forceinline__ void arrive_in_cluster(uint32_t barrier) {
+  asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
 __device__ __forceinline__ void cluster_barrier() {
   asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
@@ -266,16 +264,17 @@ struct SwiGlu : Store {
   }
   __device__ void finish(uint32_t tile, Place at, int thread, int M, int N) const {
 #if GEMM_HOPPER
-    const int F = N / 2;
-    for (int i = thread; i < kM * 16; i += kFinishers) {
-      const int row = i / 16, r = at.row + row, c = at.column + i % 16 * 8;
-      if (r >= M || c >= F) continue;
+    const int F = N / 2, chunk = thread % 16, rows = min(kM, M - at.row);  // a thread has one chunk of every sixth row
+    if (at.column + chunk * 8 >= F) return;
+    bf16* to = act + size_t(at.row + thread / 16) * F + at.column + chunk * 8;
+#pragma unroll 2
+    for (int row = thread / 16; row < rows; row += kFinishers / 16, to += size_t(kFinishers / 16) * F) {
+      const uint32_t from = chunk_address(tile, row, chunk);
       float gate[8], up[8];
-      unpack(gate, read_chunk(chunk_address(tile, row, i % 16)));
-      unpack(up, read_chunk(chunk_address(tile, row, i % 16 + 16)));
+      unpack(gate, read_chunk(from)), unpack(up, read_chunk(from + 2 * kBytesPanel));
 #pragma unroll
       for (int k = 0; k < 8; ++k) up[k] *= gate[k] * sigmoid(gate[k]);
-      store<8>(act + size_t(r) * F + c, up);
+      store<8>(to, up);
     }
 #endif
   }
@@ -433,13 +432,13 @@ struct FullRope : Store {
   }
   __device__ __forceinline__ void change(float (&d)[32][4], uint32_t tile, Place at, int row) const {
     if (!turns(at)) return;
-    const int lane = threadIdx.x % 32;
+    const uint32_t first = chunk_address(tile, row + threadIdx.x % 32 / 4, threadIdx.x % 4);
 #pragma unroll
     for (int n = 0; n < HS / 16; ++n) {
-      float4 angle[2];  // of pairs 8n + 2t and 8n + 2t + 1, in both of the thread's rows
+      float4 angle[2];  // of pairs 8n + 2t and 8n + 2t + 1, in both of the thread's rows, at chunk 4n + t
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        const uint4 bits = read_chunk(chunk_address(tile, row + lane / 4 + 8 * h, 4 * n + lane % 4));
+        const uint4 bits = read_chunk((n % 2 ? first ^ 4 << 4 : first) + n / 2 * kBytesPanel + h * 8 * 128);
         angle[h] = reinterpret_cast<const float4&>(bits);
       }
 #pragma unroll
@@ -447,12 +446,12 @@ struct FullRope : Store {
         if (at.column + head * HS >= heads * HS) continue;
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
-          float *first = &d[head * HS / 8 + n][2 * h], *second = &d[head * HS / 8 + n + HS / 16][2 * h];
+          float *a = &d[head * HS / 8 + n][2 * h], *b = &d[head * HS / 8 + n + HS / 16][2 * h];
           // Turned in place, they would make ptxas wait between products.
-          float2 a = rounded_pair(first[0], first[1]), b = rounded_pair(second[0], second[1]);
-          turn(a.x, b.x, angle[h].x, angle[h].y);
-          turn(a.y, b.y, angle[h].z, angle[h].w);
-          first[0] = a.x, first[1] = a.y, second[0] = b.x, second[1] = b.y;
+          float x0 = rounded(a[0]), x1 = rounded(a[1]), y0 = rounded(b[0]), y1 = rounded(b[1]);
+          turn(x0, y0, angle[h].x, angle[h].y);
+          turn(x1, y1, angle[h].z, angle[h].w);
+          a[0] = x0, a[1] = x1, b[0] = y0, b[1] = y1;
         }
       }
     }
@@ -586,26 +585,31 @@ __global__ void GEMM_CLUSTER __launch_bounds__(kThreads, 1)
     }
   } else {  // the consumers
     const int consumer = warp / 4 - 1, thread = threadIdx.x % 128;
+    const uint64_t rows_of_a = descriptor(slots + consumer * (kBytesA / 2)), rows_of_b = descriptor(slots + kBytesA);
+    const uint32_t empty_there = in_block(empty, thread % kCluster);
+    auto release = [&](int slot) {
+      if (thread < kCluster) arrive_in_cluster(empty_there + 8 * slot);
+    };
     float d[32][4];
-    int slot = 0, parity = 0, tile_parity = 0;
+    int slot = 0, before = 0, parity = 0, tile_parity = 0;
     for (int t = first_tile; t < rows * columns; t += tiles_apart, tile_parity ^= 1) {
       for (int k = 0; k < slices; ++k) {
-        const uint32_t slice = slots + slot * kBytesSlice;
-        const uint64_t rows_of_a = descriptor(slice + consumer * (kBytesA / 2)),
-                       rows_of_b = descriptor(slice + kBytesA);
         // Both blocks' boxes have arrived.
         wait_barrier(full + 8 * slot, parity);
         asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+        const uint64_t slice = slot * (kBytesSlice >> 4);
 #pragma unroll
         for (int i = 0; i < kK / 16; ++i)
-          wgmma<BY_COLUMN>(d, rows_of_a + kStepK<false> * i, rows_of_b + kStepK<BY_COLUMN> * i, k > 0 || i > 0);
+          wgmma<BY_COLUMN>(d, rows_of_a + slice + kStepK<false> * i, rows_of_b + slice + kStepK<BY_COLUMN> * i,
+                           k > 0 || i > 0);
         asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
         wait_products<1>(d);  // the slice before this one has been used
-        if (k > 0 && thread < kCluster) arrive_at(empty + 8 * (slot > 0 ? slot - 1 : kSlots - 1), thread);
+        if (k > 0) release(before);
+        before = slot;
         if (++slot == kSlots) slot = 0, parity ^= 1;
       }
       wait_products<0>(d);
-      if (thread < kCluster) arrive_at(empty + 8 * (slot > 0 ? slot - 1 : kSlots - 1), thread);
+      release(before);
       wait_barrier(free, tile_parity);  // the tile before has left
       epilogue.change(d, tile, tile_place(epilogue, t, rows, columns, N, rank), (warp - 4) * 16);
       write_tile(tile, (warp - 4) * 16, d);
