@@ -3,7 +3,7 @@
 // rows are tokens, V the vocabulary.
 
 #include "device/backend.h"
-#include "device/gemm.cuh"
+#include "device/copy_engine.cuh"
 
 // ---------------------------------------------------------------------------------------------------------------------
 // CPU
@@ -158,7 +158,7 @@ template <class Real, int W>
 __global__ void __launch_bounds__(kLossWorkers + 32, 1)
     cross_entropy_stream_kernel(float* losses, float* log_z, Real* logits, const int* targets, float scale, float z_loss,
                                 int N, int V, int slots) {
-#if GEMM_HOPPER
+#if HOPPER
   extern __shared__ float4 shared_row[];
   __shared__ SoftmaxSum warps[2][kLossWorkers / 32];
   __shared__ uint64_t barriers[2 * kMostSlots];
@@ -166,17 +166,17 @@ __global__ void __launch_bounds__(kLossWorkers + 32, 1)
                  arrived = uint32_t(__cvta_generic_to_shared(barriers)), ready = arrived + 8 * kMostSlots;
   if (threadIdx.x == 0) {
     for (int i = 0; i < slots; ++i) {
-      gemm::init_barrier(arrived + 8 * i, 1);           // the bytes of a row
-      gemm::init_barrier(ready + 8 * i, kLossWorkers);  // every thread has written its part
+      hopper::init_barrier(arrived + 8 * i, 1);           // the bytes of a row
+      hopper::init_barrier(ready + 8 * i, kLossWorkers);  // every thread has written its part
     }
-    gemm::publish();
+    hopper::publish();
   }
   __syncthreads();
   const int step = gridDim.x, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   if (warp == kLossWorkers / 32) {
     if (lane > 0) return;
     auto bring = [&](int n, int slot) {
-      gemm::expect_bytes(arrived + 8 * slot, bytes);
+      hopper::expect_bytes(arrived + 8 * slot, bytes);
       asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
                        places + slot * bytes),
                    "l"(logits + size_t(n) * V), "r"(bytes), "r"(arrived + 8 * slot)
@@ -184,12 +184,12 @@ __global__ void __launch_bounds__(kLossWorkers + 32, 1)
     };
     for (int slot = 0, n = blockIdx.x; slot < slots && n < N; ++slot, n += step) bring(n, slot);
     for (int n = blockIdx.x, slot = 0, parity = 0; n < N; n += step) {
-      gemm::wait_barrier(ready + 8 * slot, parity);
+      hopper::wait_barrier(ready + 8 * slot, parity);
       asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(logits + size_t(n) * V),
                    "r"(places + slot * bytes), "r"(bytes)
                    : "memory");
-      gemm::commit_stores();
-      gemm::wait_stores();  // the place is free
+      hopper::commit_stores();
+      hopper::wait_stores();  // the place is free
       if (n + slots * step < N) bring(n + slots * step, slot);
       if (++slot == slots) slot = 0, parity ^= 1;
     }
@@ -199,7 +199,7 @@ __global__ void __launch_bounds__(kLossWorkers + 32, 1)
   for (int n = blockIdx.x, slot = 0, parity = 0, turn = 0; n < N; n += step, turn ^= 1) {
     Real* row = reinterpret_cast<Real*>(reinterpret_cast<char*>(shared_row) + slot * size_t(bytes));
     const int target = targets[n];
-    gemm::wait_barrier(arrived + 8 * slot, parity);
+    hopper::wait_barrier(arrived + 8 * slot, parity);
     float x[W];
     if (target < 0) {
       for (int i = threadIdx.x; i < vectors; i += kLossWorkers) {
@@ -229,8 +229,8 @@ __global__ void __launch_bounds__(kLossWorkers + 32, 1)
         store<W>(row + i * W, x);
       }
     }
-    gemm::publish();  // to the copy engine
-    gemm::arrive(ready + 8 * slot);
+    hopper::publish();  // to the copy engine
+    hopper::arrive(ready + 8 * slot);
     if (++slot == slots) slot = 0, parity ^= 1;
   }
 #endif

@@ -429,8 +429,8 @@ template <class... Parameters, class... Arguments>
 void launch(Cuda& be, const char* name, void (*kernel)(Parameters...), dim3 blocks, int threads, size_t shared_bytes,
             Arguments... arguments) {
   if (blocks.x == 0) return;
-  // More than 48 KiB has to be asked for, kernel by kernel.
-  if (shared_bytes > 48 * 1024)
+  // More than 48 KiB, with the kernel's static shared memory, has to be asked for, kernel by kernel.
+  if (shared_bytes > 32 * 1024)
     check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes)), name);
   kernel<<<blocks, threads, shared_bytes, be.stream>>>(arguments...);
   check(cudaGetLastError(), name);

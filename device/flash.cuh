@@ -335,25 +335,25 @@ template <int N, int STAGES, bool REGISTERS, int BLOCKS>
 struct Config {
   static constexpr int kN = N, kStages = STAGES, kBlocks = BLOCKS;
   // For wgmma never: ptxas 13.0 overwrites the registers of an A operand that is the same in every turn of a loop.
-  static constexpr bool kRegisters = REGISTERS && !FLASH_WGMMA;
+  static constexpr bool kRegisters = REGISTERS && !HOPPER;
 };
 
 // clang-format off
 template <int HS> struct ForwardConfig;
 template <> struct ForwardConfig<32> : Config<64, 2, true, 4> {};
-template <> struct ForwardConfig<64> : Config<64, 2, true, FLASH_WGMMA ? 3 : 2> {};
-template <> struct ForwardConfig<128> : Config<64, 2, true, FLASH_WGMMA ? 2 : 1> {};
+template <> struct ForwardConfig<64> : Config<64, 2, true, HOPPER ? 3 : 2> {};
+template <> struct ForwardConfig<128> : Config<64, 2, true, HOPPER ? 2 : 1> {};
 template <> struct ForwardConfig<256> : Config<32, 2, false, 2> {};
 
 template <int HS> struct QueryConfig;  // dQ
 template <> struct QueryConfig<32> : Config<64, 2, true, 3> {};
-template <> struct QueryConfig<64> : Config<64, 2, true, FLASH_WGMMA ? 4 : 2> {};
+template <> struct QueryConfig<64> : Config<64, 2, true, HOPPER ? 4 : 2> {};
 template <> struct QueryConfig<128> : Config<64, 2, false, 2> {};
 template <> struct QueryConfig<256> : Config<32, 1, false, 2> {};
 
 template <int HS> struct KeyConfig;  // dK and dV
 template <> struct KeyConfig<32> : Config<64, 2, true, 2> {};
-template <> struct KeyConfig<64> : Config<64, 2, true, FLASH_WGMMA ? 3 : 2> {};
+template <> struct KeyConfig<64> : Config<64, 2, true, HOPPER ? 3 : 2> {};
 template <> struct KeyConfig<128> : Config<64, 2, false, 1> {};
 template <> struct KeyConfig<256> : Config<32, 1, false, 2> {};
 // clang-format on
@@ -387,25 +387,24 @@ constexpr size_t forward_bytes() {
 }
 
 template <int HS, class C, bool CAPPED = false>
-__global__ __launch_bounds__(kGroup, C::kBlocks) void forward_kernel(bf16* out, float* lse, const bf16* qkv, int T,
-                                                                     int NH, int NKV, float scale, float cap) {
+__global__ __launch_bounds__(kGroup, C::kBlocks) void forward_kernel(bf16* out, float* lse,
+                                                                     const __grid_constant__ Rows qkv, int T, int NH,
+                                                                     int NKV, float scale, float cap) {
   constexpr int M = kRows, N = C::kN;  // queries of the block, keys of a tile
   const Place at = place((T + M - 1) / M, NH);
   const int q0 =
       ((T + M - 1) / M - 1 - at.tile) * M;  // the longest rows first: the short ones fill the gaps at the end
-  const size_t stride = size_t(NH + 2 * NKV) * HS;
-  const bf16* q = qkv + size_t(at.b) * T * stride + at.head * HS;
-  const bf16* k = qkv + size_t(at.b) * T * stride + (NH + at.head / (NH / NKV)) * HS;
-  const bf16* v = k + NKV * HS;
+  const int k = (NH + at.head / (NH / NKV)) * HS, v = k + NKV * HS;  // columns
 
   const Tile<M, HS> q_tile{shared_start()};
+  Copies copies;
   auto k_tile = [&](int j) { return Tile<N, HS>{q_tile.at + q_tile.kBytes + j % 2 * Tile<N, HS>::kBytes}; };
   auto v_tile = [&](int j) { return Tile<N, HS>{k_tile(j).at + 2 * Tile<N, HS>::kBytes}; };
   const int row = q0 + own_row(), tiles = (min(q0 + M, T) + N - 1) / N;  // tiles of keys that any query sees
   auto load = [&](int j) {  // keys run one tile ahead of values
-    if (j + 1 < tiles) load_tile<kGroup>(k_tile(j + 1), k, stride, (j + 1) * N, T);
-    if (j >= 0) load_tile<kGroup>(v_tile(j), v, stride, j * N, T);
-    commit_loads();
+    if (j + 1 < tiles) copies.load(k_tile(j + 1), qkv, at.b, (j + 1) * N, k);
+    if (j >= 0) copies.load(v_tile(j), qkv, at.b, j * N, v);
+    copies.commit();
   };
 
   const float scale2 = scale * kLog2e;  // exponentials are powers of two from here on
@@ -415,9 +414,9 @@ __global__ __launch_bounds__(kGroup, C::kBlocks) void forward_kernel(bf16* out, 
   auto softmax = [&](int j) { return weights<CAPPED>(S, m, l, factor, j * N, q0, row, scale2, cap); };
 
   // The queries and the first keys, then, while S is computed, their values and the next keys.
-  load_tile<kGroup>(q_tile, q, stride, q0, T);
+  copies.load(q_tile, qkv, at.b, q0, at.head * HS);
   load(-1);
-  wait_loads();
+  copies.wait();
   load(0);
   const Operand<C::kRegisters, M, HS> Q(q_tile);
   Q.template times<N>(S, k_tile(0));
@@ -428,7 +427,7 @@ __global__ __launch_bounds__(kGroup, C::kBlocks) void forward_kernel(bf16* out, 
   // While the tensor cores multiply by the values of tile j, the other units turn the scores of tile j + 1 into
   // weights.
   for (int j = 0; j < tiles - 1; ++j) {
-    wait_loads();
+    copies.wait();
     load(j + 1);
     // Two products are under way from here: that of the scores is waited for first.
     Q.template times<N>(S, k_tile(j + 1));
@@ -439,7 +438,7 @@ __global__ __launch_bounds__(kGroup, C::kBlocks) void forward_kernel(bf16* out, 
     if (rescale) multiply_rows(O, factor);
     to_operand<N>(P, S);
   }
-  wait_loads();
+  copies.wait();
   multiply<N, HS>(O, P, v_tile(tiles - 1));
   wait_products<0>(O);
 
@@ -464,32 +463,31 @@ constexpr size_t query_bytes() {
 }
 
 template <int HS, class C, bool CAPPED = false>
-__global__ __launch_bounds__(kGroup, C::kBlocks) void query_kernel(bf16* dqkv, float* D_out, const bf16* dout,
-                                                                   const bf16* qkv, const bf16* out, const float* lse,
+__global__ __launch_bounds__(kGroup, C::kBlocks) void query_kernel(bf16* dqkv, float* D_out,
+                                                                   const __grid_constant__ Rows dout,
+                                                                   const __grid_constant__ Rows qkv,
+                                                                   const __grid_constant__ Rows out, const float* lse,
                                                                    Rotation rope, int T, int NH, int NKV, float scale,
                                                                    float cap) {
   constexpr int M = kRows, N = C::kN;
   const Place at = place((T + M - 1) / M, NH);
   const int q0 = ((T + M - 1) / M - 1 - at.tile) * M;
-  const size_t stride = size_t(NH + 2 * NKV) * HS, out_stride = size_t(NH) * HS;
-  const size_t q_start = size_t(at.b) * T * stride + at.head * HS,
-               out_start = size_t(at.b) * T * out_stride + at.head * HS;
-  const bf16* k = qkv + size_t(at.b) * T * stride + (NH + at.head / (NH / NKV)) * HS;
-  const bf16* v = k + NKV * HS;
+  const int q = at.head * HS, k = (NH + at.head / (NH / NKV)) * HS, v = k + NKV * HS;  // columns
 
   const Tile<M, HS> q_tile{shared_start()}, do_tile{q_tile.at + q_tile.kBytes}, out_tile{do_tile.at + do_tile.kBytes};
+  Copies copies;
   auto k_tile = [&](int stage) { return Tile<N, HS>{out_tile.at + stage * 2 * Tile<N, HS>::kBytes}; };
   auto v_tile = [&](int stage) { return Tile<N, HS>{k_tile(stage).at + Tile<N, HS>::kBytes}; };
   auto load = [&](int j, int stage) {
-    load_tile<kGroup>(k_tile(stage), k, stride, j * N, T);
-    load_tile<kGroup>(v_tile(stage), v, stride, j * N, T);
-    commit_loads();
+    copies.load(k_tile(stage), qkv, at.b, j * N, k);
+    copies.load(v_tile(stage), qkv, at.b, j * N, v);
+    copies.commit();
   };
-  load_tile<kGroup>(q_tile, qkv + q_start, stride, q0, T);
-  load_tile<kGroup>(do_tile, dout + out_start, out_stride, q0, T);
-  load_tile<kGroup>(out_tile, out + out_start, out_stride, q0, T);  // where the keys will be
-  commit_loads();
-  wait_loads();
+  copies.load(q_tile, qkv, at.b, q0, q);
+  copies.load(do_tile, dout, at.b, q0, q);
+  copies.load(out_tile, out, at.b, q0, q);  // where the keys will be
+  copies.commit();
+  copies.wait();
 
   const int row = q0 + own_row();
   const float scale2 = scale * kLog2e;
@@ -526,7 +524,7 @@ __global__ __launch_bounds__(kGroup, C::kBlocks) void query_kernel(bf16* dqkv, f
       if (j < tiles - 1) __syncthreads();
       load(j, 0);
     }
-    wait_loads();
+    copies.wait();
     if (C::kStages == 2) {
       if (j > 0) load(j - 1, stage ^ 1);
       else if (turns_registers<HS>(rope)) load_angles<HS>(k_tile(stage ^ 1).at, rope, q0, T);
@@ -547,7 +545,9 @@ __global__ __launch_bounds__(kGroup, C::kBlocks) void query_kernel(bf16* dqkv, f
     if (C::kStages == 2) stage ^= 1;
   }
   wait_angles();
-  store_rows<C::kStages == 2>(dqkv + q_start, stride, q0, T, dQ, scale, scale, q_tile, rope, k_tile(tiles % 2).at);
+  const size_t stride = size_t(NH + 2 * NKV) * HS;
+  store_rows<C::kStages == 2>(dqkv + size_t(at.b) * T * stride + q, stride, q0, T, dQ, scale, scale, q_tile, rope,
+                              k_tile(tiles % 2).at);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -562,57 +562,64 @@ constexpr size_t key_bytes() {
 }
 
 template <int HS, class C, bool DK, bool DV, bool CAPPED = false>
-__global__ __launch_bounds__(kGroup, C::kBlocks) void key_kernel(bf16* dqkv, const bf16* dout, const bf16* qkv,
-                                                                 const float* lse, const float* D, Rotation rope,
-                                                                 int T, int NH, int NKV, float scale, float cap) {
+__global__ __launch_bounds__(kGroup, C::kBlocks) void key_kernel(bf16* dqkv, const __grid_constant__ Rows dout,
+                                                                 const __grid_constant__ Rows qkv, const float* lse,
+                                                                 const float* D, Rotation rope, int T, int NH, int NKV,
+                                                                 float scale, float cap) {
   constexpr int M = kRows, N = C::kN;
   static_assert(kGroup >= 2 * N);
   const Place at = place((T + M - 1) / M, NKV);
   const int k0 = at.tile * M, heads = NH / NKV;
-  const size_t stride = size_t(NH + 2 * NKV) * HS, out_stride = size_t(NH) * HS;
-  const size_t k_start = size_t(at.b) * T * stride + (NH + at.head) * HS, v_start = k_start + NKV * HS;
+  const int k = (NH + at.head) * HS, v = k + NKV * HS;  // columns
 
   const Tile<M, HS> k_shared{shared_start()}, v_shared{k_shared.at + k_shared.kBytes};
   const uint32_t streamed = v_shared.at + v_shared.kBytes, statistics = streamed + C::kStages * 2 * Tile<N, HS>::kBytes;
   auto q_tile = [&](int stage) { return Tile<N, HS>{streamed + stage * 2 * Tile<N, HS>::kBytes}; };
   auto do_tile = [&](int stage) { return Tile<N, HS>{q_tile(stage).at + Tile<N, HS>::kBytes}; };
+  Copies copies;
 
   // Steps: the heads of the group, and of each the tiles of queries from the diagonal on.
   // Queries before the first key of the tile see none of it.
   const int first = k0 / N, per_head = (T + N - 1) / N - first, steps = heads * per_head;
-  auto load = [&](int step, int stage) {
-    int head = at.head * heads + step / per_head, q0 = (first + step % per_head) * N;
-    load_tile<kGroup>(q_tile(stage), qkv + size_t(at.b) * T * stride + head * HS, stride, q0, T);
-    load_tile<kGroup>(do_tile(stage), dout + size_t(at.b) * T * out_stride + head * HS, out_stride, q0, T);
-    size_t start = (size_t(at.b) * NH + head) * T;
-    uint32_t to = statistics + stage * 2 * N * 4;
-    load_vector<N>(to, lse + start, q0, T, threadIdx.x);
-    if (DK) load_vector<N>(to + N * 4, D + start, q0, T, int(threadIdx.x) - N);
-    commit_loads();
+  // The next tile to be loaded. Of its lse, and then of its D, a thread loads one number each.
+  int next_head = at.head * heads, next_tile = first;
+  const float* number = (threadIdx.x < N ? lse : D) + (size_t(at.b) * NH + next_head) * T + first * N + threadIdx.x % N;
+  auto load = [&](int stage) {
+    const int q0 = next_tile * N;
+    copies.load(q_tile(stage), qkv, at.b, q0, next_head * HS);
+    copies.load(do_tile(stage), dout, at.b, q0, next_head * HS);
+    if (threadIdx.x < (DK ? 2 : 1) * N)
+      load_number(statistics + (stage * 2 * N + threadIdx.x) * 4, number, q0 + int(threadIdx.x) % N < T);
+    copies.commit();
+    number += N;
+    if (++next_tile == first + per_head) next_tile = first, ++next_head, number += T - per_head * N;
   };
-  load_tile<kGroup>(k_shared, qkv + k_start, stride, k0, T);
-  if (DK) load_tile<kGroup>(v_shared, qkv + v_start, stride, k0, T);
-  load(0, 0);
-  wait_loads();
+  copies.load(k_shared, qkv, at.b, k0, k);
+  if (DK) copies.load(v_shared, qkv, at.b, k0, v);
+  load(0);
+  wait_numbers();
+  copies.wait();
 
   const int row = k0 + own_row();
   const Operand<C::kRegisters, M, HS> K(k_shared), V(v_shared);
   const float scale2 = scale * kLog2e;
   float dK[HS / 8][4] = {}, dV[HS / 8][4] = {};
 
-  for (int step = 0, stage = 0; step < steps; ++step) {
+  for (int step = 0, stage = 0, tile = first; step < steps; ++step) {
     if (step > 0) {
       if (C::kStages == 1) {
         __syncthreads();
-        load(step, 0);
+        load(0);
       }
-      wait_loads();
+      wait_numbers();
+      copies.wait();
     }
     if (C::kStages == 2) {
-      if (step + 1 < steps) load(step + 1, stage ^ 1);
+      if (step + 1 < steps) load(stage ^ 1);
       else if (DK && turns_registers<HS>(rope)) load_angles<HS>(q_tile(stage ^ 1).at, rope, k0, T);
     }
-    const int q0 = (first + step % per_head) * N;
+    const int q0 = tile * N;
+    if (++tile == first + per_head) tile = first;
     float S[N / 8][4], dP[N / 8][4];
     K.template times<N>(S, q_tile(stage));
     if (DK) V.template times<N>(dP, do_tile(stage));
@@ -664,10 +671,11 @@ __global__ __launch_bounds__(kGroup, C::kBlocks) void key_kernel(bf16* dqkv, con
     if (C::kStages == 2) stage ^= 1;
   }
   wait_angles();
+  const size_t stride = size_t(NH + 2 * NKV) * HS;
+  bf16* to = dqkv + size_t(at.b) * T * stride;
   if (DK)
-    store_rows<C::kStages == 2>(dqkv + k_start, stride, k0, T, dK, scale, scale, k_shared, rope,
-                                q_tile(steps % 2).at);
-  if (DV) store_rows(dqkv + v_start, stride, k0, T, dV, 1.0f, 1.0f, v_shared);
+    store_rows<C::kStages == 2>(to + k, stride, k0, T, dK, scale, scale, k_shared, rope, q_tile(steps % 2).at);
+  if (DV) store_rows(to + v, stride, k0, T, dV, 1.0f, 1.0f, v_shared);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -682,24 +690,25 @@ constexpr size_t statistics_bytes() {
 
 template <int HS, class C, bool CAPPED>
 __global__ __launch_bounds__(kGroup, C::kBlocks) void statistics_kernel(double* max_logit, float* entropies,
-                                                                        const bf16* qkv, const float* lse, int T,
-                                                                        int NH, int NKV, float scale, float cap) {
+                                                                        const __grid_constant__ Rows qkv,
+                                                                        const float* lse, int T, int NH, int NKV,
+                                                                        float scale, float cap) {
   constexpr int M = kRows, N = C::kN;
   const Place at = place((T + M - 1) / M, NH);
   const int q0 = ((T + M - 1) / M - 1 - at.tile) * M;
-  const size_t stride = size_t(NH + 2 * NKV) * HS, rows = (size_t(at.b) * NH + at.head) * T;
-  const bf16* q = qkv + size_t(at.b) * T * stride + at.head * HS;
-  const bf16* k = qkv + size_t(at.b) * T * stride + (NH + at.head / (NH / NKV)) * HS;
+  const size_t rows = (size_t(at.b) * NH + at.head) * T;
+  const int k = (NH + at.head / (NH / NKV)) * HS;  // column
 
   const Tile<M, HS> q_tile{shared_start()};
   auto k_tile = [&](int j) { return Tile<N, HS>{q_tile.at + q_tile.kBytes + j % 2 * Tile<N, HS>::kBytes}; };
+  Copies copies;
   auto load = [&](int j) {
-    load_tile<kGroup>(k_tile(j), k, stride, j * N, T);
-    commit_loads();
+    copies.load(k_tile(j), qkv, at.b, j * N, k);
+    copies.commit();
   };
-  load_tile<kGroup>(q_tile, q, stride, q0, T);
+  copies.load(q_tile, qkv, at.b, q0, at.head * HS);
   load(0);
-  wait_loads();
+  copies.wait();
   const Operand<C::kRegisters, M, HS> Q(q_tile);
 
   const int row = q0 + own_row();
@@ -710,7 +719,7 @@ __global__ __launch_bounds__(kGroup, C::kBlocks) void statistics_kernel(double* 
 
   const int tiles = (min(q0 + M, T) + N - 1) / N;
   for (int j = 0; j < tiles; ++j) {
-    if (j > 0) wait_loads();
+    if (j > 0) copies.wait();
     if (j + 1 < tiles) load(j + 1);
     float S[N / 8][4];
     Q.template times<N>(S, k_tile(j));

@@ -6,7 +6,6 @@
 #include <stdexcept>
 
 #include "device/flash.cuh"
-#include "device/gemm.cuh"
 
 #ifdef __CUDACC__
 
@@ -25,19 +24,6 @@ __device__ __forceinline__ void arrive_when_loaded(uint32_t barrier) {
 #endif
 }
 
-// The copy engine brings the 64 columns from `column` on of the rows from `row` on of sequence b, a panel of a tile.
-// Rows from T on arrive as zeros.
-__device__ __forceinline__ void load_box(uint32_t to, const CUtensorMap& matrix, int column, int row, int b,
-                                         uint32_t barrier) {
-#if FLASH_WGMMA
-  asm volatile(
-      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5}], [%2];" ::"r"(
-          to),
-      "l"(&matrix), "r"(barrier), "r"(column), "r"(row), "r"(b)
-      : "memory");
-#endif
-}
-
 __device__ __forceinline__ float2 load_pair(uint32_t address) {
   float2 x;
   asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(x.x), "=f"(x.y) : "r"(address) : "memory");
@@ -47,12 +33,12 @@ __device__ __forceinline__ float2 load_pair(uint32_t address) {
 // A wait for products is no obstacle to ptxas: what does not need them it may move behind the wait, and then the tensor
 // cores run beside nothing. What `never` is computed from stays before it. `never` is false, but only we know.
 __device__ __forceinline__ void finish_before_wait(bool never) {
-#if FLASH_WGMMA
+#if HOPPER
   if (never) asm volatile("nanosleep.u32 0;");
 #endif
 }
 
-#if FLASH_WGMMA
+#if HOPPER
 
 // Tiles that pass through SLOTS slots in shared memory, one after the other. Both sides count along: a slot's barrier
 // `full` says that a tile has arrived, `empty` that all consumers have released it.
@@ -65,8 +51,8 @@ struct Ring {
   // How many arrivals complete a tile, and how many warps release it. By one thread.
   __device__ __forceinline__ void init(int arrivals, int releases) const {
     for (int i = 0; i < SLOTS; ++i) {
-      gemm::init_barrier(full + 8 * i, arrivals);
-      gemm::init_barrier(empty + 8 * i, 32 * releases);
+      hopper::init_barrier(full + 8 * i, arrivals);
+      hopper::init_barrier(empty + 8 * i, 32 * releases);
     }
   }
   __device__ __forceinline__ void advance() {
@@ -74,27 +60,26 @@ struct Ring {
   }
   // For the producer: waits until the next slot is empty, as all are the first time round.
   __device__ __forceinline__ void wait_empty() const {
-    gemm::wait_barrier(empty + 8 * slot, parity ^ 1);
+    hopper::wait_barrier(empty + 8 * slot, parity ^ 1);
   }
   // For consumers: waits for the next tile, and returns its slot.
   __device__ __forceinline__ int next() {
     const int mine = slot;
-    gemm::wait_barrier(full + 8 * slot, parity);
+    hopper::wait_barrier(full + 8 * slot, parity);
     advance();
     return mine;
   }
   // By all threads of a warp, each when neither it nor a product under way needs the tile any more. One lane for all,
   // after __syncwarp(), would do as well, but was no faster, and compute-sanitizer would not follow it.
-  __device__ __forceinline__ void release(int slot) const { gemm::arrive(empty + 8 * slot); }
+  __device__ __forceinline__ void release(int slot) const { hopper::arrive(empty + 8 * slot); }
 };
 
-// The copy engine fills a tile with the HS columns from `column` on, rows from `row` on, of sequence b; by one thread.
+// The copy engine fills a tile; the barrier has one arrival for it, this one.
 template <int ROWS, int HS>
 __device__ __forceinline__ void fetch_tile(Tile<ROWS, HS> tile, const CUtensorMap& matrix, int column, int row, int b,
                                            uint32_t barrier) {
-  gemm::expect_bytes(barrier, tile.kBytes);
-  for (int p = 0; p < HS / tile.kPanel; ++p)
-    load_box(tile.at + p * tile.kPanelBytes, matrix, column + p * tile.kPanel, row, b, barrier);
+  hopper::expect_bytes(barrier, tile.kBytes);
+  fetch_boxes<ROWS>(tile, matrix, column, row, b, barrier);
 }
 
 // Registers move from the producer's warpgroup to the consumers.
@@ -164,10 +149,10 @@ constexpr size_t stream_forward_bytes() {
 }
 
 template <int HS, class C, bool CAPPED>
-__global__ __launch_bounds__(FLASH_WGMMA ? C::kThreads : 32, 1) void stream_forward_kernel(
+__global__ __launch_bounds__(HOPPER ? C::kThreads : 32, 1) void stream_forward_kernel(
     bf16* out, float* lse, const __grid_constant__ CUtensorMap queries, const __grid_constant__ CUtensorMap keys, int B,
     int T, int NH, int NKV, float scale, float cap) {
-#if FLASH_WGMMA
+#if HOPPER
   constexpr int M = C::kTile, N = C::kN;
   const Tile<M, HS> q_tile{shared_start()};
   auto tile = [&](int slot) { return Tile<N, HS>{q_tile.at + q_tile.kBytes + slot * Tile<N, HS>::kBytes}; };
@@ -176,7 +161,7 @@ __global__ __launch_bounds__(FLASH_WGMMA ? C::kThreads : 32, 1) void stream_forw
   if (threadIdx.x == 0) {
     q_ring.init(1, C::kGroups * 4);  // the producer, and then the bytes that it has asked for; every consumer's warp
     ring.init(1, C::kGroups * 4);
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    hopper::publish_barriers();
   }
   __syncthreads();
 
@@ -293,11 +278,11 @@ constexpr size_t stream_query_bytes() {
 }
 
 template <int HS, bool CAPPED>
-__global__ __launch_bounds__(FLASH_WGMMA ? 3 * kGroup : 32, 1) void stream_query_kernel(
+__global__ __launch_bounds__(HOPPER ? 3 * kGroup : 32, 1) void stream_query_kernel(
     bf16* dqkv, float* D_out, const __grid_constant__ CUtensorMap qkv, const __grid_constant__ CUtensorMap dout,
     const __grid_constant__ CUtensorMap out, const float* lse, Rotation rope, int B, int T, int NH, int NKV,
     float scale, float cap) {
-#if FLASH_WGMMA
+#if HOPPER
   constexpr int N = kRows, M = 2 * kRows;
   using T64 = Tile<N, HS>;
   auto q_tile = [&](int group) { return T64{shared_start() + 2 * group * T64::kBytes}; };
@@ -308,7 +293,7 @@ __global__ __launch_bounds__(FLASH_WGMMA ? 3 * kGroup : 32, 1) void stream_query
   if (threadIdx.x == 0) {
     q_ring.init(2, 4);
     ring.init(1, 8);
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    hopper::publish_barriers();
   }
   __syncthreads();
 
@@ -359,7 +344,7 @@ __global__ __launch_bounds__(FLASH_WGMMA ? 3 * kGroup : 32, 1) void stream_query
     for (int g = 0; g < 2; ++g) {
       const int o = ring.next();
       if (g == group()) {
-        gemm::wait_barrier(q_ring.full + 8 * g, parity);
+        hopper::wait_barrier(q_ring.full + 8 * g, parity);
 #pragma unroll
         for (int n = 0; n < HS / 16; ++n) {
           uint32_t x[4], y[4];
@@ -412,7 +397,7 @@ __global__ __launch_bounds__(FLASH_WGMMA ? 3 * kGroup : 32, 1) void stream_query
     // store_rows() counts rows from the first warpgroup's on.
     store_rows(dqkv + size_t(at.b) * T * (NH + 2 * NKV) * HS + at.head * HS, size_t(NH + 2 * NKV) * HS, q0, T, dQ,
                scale, scale, T64{my_q.at - group() * T64::kPanelBytes}, rope);
-    gemm::publish();
+    hopper::publish();
     q_ring.release(group());
   }
   if (group() == 0) take_turn();  // nobody leaves a turn behind
@@ -436,11 +421,11 @@ constexpr size_t stream_key_bytes() {
 }
 
 template <int HS, bool CAPPED>
-__global__ __launch_bounds__(FLASH_WGMMA ? 3 * kGroup : 32, 1) void stream_key_kernel(
+__global__ __launch_bounds__(HOPPER ? 3 * kGroup : 32, 1) void stream_key_kernel(
     bf16* dqkv, const __grid_constant__ CUtensorMap keys, const __grid_constant__ CUtensorMap queries,
     const __grid_constant__ CUtensorMap dout, const float* lse, const float* D, Rotation rope, int B, int T, int NH,
     int NKV, float scale, float cap) {
-#if FLASH_WGMMA
+#if HOPPER
   constexpr int N = kStreamQueries<HS>;
   using KeyTile = Tile<kRows, HS>;
   using QueryTile = Tile<N, HS>;
@@ -459,7 +444,7 @@ __global__ __launch_bounds__(FLASH_WGMMA ? 3 * kGroup : 32, 1) void stream_key_k
     q_ring.init(1 + 32, 8);  // all lanes of the producer copy lse and D
     do_ring.init(1 + 32, 8);
     weights_ring.init(kGroup, 4);
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    hopper::publish_barriers();
   }
   __syncthreads();
 
@@ -487,7 +472,7 @@ __global__ __launch_bounds__(FLASH_WGMMA ? 3 * kGroup : 32, 1) void stream_key_k
         const uint32_t full = ring.full + 8 * ring.slot;
         if (lane() == 0) fetch_tile(tile, matrix, head * HS, q0, at.b, full);
         vector += (size_t(at.b) * NH + head) * T;
-        for (int i = lane(); i < N; i += 32) load_vector<N>(to, vector, q0, T, i);
+        for (int i = lane(); i < N; i += 32) load_number(to + i * 4, vector + q0 + i, q0 + i < T);
         arrive_when_loaded(full);
         ring.advance();
       };
@@ -546,7 +531,7 @@ __global__ __launch_bounds__(FLASH_WGMMA ? 3 * kGroup : 32, 1) void stream_key_k
           asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(place_of(weights_ring.slot, n)), "f"(S[n][0]),
                        "f"(S[n][1]), "f"(S[n][2]), "f"(S[n][3])
                        : "memory");
-        gemm::arrive(weights_ring.full + 8 * weights_ring.slot);
+        hopper::arrive(weights_ring.full + 8 * weights_ring.slot);
         weights_ring.advance();
       };
       k_ring.next();
@@ -574,7 +559,7 @@ __global__ __launch_bounds__(FLASH_WGMMA ? 3 * kGroup : 32, 1) void stream_key_k
       do_ring.release(d);
       bf16* dv = dqkv + size_t(at.b) * T * stride + (NH + NKV + at.head) * HS;
       store_rows(dv, stride, k0, T, acc, 1.0f, 1.0f, k_tile);  // nobody else reads K
-      gemm::publish();
+      hopper::publish();
       k_ring.release(0);
     }
   } else {
@@ -616,7 +601,7 @@ __global__ __launch_bounds__(FLASH_WGMMA ? 3 * kGroup : 32, 1) void stream_key_k
       // store_rows() counts rows from the first warpgroup's on.
       bf16* dk = dqkv + size_t(at.b) * T * stride + (NH + at.head) * HS;
       store_rows(dk, stride, k0 - kRows, T, acc, scale, scale, KeyTile{v_tile.at - KeyTile::kPanelBytes}, rope);
-      gemm::publish();
+      hopper::publish();
       v_ring.release(0);
     }
   }
@@ -650,17 +635,13 @@ void with_cap(double softcap, Work work) {
   work(std::false_type());
 }
 
-// Describes a buffer (B, T, columns) of bf16 to the copy engine, which takes boxes of `rows` rows of 64 columns.
-inline CUtensorMap describe_rows(const bf16* buffer, int B, int T, int columns, int rows) {
-  CUtensorMap map;
-  const cuuint64_t sizes[] = {cuuint64_t(columns), cuuint64_t(T), cuuint64_t(B)};
-  const cuuint64_t strides[] = {columns * sizeof(bf16), T * columns * sizeof(bf16)};
-  const cuuint32_t box[] = {64, cuuint32_t(rows), 1}, steps[] = {1, 1, 1};
-  if (gemm::tensor_map_encoder()(&map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 3, const_cast<bf16*>(buffer), sizes, strides,
-                                 box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-                                 CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) != CUDA_SUCCESS)
-    throw std::runtime_error("cuTensorMapEncodeTiled: a buffer that the copy engine does not take");
-  return map;
+// A buffer (B, T, columns) as what kernels fill their tiles for heads of HS from.
+template <int HS>
+flash::Rows rows_of(const Cuda& be, const bf16* buffer, int B, int T, int columns) {
+  CUtensorMap map = {};
+  if (be.capability == 90)
+    map = hopper::describe_rows(buffer, B, T, columns, flash::kBoxRows<HS>, flash::Tile<flash::kRows, HS>::kPanel);
+  return {buffer, T, columns, map};
 }
 
 // Whether the program was built for Hopper's own instructions (sm_90a) and runs there: only then does the kernel have
@@ -689,14 +670,14 @@ inline void flash_attention_forward(Cuda& be, bf16* out, float* lse, const bf16*
           const int columns = (NH + 2 * NKV) * HS, items = int(divide_up(T, C::kTile)) * B * NH;
           return launch(be, "flash_attention_forward", kernel, std::min(items, be.multiprocessors), C::kThreads,
                         flash::stream_forward_bytes<size(), C>(), out, lse,
-                        describe_rows(qkv, B, T, columns, C::kTile), describe_rows(qkv, B, T, columns, C::kN), B, T, NH,
+                        hopper::describe_rows(qkv, B, T, columns, C::kTile), hopper::describe_rows(qkv, B, T, columns, C::kN), B, T, NH,
                         NKV, scale, cap);
         }
       }
       using C = flash::ForwardConfig<size()>;
       launch(be, "flash_attention_forward", flash::forward_kernel<size(), C, capped()>,
-             divide_up(T, flash::kRows) * B * NH, flash::kGroup, flash::forward_bytes<size(), C>(), out, lse, qkv, T,
-             NH, NKV, scale, cap);
+             divide_up(T, flash::kRows) * B * NH, flash::kGroup, flash::forward_bytes<size(), C>(), out, lse,
+             rows_of<size()>(be, qkv, B, T, (NH + 2 * NKV) * HS), T, NH, NKV, scale, cap);
     });
   });
 }
@@ -719,15 +700,16 @@ inline void flash_attention_backward(Cuda& be, bf16* dqkv, float* D, const bf16*
           const int items = int(divide_up(T, 2 * flash::kRows)) * B * NH;
           launch(be, "flash_attention_backward (queries)", kernel, std::min(items, be.multiprocessors),
                  3 * flash::kGroup, flash::stream_query_bytes<size()>(), dqkv, D,
-                 describe_rows(qkv, B, T, (NH + 2 * NKV) * HS, flash::kRows),
-                 describe_rows(dout, B, T, NH * HS, flash::kRows), describe_rows(out, B, T, NH * HS, flash::kRows), lse,
+                 hopper::describe_rows(qkv, B, T, (NH + 2 * NKV) * HS, flash::kRows),
+                 hopper::describe_rows(dout, B, T, NH * HS, flash::kRows), hopper::describe_rows(out, B, T, NH * HS, flash::kRows), lse,
                  rope, B, T, NH, NKV, scale, cap);
         }
       }
       if (!done)
         launch(be, "flash_attention_backward (queries)", flash::query_kernel<size(), Q, capped()>,
-               divide_up(T, flash::kRows) * B * NH, flash::kGroup, flash::query_bytes<size(), Q>(), dqkv, D, dout, qkv,
-               out, lse, rope, T, NH, NKV, scale, cap);
+               divide_up(T, flash::kRows) * B * NH, flash::kGroup, flash::query_bytes<size(), Q>(), dqkv, D,
+               rows_of<size()>(be, dout, B, T, NH * HS), rows_of<size()>(be, qkv, B, T, (NH + 2 * NKV) * HS),
+               rows_of<size()>(be, out, B, T, NH * HS), lse, rope, T, NH, NKV, scale, cap);
       if constexpr (size() >= 128) {
         auto* kernel = flash::stream_key_kernel<size(), capped()>;
         if (has_stream_kernel(be, kernel, 3 * flash::kGroup)) {
@@ -735,15 +717,16 @@ inline void flash_attention_backward(Cuda& be, bf16* dqkv, float* D, const bf16*
           const int items = int(divide_up(T, flash::kRows)) * B * NKV;
           return launch(be, "flash_attention_backward (keys)", kernel, std::min(items, be.multiprocessors),
                         3 * flash::kGroup, flash::stream_key_bytes<size()>(), dqkv,
-                        describe_rows(qkv, B, T, (NH + 2 * NKV) * HS, flash::kRows),
-                        describe_rows(qkv, B, T, (NH + 2 * NKV) * HS, queries),
-                        describe_rows(dout, B, T, NH * HS, queries), lse, (const float*)D, rope, B, T, NH, NKV, scale,
+                        hopper::describe_rows(qkv, B, T, (NH + 2 * NKV) * HS, flash::kRows),
+                        hopper::describe_rows(qkv, B, T, (NH + 2 * NKV) * HS, queries),
+                        hopper::describe_rows(dout, B, T, NH * HS, queries), lse, (const float*)D, rope, B, T, NH, NKV, scale,
                         cap);
         }
       }
       auto keys = [&](auto* kernel) {
         launch(be, "flash_attention_backward (keys)", kernel, divide_up(T, flash::kRows) * B * NKV, flash::kGroup,
-               flash::key_bytes<size(), K>(), dqkv, dout, qkv, lse, (const float*)D, rope, T, NH, NKV, scale, cap);
+               flash::key_bytes<size(), K>(), dqkv, rows_of<size()>(be, dout, B, T, NH * HS),
+               rows_of<size()>(be, qkv, B, T, (NH + 2 * NKV) * HS), lse, (const float*)D, rope, T, NH, NKV, scale, cap);
       };
       if constexpr (size() <= 128) {
         keys(flash::key_kernel<size(), K, true, true, capped()>);
@@ -763,7 +746,8 @@ inline void flash_attention_statistics(Cuda& be, double* max_logit, float* entro
       using C = flash::ForwardConfig<size()>;
       launch(be, "flash_attention_statistics", flash::statistics_kernel<size(), C, capped()>,
              divide_up(T, flash::kRows) * B * NH, flash::kGroup, flash::statistics_bytes<size(), C>(), max_logit,
-             entropies, qkv, lse, T, NH, NKV, 1 / std::sqrt(float(HS)), float(softcap) * std::sqrt(float(HS)));
+             entropies, rows_of<size()>(be, qkv, B, T, (NH + 2 * NKV) * HS), lse, T, NH, NKV,
+             1 / std::sqrt(float(HS)), float(softcap) * std::sqrt(float(HS)));
     });
   });
 }

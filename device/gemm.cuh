@@ -22,21 +22,19 @@
 // each arrival wait for all of memory, which took a third of the speed.
 // Every sum has one owner and one order: the result is the same in every run.
 
-#include <cuda.h>
-
-#include "device/backend.h"
+#include "device/copy_engine.cuh"
 
 #ifdef __CUDACC__
 
-#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-#define GEMM_HOPPER 1
+#if HOPPER
 #define GEMM_CLUSTER __cluster_dims__(2, 1, 1)
 #else  // the kernel is empty for other targets, and supports() says so
-#define GEMM_HOPPER 0
 #define GEMM_CLUSTER
 #endif
 
 namespace gemm {
+
+using namespace hopper;
 
 constexpr int kM = 128, kN = 256, kK = 64;  // a block's tile, and the depth of a slice
 constexpr int kSlots = 3;                 // for slices that are on their way or in use
@@ -53,103 +51,7 @@ struct Place {
   int row, column, first_half, second_half;
 };
 
-// The driver's function that describes a matrix to the copy engine.
-inline auto tensor_map_encoder() {
-  static const auto encode = [] {
-    void* function = nullptr;
-    cudaDriverEntryPointQueryResult found;
-    check(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &found),
-          "cuTensorMapEncodeTiled");
-    return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(function);
-  }();
-  return encode;
-}
-
-// Describes a matrix (rows, columns) of bf16 to the copy engine, which takes boxes of `box_rows` rows of 64 columns.
-inline CUtensorMap describe(const bf16* matrix, int rows, int columns, int box_rows) {
-  CUtensorMap map;
-  const cuuint64_t sizes[] = {cuuint64_t(columns), cuuint64_t(rows)}, strides[] = {cuuint64_t(columns) * sizeof(bf16)};
-  const cuuint32_t box[] = {64, cuuint32_t(box_rows)}, steps[] = {1, 1};
-  if (tensor_map_encoder()(&map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, const_cast<bf16*>(matrix), sizes, strides, box, steps,
-             CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-             CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) != CUDA_SUCCESS)
-    throw std::runtime_error("cuTensorMapEncodeTiled: a matrix that the copy engine does not take");
-  return map;
-}
-
-#if GEMM_HOPPER
-
-// ---------------------------------------------------------------------------------------------------------------------
-// Barriers in shared memory. A phase of `full` ends when its bytes have arrived, of the others when their threads have.
-
-__device__ __forceinline__ void init_barrier(uint32_t barrier, int arrivals) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
-}
-__device__ __forceinline__ void expect_bytes(uint32_t barrier, int bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
-}
-// The same without an arrival.
-__device__ __forceinline__ void expect_more_bytes(uint32_t barrier, int bytes) {
-  asm volatile("mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
-}
-// Waits until the phase of this parity has ended.
-__device__ __forceinline__ void wait_barrier(uint32_t barrier, int parity) {
-  asm volatile(
-      "{\n"
-      ".reg .pred done;\n"
-      "again:\n"
-      "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
-      "@!done bra again;\n"
-      "}" ::"r"(barrier),
-      "r"(parity)
-      : "memory");
-}
-__device__ __forceinline__ void arrive(uint32_t barrier) {
-  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
-}
-// The same address in block `rank` of the cluster, and an arrival at a barrier there.
-__device__ __forceinline__ uint32_t in_block(uint32_t address, int rank) {
-  uint32_t there;
-  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(address), "r"(rank));
-  return there;
-}
-__device__ __forceinline__ void arrive_in_cluster(uint32_t barrier) {
-  asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(barrier) : "memory");
-}
-__device__ __forceinline__ void cluster_barrier() {
-  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
-}
-
-// ---------------------------------------------------------------------------------------------------------------------
-// The copy engine. A box of a matrix comes to shared memory with its 16-byte chunks permuted within rows of 128 bytes
-// (the 128-byte swizzle), as wgmma expects it; what lies outside the matrix arrives as zeros and is not written back.
-
-__device__ __forceinline__ void load_box(uint32_t to, const CUtensorMap& matrix, int column, int row,
-                                         uint32_t barrier) {
-  asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];"
-               ::"r"(to), "l"(&matrix), "r"(barrier), "r"(column), "r"(row)
-               : "memory");
-}
-// The same, to this address in both blocks of the cluster; either block's barrier counts the bytes.
-__device__ __forceinline__ void load_box_for_both(uint32_t to, const CUtensorMap& matrix, int column, int row,
-                                                  uint32_t barrier) {
-  asm volatile(
-      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], "
-      "[%1, {%3, %4}], [%2], %5;" ::"r"(to),
-      "l"(&matrix), "r"(barrier), "r"(column), "r"(row), "h"(uint16_t(3))
-      : "memory");
-}
-
-__device__ __forceinline__ void store_box(const CUtensorMap& matrix, int column, int row, uint32_t from) {
-  asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%2, %3}], [%1];" ::"l"(&matrix), "r"(from),
-               "r"(column), "r"(row)
-               : "memory");
-}
-__device__ __forceinline__ void commit_stores() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
-// Until they have read shared memory.
-__device__ __forceinline__ void wait_stores() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }
-// What threads wrote to shared memory can be read by the copy engine after this and a barrier.
-__device__ __forceinline__ void publish() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+#if HOPPER
 
 // ---------------------------------------------------------------------------------------------------------------------
 // wgmma
@@ -227,7 +129,7 @@ __device__ __forceinline__ void unpack(float (&x)[8], uint4 packed) {
 #pragma unroll
   for (int i = 0; i < 8; ++i) x[i] = __uint_as_float(i % 2 ? pairs[i / 2] & 0xffff0000u : pairs[i / 2] << 16);
 }
-#endif  // GEMM_HOPPER
+#endif  // HOPPER
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Epilogues. Each says which rows of B make a tile, and to which columns of out its four panels go (N: nowhere).
@@ -263,7 +165,7 @@ struct SwiGlu : Store {
     return (panel < 2 ? at.first_half : at.second_half) + panel % 2 * 64;
   }
   __device__ void finish(uint32_t tile, Place at, int thread, int M, int N) const {
-#if GEMM_HOPPER
+#if HOPPER
     const int F = N / 2, chunk = thread % 16, rows = min(kM, M - at.row);  // a thread has one chunk of every sixth row
     if (at.column + chunk * 8 >= F) return;
     bf16* to = act + size_t(at.row + thread / 16) * F + at.column + chunk * 8;
@@ -300,7 +202,7 @@ struct SwiGluBackward : Store {
   bf16* dgate_up;
   SwiGluBackward(const bf16* from, bf16* to) : gate_up(from), dgate_up(to) {}
   __device__ int panel_column(Place, int, int N) const { return N; }
-#if GEMM_HOPPER
+#if HOPPER
   __device__ void prepare(uint32_t tile, Place at, int thread, int M, int N) const {
     for (int i = 0; i < kAhead; ++i) start_copy(tile, at, thread, thread / 32 + i * kStep, i, M, N);
   }
@@ -354,7 +256,7 @@ struct Rope : Store {
   int T, R, heads, HS;
   Rope(const float* table, int positions, int rotary_dim, int turned, int head_size)
       : cos_sin(table), T(positions), R(rotary_dim), heads(turned), HS(head_size) {}
-#if GEMM_HOPPER
+#if HOPPER
   // A few angles come to the L1 cache while the tile is being made.
   __device__ void prepare(uint32_t, Place at, int thread, int, int) const {
     if (R > 32 || at.column >= heads * HS) return;
@@ -423,7 +325,7 @@ struct FullRope : Store {
   int T, heads;
   FullRope(const float* table, int positions, int turned)
       : cos_sin(describe(reinterpret_cast<const bf16*>(table), positions, 2 * HS, 64)), T(positions), heads(turned) {}
-#if GEMM_HOPPER
+#if HOPPER
   __device__ bool turns(Place at) const { return at.column < heads * HS; }
   __device__ void load_panel(uint32_t to, Place at, int half, int panel, uint32_t barrier) const {
     if (panel >= HS / 32 || !turns(at)) return;  // a panel has 16 pairs' angles for 64 rows
@@ -476,7 +378,7 @@ template <bool BY_COLUMN, class Epilogue>
 __global__ void GEMM_CLUSTER __launch_bounds__(kThreads, 1)
     kernel(const __grid_constant__ CUtensorMap a, const __grid_constant__ CUtensorMap b,
            const __grid_constant__ CUtensorMap out, int M, int N, int K, const __grid_constant__ Epilogue epilogue) {
-#if GEMM_HOPPER
+#if HOPPER
   extern __shared__ uint8_t memory[];
   const uint32_t slots = uint32_t(__cvta_generic_to_shared(memory)), tile = slots + kSlots * kBytesSlice,
                  full = tile + kBytesTile + Epilogue::kBytes, empty = full + 8 * kSlots, ready = empty + 8 * kSlots,
@@ -504,7 +406,7 @@ __global__ void GEMM_CLUSTER __launch_bounds__(kThreads, 1)
     for (int i = 0; i < 3; ++i) init_barrier(changed + 8 * i, 3);  // each of the finishers' warps has changed a piece more
     // The producer has sent the tile, if it does, and the finishers' warps, if there are any, are done with it.
     init_barrier(free, producer_sends + (Epilogue::kFinish == Finish::nothing ? 0 : 3));
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    publish_barriers();
   }
   cluster_barrier();  // nobody may write to the other block, or arrive there, before its barriers exist
 

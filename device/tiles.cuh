@@ -9,17 +9,11 @@
 // and what the first leaves in the accumulators is, rounded to bf16 in place, the A operand of the second. Both products
 // are written twice: with mma.sync and ldmatrix (sm_80 and up), and with wgmma, which reads its second operand straight
 // from shared memory (sm_90a, the target that `make` picks for Hopper). Registers and shared memory are laid out alike
-// for both, so that the kernels do not know which one they use.
+// for both, so that the kernels do not know which one they use; nor who fills their tiles, all threads or the copy engine.
 
-#include "device/backend.h"
+#include "device/copy_engine.cuh"
 
 #ifdef __CUDACC__
-
-#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-#define FLASH_WGMMA 1
-#else
-#define FLASH_WGMMA 0
-#endif
 
 namespace flash {
 
@@ -76,14 +70,15 @@ __device__ __forceinline__ void load_tile(Tile<ROWS, HS> tile, const bf16* sourc
 #endif
 }
 
-// The same for N floats of a vector of length T, one per thread.
-template <int N>
-__device__ __forceinline__ void load_vector(uint32_t to, const float* source, int first, int T, int thread) {
+// The same for one float; if it is not `there`, it becomes 0.
+__device__ __forceinline__ void load_number(uint32_t to, const float* from, bool there) {
 #if __CUDA_ARCH__ >= 800
-  if (thread < 0 || thread >= N) return;
-  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(to + thread * 4), "l"(source + first + thread),
-               "r"(first + thread < T ? 4 : 0)
-               : "memory");
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(to), "l"(from), "r"(there ? 4 : 0) : "memory");
+#endif
+}
+__device__ __forceinline__ void wait_numbers() {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.wait_all;" ::: "memory");
 #endif
 }
 
@@ -97,12 +92,83 @@ __device__ __forceinline__ void commit_loads() {
 __device__ __forceinline__ void wait_loads() {
 #if __CUDA_ARCH__ >= 800
   asm volatile("cp.async.wait_all;" ::: "memory");
-#if FLASH_WGMMA
+#if HOPPER
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");  // wgmma reads shared memory by another path
 #endif
   __syncthreads();
 #endif
 }
+
+#if HOPPER
+// The copy engine fills a tile, in boxes of BOX rows, with the HS columns from `column` on, rows from `row` on, of
+// sequence b; by one thread, which tells the barrier how many bytes to expect.
+template <int BOX, int ROWS, int HS>
+__device__ __forceinline__ void fetch_boxes(Tile<ROWS, HS> tile, const CUtensorMap& matrix, int column, int row, int b,
+                                            uint32_t barrier) {
+  using T = Tile<ROWS, HS>;
+  for (int p = 0; p < HS / T::kPanel; ++p)
+    for (int r = 0; r < ROWS; r += BOX)
+      hopper::load_box(tile.at + p * T::kPanelBytes + r * T::kPanel * 2, matrix, column + p * T::kPanel, row + r, b,
+                       barrier);
+}
+#endif
+
+// A matrix (B, T, columns) of bf16 in device memory, whose rows tiles are filled with.
+struct Rows {
+  const bf16* data;
+  int T, columns;
+  CUtensorMap map;  // describes it to Hopper's copy engine, in boxes of kBoxRows<HS> rows of a panel
+};
+template <int HS>
+constexpr int kBoxRows = HS < 256 ? 64 : 32;  // all tiles of such heads have a multiple of it
+
+// The copies of a block that are under way: those asked for since the last wait(). They are asked for by load(), and
+// commit() after the last of them; wait() waits until they are here and all of the block's threads are, too. On Hopper
+// one thread asks the copy engine for whole tiles, else all threads copy: reckoning where each 16 bytes come from was 11
+// to 17 % of the kernels' instructions.
+struct Copies {
+#if HOPPER
+  uint32_t barrier;
+  int parity = 0;
+  __device__ __forceinline__ Copies() {
+    __shared__ uint64_t place;
+    barrier = uint32_t(__cvta_generic_to_shared(&place));
+    if (threadIdx.x == 0) {
+      hopper::init_barrier(barrier, 1);
+      hopper::publish_barriers();
+    }
+    __syncthreads();
+  }
+#endif
+  // Columns column.. and rows first.. of sequence b come to a tile; rows from T on become zeros.
+  template <int ROWS, int HS>
+  __device__ __forceinline__ void load(Tile<ROWS, HS> tile, const Rows& from, int b, int first, int column) {
+#if HOPPER
+    if (threadIdx.x == 0) {
+      hopper::expect_more_bytes(barrier, tile.kBytes);
+      fetch_boxes<kBoxRows<HS>>(tile, from.map, column, first, b, barrier);
+    }
+#else
+    load_tile<kGroup>(tile, from.data + size_t(b) * from.T * from.columns + column, from.columns, first, from.T);
+#endif
+  }
+  __device__ __forceinline__ void commit() {
+#if HOPPER
+    if (threadIdx.x == 0) hopper::arrive(barrier);
+#else
+    commit_loads();
+#endif
+  }
+  __device__ __forceinline__ void wait() {
+#if HOPPER
+    hopper::wait_barrier(barrier, parity);
+    parity ^= 1;
+    __syncthreads();
+#else
+    wait_loads();
+#endif
+  }
+};
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Fragments. Of a 16 x 8 piece of accumulators, thread 4g + t of a warp holds rows g and g + 8, columns 2t and 2t+1, as
@@ -229,7 +295,7 @@ __device__ __forceinline__ void multiply(float (&acc)[HS / 8][4], const uint32_t
 
 }  // namespace mma_sync
 
-#if FLASH_WGMMA
+#if HOPPER
 
 __device__ __forceinline__ void begin_products() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ __forceinline__ void end_products() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
