@@ -339,6 +339,12 @@ __device__ __forceinline__ uint4 read_chunk(uint32_t address) {
                : "memory");
   return packed;
 }
+// Of a table's rows (64, R) fp32 as the copy engine or a Tile leaves them, in panels of 64 rows of 128 bytes, the four
+// numbers of chunk 4n + t of a row 8h further than the one whose chunk t is at `first`.
+__device__ __forceinline__ float4 read_angles(uint32_t first, int n, int h) {
+  const uint4 bits = read_chunk((n % 2 ? first ^ 4 << 4 : first) + n / 2 * (64 * 128) + h * 8 * 128);
+  return reinterpret_cast<const float4&>(bits);
+}
 
 template <int W>
 __device__ __forceinline__ void add_to(float* to, const float (&sum)[W]) {
@@ -429,7 +435,7 @@ template <class... Parameters, class... Arguments>
 void launch(Cuda& be, const char* name, void (*kernel)(Parameters...), dim3 blocks, int threads, size_t shared_bytes,
             Arguments... arguments) {
   if (blocks.x == 0) return;
-  // More than 48 KiB, with the kernel's static shared memory, has to be asked for, kernel by kernel.
+  // More than 48 KiB has to be asked for, kernel by kernel; static shared memory, here less than 16 KiB, counts.
   if (shared_bytes > 32 * 1024)
     check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes)), name);
   kernel<<<blocks, threads, shared_bytes, be.stream>>>(arguments...);

@@ -3,7 +3,6 @@
 // from there, by themselves. And barriers in shared memory, which say when they have come.
 
 #include <stdexcept>
-#include <vector>
 
 #include <cuda.h>
 
@@ -21,7 +20,8 @@ namespace hopper {
 
 // Describes a tensor of bf16 to the copy engine, which takes boxes of it. Its last dimension, the first in `sizes` and
 // `box`, runs along memory; a box has 64 or 32 of it.
-inline CUtensorMap describe(const bf16* tensor, const std::vector<cuuint64_t>& sizes, const std::vector<cuuint32_t>& box) {
+template <int DIMENSIONS>
+CUtensorMap describe(const bf16* tensor, const cuuint64_t (&sizes)[DIMENSIONS], const cuuint32_t (&box)[DIMENSIONS]) {
   static const auto encode = [] {  // the driver's function
     void* function = nullptr;
     cudaDriverEntryPointQueryResult found;
@@ -29,31 +29,32 @@ inline CUtensorMap describe(const bf16* tensor, const std::vector<cuuint64_t>& s
           "cuTensorMapEncodeTiled");
     return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(function);
   }();
-  std::vector<cuuint64_t> strides;  // in bytes, of all dimensions but the last
-  for (size_t i = 0; i + 1 < sizes.size(); ++i) strides.push_back(sizes[i] * (i ? strides[i - 1] : sizeof(bf16)));
-  const std::vector<cuuint32_t> steps(sizes.size(), 1);
+  cuuint64_t strides[DIMENSIONS - 1];  // in bytes, of all dimensions but the last
+  for (int i = 0; i < DIMENSIONS - 1; ++i) strides[i] = sizes[i] * (i ? strides[i - 1] : sizeof(bf16));
+  cuuint32_t steps[DIMENSIONS];
+  for (cuuint32_t& step : steps) step = 1;
   CUtensorMap map;
-  if (encode(&map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, cuuint32_t(sizes.size()), const_cast<bf16*>(tensor), sizes.data(),
-             strides.data(), box.data(), steps.data(), CU_TENSOR_MAP_INTERLEAVE_NONE,
-             box[0] == 64 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-             CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) != CUDA_SUCCESS)
+  if (encode(&map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, DIMENSIONS, const_cast<bf16*>(tensor), sizes, strides, box, steps,
+             CU_TENSOR_MAP_INTERLEAVE_NONE, box[0] == 64 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B,
+             CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) != CUDA_SUCCESS)
     throw std::runtime_error("cuTensorMapEncodeTiled: a tensor that the copy engine does not take");
   return map;
 }
 // Of a matrix (rows, columns), boxes of `box_rows` rows of 64 columns.
 inline CUtensorMap describe(const bf16* matrix, int rows, int columns, int box_rows) {
-  return describe(matrix, {cuuint64_t(columns), cuuint64_t(rows)}, {64, cuuint32_t(box_rows)});
+  return describe<2>(matrix, {cuuint64_t(columns), cuuint64_t(rows)}, {64, cuuint32_t(box_rows)});
 }
 // Of a tensor (B, T, columns), boxes of `rows` rows of `width` columns of one sequence.
 inline CUtensorMap describe_rows(const bf16* tensor, int B, int T, int columns, int rows, int width = 64) {
-  return describe(tensor, {cuuint64_t(columns), cuuint64_t(T), cuuint64_t(B)}, {cuuint32_t(width), cuuint32_t(rows), 1});
+  return describe<3>(tensor, {cuuint64_t(columns), cuuint64_t(T), cuuint64_t(B)},
+                     {cuuint32_t(width), cuuint32_t(rows), 1});
 }
 
 #if HOPPER
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Barriers in shared memory. A phase of one ends when as many threads have arrived as it was told, and the bytes that it
-// was told to expect as well.
+// Barriers in shared memory. A phase of one ends when as many threads have arrived as it was told, and the bytes that
+// it was told to expect as well.
 
 __device__ __forceinline__ void init_barrier(uint32_t barrier, int arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
@@ -100,7 +101,8 @@ __device__ __forceinline__ void cluster_barrier() {
 
 // ---------------------------------------------------------------------------------------------------------------------
 // The copy engine. A box of a matrix comes to shared memory with its 16-byte chunks permuted within rows of 128 bytes
-// (the 128-byte swizzle; with boxes of 32 columns the 64-byte one), as wgmma expects it; what lies outside the matrix arrives as zeros and is not written back.
+// (the 128-byte swizzle; with boxes of 32 columns within 64 bytes, the 64-byte one), as wgmma expects it; what lies
+// outside the matrix arrives as zeros and is not written back.
 
 __device__ __forceinline__ void load_box(uint32_t to, const CUtensorMap& matrix, int column, int row,
                                          uint32_t barrier) {

@@ -232,10 +232,8 @@ __device__ __forceinline__ void load_angles(uint32_t to, const Rotation& rope, i
   commit_loads();
 }
 __device__ __forceinline__ void wait_angles() {  // if any were asked for; and until all of the block's threads are here
-#if __CUDA_ARCH__ >= 800
-  asm volatile("cp.async.wait_all;" ::: "memory");
+  wait_own_loads();
   __syncthreads();
-#endif
 }
 
 // Writes accumulators (64, HS), times factor0 (rows g) or factor1 (rows g + 8), to rows first.. of a matrix (T, HS)
@@ -261,10 +259,7 @@ __device__ __forceinline__ void store_rows(bf16* to, size_t stride, int first, i
         const float (&u)[4] = acc[n], (&v)[4] = acc[n + HS / 16];
         float x0 = rounded(u[2 * h] * factor), x1 = rounded(u[2 * h + 1] * factor);
         float y0 = rounded(v[2 * h] * factor), y1 = rounded(v[2 * h + 1] * factor);
-        // Chunk 4n + t of a row 8h further: all of its address that depends on n and h.
-        const uint4 bits = read_chunk((n % 2 ? first_angle ^ 4 << 4 : first_angle) + n / 2 * Angles<HS>::kPanelBytes +
-                                      h * 8 * 128);
-        const float4 angle = reinterpret_cast<const float4&>(bits);
+        const float4 angle = read_angles(first_angle, n, h);
         turn(x0, y0, angle.x, -angle.y);
         turn(x1, y1, angle.z, -angle.w);
         put(n, h, x0, x1), put(n + HS / 16, h, y0, y1);
@@ -597,7 +592,7 @@ __global__ __launch_bounds__(kGroup, C::kBlocks) void key_kernel(bf16* dqkv, con
   copies.load(k_shared, qkv, at.b, k0, k);
   if (DK) copies.load(v_shared, qkv, at.b, k0, v);
   load(0);
-  wait_numbers();
+  wait_own_loads();
   copies.wait();
 
   const int row = k0 + own_row();
@@ -611,7 +606,7 @@ __global__ __launch_bounds__(kGroup, C::kBlocks) void key_kernel(bf16* dqkv, con
         __syncthreads();
         load(0);
       }
-      wait_numbers();
+      wait_own_loads();
       copies.wait();
     }
     if (C::kStages == 2) {

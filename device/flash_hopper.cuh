@@ -670,8 +670,8 @@ inline void flash_attention_forward(Cuda& be, bf16* out, float* lse, const bf16*
           const int columns = (NH + 2 * NKV) * HS, items = int(divide_up(T, C::kTile)) * B * NH;
           return launch(be, "flash_attention_forward", kernel, std::min(items, be.multiprocessors), C::kThreads,
                         flash::stream_forward_bytes<size(), C>(), out, lse,
-                        hopper::describe_rows(qkv, B, T, columns, C::kTile), hopper::describe_rows(qkv, B, T, columns, C::kN), B, T, NH,
-                        NKV, scale, cap);
+                        hopper::describe_rows(qkv, B, T, columns, C::kTile),
+                        hopper::describe_rows(qkv, B, T, columns, C::kN), B, T, NH, NKV, scale, cap);
         }
       }
       using C = flash::ForwardConfig<size()>;
@@ -701,8 +701,8 @@ inline void flash_attention_backward(Cuda& be, bf16* dqkv, float* D, const bf16*
           launch(be, "flash_attention_backward (queries)", kernel, std::min(items, be.multiprocessors),
                  3 * flash::kGroup, flash::stream_query_bytes<size()>(), dqkv, D,
                  hopper::describe_rows(qkv, B, T, (NH + 2 * NKV) * HS, flash::kRows),
-                 hopper::describe_rows(dout, B, T, NH * HS, flash::kRows), hopper::describe_rows(out, B, T, NH * HS, flash::kRows), lse,
-                 rope, B, T, NH, NKV, scale, cap);
+                 hopper::describe_rows(dout, B, T, NH * HS, flash::kRows),
+                 hopper::describe_rows(out, B, T, NH * HS, flash::kRows), lse, rope, B, T, NH, NKV, scale, cap);
         }
       }
       if (!done)
@@ -719,8 +719,8 @@ inline void flash_attention_backward(Cuda& be, bf16* dqkv, float* D, const bf16*
                         3 * flash::kGroup, flash::stream_key_bytes<size()>(), dqkv,
                         hopper::describe_rows(qkv, B, T, (NH + 2 * NKV) * HS, flash::kRows),
                         hopper::describe_rows(qkv, B, T, (NH + 2 * NKV) * HS, queries),
-                        hopper::describe_rows(dout, B, T, NH * HS, queries), lse, (const float*)D, rope, B, T, NH, NKV, scale,
-                        cap);
+                        hopper::describe_rows(dout, B, T, NH * HS, queries), lse, (const float*)D, rope, B, T, NH,
+                        NKV, scale, cap);
         }
       }
       auto keys = [&](auto* kernel) {

@@ -337,12 +337,9 @@ struct FullRope : Store {
     const uint32_t first = chunk_address(tile, row + threadIdx.x % 32 / 4, threadIdx.x % 4);
 #pragma unroll
     for (int n = 0; n < HS / 16; ++n) {
-      float4 angle[2];  // of pairs 8n + 2t and 8n + 2t + 1, in both of the thread's rows, at chunk 4n + t
+      float4 angle[2];  // of pairs 8n + 2t and 8n + 2t + 1, in both of the thread's rows
 #pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        const uint4 bits = read_chunk((n % 2 ? first ^ 4 << 4 : first) + n / 2 * kBytesPanel + h * 8 * 128);
-        angle[h] = reinterpret_cast<const float4&>(bits);
-      }
+      for (int h = 0; h < 2; ++h) angle[h] = read_angles(first, n, h);
 #pragma unroll
       for (int head = 0; head < kN / HS; ++head) {
         if (at.column + head * HS >= heads * HS) continue;
@@ -499,7 +496,7 @@ __global__ void GEMM_CLUSTER __launch_bounds__(kThreads, 1)
         // Both blocks' boxes have arrived.
         wait_barrier(full + 8 * slot, parity);
         asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
-        const uint64_t slice = slot * (kBytesSlice >> 4);
+        const uint64_t slice = slot * (kBytesSlice >> 4);  // in a descriptor's units
 #pragma unroll
         for (int i = 0; i < kK / 16; ++i)
           wgmma<BY_COLUMN>(d, rows_of_a + slice + kStepK<false> * i, rows_of_b + slice + kStepK<BY_COLUMN> * i,

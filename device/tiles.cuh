@@ -9,7 +9,8 @@
 // and what the first leaves in the accumulators is, rounded to bf16 in place, the A operand of the second. Both products
 // are written twice: with mma.sync and ldmatrix (sm_80 and up), and with wgmma, which reads its second operand straight
 // from shared memory (sm_90a, the target that `make` picks for Hopper). Registers and shared memory are laid out alike
-// for both, so that the kernels do not know which one they use; nor who fills their tiles, all threads or the copy engine.
+// for both, so that the kernels do not know which one they use; nor who fills their tiles, all threads or the copy
+// engine.
 
 #include "device/copy_engine.cuh"
 
@@ -76,22 +77,23 @@ __device__ __forceinline__ void load_number(uint32_t to, const float* from, bool
   asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(to), "l"(from), "r"(there ? 4 : 0) : "memory");
 #endif
 }
-__device__ __forceinline__ void wait_numbers() {
-#if __CUDA_ARCH__ >= 800
-  asm volatile("cp.async.wait_all;" ::: "memory");
-#endif
-}
-
 __device__ __forceinline__ void commit_loads() {
 #if __CUDA_ARCH__ >= 800
   asm volatile("cp.async.commit_group;" ::: "memory");
 #endif
 }
 
+// Waits until the copies that this thread started have arrived.
+__device__ __forceinline__ void wait_own_loads() {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.wait_all;" ::: "memory");
+#endif
+}
+
 // Waits until all of the block's copies have arrived and all its threads are here, i.e. are done with the tiles before.
 __device__ __forceinline__ void wait_loads() {
 #if __CUDA_ARCH__ >= 800
-  asm volatile("cp.async.wait_all;" ::: "memory");
+  wait_own_loads();
 #if HOPPER
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");  // wgmma reads shared memory by another path
 #endif
@@ -105,11 +107,10 @@ __device__ __forceinline__ void wait_loads() {
 template <int BOX, int ROWS, int HS>
 __device__ __forceinline__ void fetch_boxes(Tile<ROWS, HS> tile, const CUtensorMap& matrix, int column, int row, int b,
                                             uint32_t barrier) {
-  using T = Tile<ROWS, HS>;
-  for (int p = 0; p < HS / T::kPanel; ++p)
+  for (int p = 0; p < HS / tile.kPanel; ++p)
     for (int r = 0; r < ROWS; r += BOX)
-      hopper::load_box(tile.at + p * T::kPanelBytes + r * T::kPanel * 2, matrix, column + p * T::kPanel, row + r, b,
-                       barrier);
+      hopper::load_box(tile.at + p * tile.kPanelBytes + r * tile.kPanel * 2, matrix, column + p * tile.kPanel, row + r,
+                       b, barrier);
 }
 #endif
 
@@ -124,8 +125,8 @@ constexpr int kBoxRows = HS < 256 ? 64 : 32;  // all tiles of such heads have a 
 
 // The copies of a block that are under way: those asked for since the last wait(). They are asked for by load(), and
 // commit() after the last of them; wait() waits until they are here and all of the block's threads are, too. On Hopper
-// one thread asks the copy engine for whole tiles, else all threads copy: reckoning where each 16 bytes come from was 11
-// to 17 % of the kernels' instructions.
+// one thread asks the copy engine for whole tiles, else all threads copy: there, reckoning where each 16 bytes come from
+// was 11 to 17 % of the kernels' instructions.
 struct Copies {
 #if HOPPER
   uint32_t barrier;
