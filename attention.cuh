@@ -22,6 +22,7 @@
 #include <vector>
 
 #include "device/backend.h"
+#include "device/flash_hopper.cuh"
 #include "device/matmul.cuh"
 #include "rope.cuh"
 
@@ -195,11 +196,18 @@ void attention_forward(Cpu&, Real* out, Acc<Real>* lse, const Real* qkv, Attenti
   }
 }
 
+// Numbers of attention_backward()'s workspace D: D (B, NH, T), or what flash attention leaves there (device/flash.cuh).
+template <class Real>
+size_t attention_workspace(const AttentionShape& s) {
+  const size_t heads = size_t(s.B) * s.NH;
+  return std::is_same_v<Real, Acc<Real>> ? heads * s.T : 2 * heads * flash::padded(s.T);
+}
+
 // dqkv (B, T, NH + 2*NKV, HS) from dout (B, T, NH, HS) and what the forward pass read and wrote. With P the
 // probabilities:  dV = P^T dO,  dP = dO V^T,  dS = P * (dP - D) with D_t = dO_t . O_t,  dQ = dS K,  dK = dS^T Q.
 // Sums over s or t add in pieces, as out does: dQ as there, dK and dV by (kQueryBlock + T / kQueryBlock) u at most.
-// D_t is the definition's sum_s p_s dP_s, as out = sum_s p_s v_s. D (B, NH, T) is left behind: on CUDA one kernel makes
-// it and the next reads it.
+// D_t is the definition's sum_s p_s dP_s, as out = sum_s p_s v_s. D is left behind: on CUDA one kernel makes it and the
+// next reads it.
 template <class Real>
 void attention_backward(Cpu&, Real* dqkv, Acc<Real>* D, const Real* dout, const Real* qkv, const Real* out,
                         const Acc<Real>* lse, AttentionShape s, double softcap = 0) {
@@ -347,8 +355,6 @@ void qk_norm_rope_backward(Cpu&, Real* dqkv, Acc<Real>* dq_weight, Acc<Real>* dk
 // The second, for bf16 on tensor cores, is device/flash.cuh.
 
 #ifdef __CUDACC__
-
-#include "device/flash_hopper.cuh"
 
 constexpr int kAttentionWarps = 8;  // per block, each with a query (or key) of its own
 
@@ -601,7 +607,7 @@ void simple_attention_backward(Cuda& be, Real* dqkv, float* D, const Real* dout,
 template <class Real>
 bool use_flash_attention(const Cuda& be, const AttentionShape& s) {
   return std::is_same_v<Real, bf16> && be.capability >= 80 && s.first == 0 && flash_attention_supports(s.HS) &&
-         be.shared_bytes >= 97 * 1024;
+         be.shared_bytes >= 97 * 1024 && s.B < 1 << 16;  // a grid's limit
 }
 
 template <class Real>
@@ -634,7 +640,7 @@ void attention_rope_backward(Cuda& be, Real* dqkv, Acc<Real>* D, const Real* dou
       const size_t n = size_t(s.B) * s.T * (s.NH + 2 * s.NKV) * s.HS;
       return start_faster(be, {s.B * s.NH, s.T, s.HS, interleaved ? -table.R : table.R}, dqkv, n, apart, [&] {
         flash_attention_backward(be, dqkv, D, dout, qkv, out, lse, s.B, s.T, s.NH, s.NKV, s.HS, softcap,
-                                 {table.cos_sin, table.R, interleaved});
+                                 table.cos_sin, table.R, interleaved);
       });
     }
   apart();

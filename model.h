@@ -327,14 +327,14 @@ Activations<Real> rows_from(const Config& c, Activations<Real> a, int first) {
 }
 
 template <class Real, class Visit>
-void visit_activation_gradients(const Config& c, size_t N, ActivationGradients<Real>& d, Visit visit) {
-  const size_t C = c.width, A = size_t(c.heads) * c.head_size;
+void visit_activation_gradients(const Config& c, int B, int T, ActivationGradients<Real>& d, Visit visit) {
+  const size_t N = size_t(B) * T, C = c.width, A = size_t(c.heads) * c.head_size;
   visit("dx", N * C, d.dx);
   visit("dx2", N * C, d.dx2);
   visit("dh", N * C, d.dh);
   visit("dqkv", N * c.qkv_width(), d.dqkv);
   visit("datt", N * A, d.datt);
-  visit("D", N * c.heads, d.D);
+  visit("D", attention_workspace<Real>(c.heads_shape(B, T, 0)), d.D);
   visit("dup", N * c.up_width(), d.dup);
   visit("dact", N * c.mlp_hidden, d.dact);
 }
@@ -383,7 +383,7 @@ MemoryReport memory_report(const Config& c, int B, int T, const Division& divisi
   Activations<Real> a;
   ActivationGradients<Real> d;
   visit_activations<Backend>(c, size_t(B) * T, a, add);
-  visit_activation_gradients(c, size_t(B) * T, d, add);
+  visit_activation_gradients(c, B, T, d, add);
   const std::vector<int> dims = c.rotary_dims();  // layers with the same R have one table
   for (int R : std::set<int>(dims.begin(), dims.end())) m.rope_table += rope_table_bytes(std::max(T, c.context), R);
   return m;
@@ -453,7 +453,7 @@ struct Model {
       squares = reinterpret_cast<double*>(rest + 256);
       gradients = bind(config, table, gradients_flat);
       activation_gradients_memory_ =
-          allocate_visited(be, [&](auto visit) { visit_activation_gradients(config, N, grads, visit); });
+          allocate_visited(be, [&](auto visit) { visit_activation_gradients(config, B, T, grads, visit); });
     }
     const int positions = std::max(T, config.context);
     for (int R : config.rotary_dims()) {

@@ -27,12 +27,11 @@ struct Job {
 };
 template <int HS>
 __device__ Job job(int queries, bf16* out, float* lse, const bf16* qkv, AttentionShape s) {
-  const int blocks = (s.T + queries - 1) / queries;
-  const Place at = place(blocks, s.NH);
+  const Place at = place();
   const size_t stride = size_t(s.NH + 2 * s.NKV) * HS;
   const bf16* sequence = qkv + size_t(at.b) * s.T * stride;
   const bf16* k = sequence + (s.NH + at.head / (s.NH / s.NKV)) * HS;
-  return {(blocks - 1 - at.tile) * queries,  // the longest rows first: the short ones fill the gaps at the end
+  return {(int(gridDim.x) - 1 - at.tile) * queries,  // the longest rows first: the short ones fill the gaps at the end
           stride,
           sequence + at.head * HS,
           k,
@@ -169,7 +168,9 @@ __global__ void __launch_bounds__(128)
   for (int half = 0; half < 2; ++half)
     if (const int r = row + 8 * half; lane() % 4 == 0 && at.q0 + r < s.T)
       at.lse[at.q0 + r] = (highest[r] + log2f(sum[r])) * kLn2;
-  store_rows(at.out, size_t(s.NH) * HS, at.q0, s.T, O, 1 / sum[row], 1 / sum[row + 8], q_tile);
+  write_rows(q_tile, O, 1 / sum[row], 1 / sum[row + 8]);
+  __syncwarp();
+  store_tile(at.out, size_t(s.NH) * HS, at.q0, s.T, q_tile);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -223,7 +224,9 @@ __device__ __forceinline__ void finish(const Job& at, AttentionShape s, const fl
     l[half] = row_sum(l[half]);
     if (lane() % 4 == 0 && t < s.T) at.lse[t] = m[half] * scale + logf(l[half]);
   }
-  store_rows(at.out, size_t(s.NH) * HS, at.q0, s.T, O, 1 / l[0], 1 / l[1], q_tile);
+  write_rows(q_tile, O, 1 / l[0], 1 / l[1]);
+  __syncwarp();
+  store_tile(at.out, size_t(s.NH) * HS, at.q0, s.T, q_tile);
 }
 
 template <int HS>
@@ -292,7 +295,7 @@ __global__ void __launch_bounds__(128)
 template <class Kernel>
 void start(Kernel* kernel, int queries, int threads, size_t shared_bytes, bf16* out, float* lse, const bf16* qkv,
            AttentionShape s) {
-  launch(*be, "rung", kernel, divide_up(s.T, queries) * s.B * s.NH, threads, shared_bytes, out, lse, qkv, s,
+  launch(*be, "rung", kernel, dim3(divide_up(s.T, queries), s.NH, s.B), threads, shared_bytes, out, lse, qkv, s,
          1 / std::sqrt(float(s.HS)));
 }
 

@@ -83,7 +83,8 @@ static void operations() {
       wup(size_t(2) * F * C, 0.02f), wdown(size_t(F) * C, 0.02f), head(size_t(V) * C, 0.02f), logits(size_t(rows) * V),
       norm(C);
   Tensor<R> dqkv(n * QKV), out(n * C), dout(n * C), dup(n * 2 * F);
-  Tensor<float> gw(size_t(V) * C), mean(n), rstd(n), lse(n * NH), delta(n * NH), losses(n), one(1);
+  Tensor<float> gw(size_t(V) * C), mean(n), rstd(n), lse(n * NH), losses(n), one(1);
+  Tensor<float> delta(attention_workspace<bf16>({B, T, NH, NH, HS}));
   std::vector<int> host(N);
   std::mt19937 random(2);
   for (int& t : host) t = random() % 4 ? random() % V : random() % 40;
@@ -221,7 +222,7 @@ template <class Real>
 static void attention_ladder(AttentionShape s) {
   const size_t rows = size_t(s.B) * s.T, in = rows * (s.NH + 2 * s.NKV) * s.HS, n = rows * s.NH * s.HS;
   Tensor<Real> qkv(in), dqkv(in), out(n), dout(n);
-  Tensor<float> lse(rows * s.NH), delta(rows * s.NH);
+  Tensor<float> lse(rows * s.NH), delta(attention_workspace<bf16>(s));
   const double product = double(n) * s.T;  // flops: 2 per multiply-add, of half of the T x T pairs
   auto rung = [&](const char* name, auto forward, auto backward) {
     kernel_row("attention forward", name, dtype_name<Real>(), s, 0, (in + n) * sizeof(Real) + 4.0 * rows * s.NH,

@@ -385,6 +385,12 @@ __device__ __forceinline__ float exp2_(float x) {  // 2^x to 2 ulp; results unde
   return y;
 }
 
+__device__ __forceinline__ float log2_(float x) {  // to 2^-22 of itself, or for x from 1/2 to 2 of 1; x >= 2^-126
+  float y;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 // 1 / (1 + e^-x) by the GPU's own 2^x and 1/x, which are within 2 ulp and 1 ulp: __expf and __fdividef would take as much
 // again to treat numbers below 2^-126 well, which make no difference here. 0 where e^-x passes 2^126.
 __device__ __forceinline__ float sigmoid(float x) {

@@ -4,11 +4,11 @@
 
 #include <stdexcept>
 
-#include <cuda.h>
-
 #include "device/backend.h"
 
 #ifdef __CUDACC__
+
+#include <cuda.h>
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 #define HOPPER 1  // for code that only this target has: the copy engine, barriers that count bytes, wgmma
@@ -119,6 +119,12 @@ __device__ __forceinline__ void load_box(uint32_t to, const CUtensorMap& matrix,
       "l"(&matrix), "r"(barrier), "r"(column), "r"(row), "r"(b)
       : "memory");
 }
+// So many bytes as they lie in memory; all three are multiples of 16.
+__device__ __forceinline__ void load_bytes(uint32_t to, const void* from, int bytes, uint32_t barrier) {
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
+               "l"(from), "r"(bytes), "r"(barrier)
+               : "memory");
+}
 // As the first, to this address in both blocks of the cluster; either block's barrier counts the bytes.
 __device__ __forceinline__ void load_box_for_both(uint32_t to, const CUtensorMap& matrix, int column, int row,
                                                   uint32_t barrier) {
@@ -132,6 +138,11 @@ __device__ __forceinline__ void load_box_for_both(uint32_t to, const CUtensorMap
 __device__ __forceinline__ void store_box(const CUtensorMap& matrix, int column, int row, uint32_t from) {
   asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%2, %3}], [%1];" ::"l"(&matrix), "r"(from),
                "r"(column), "r"(row)
+               : "memory");
+}
+__device__ __forceinline__ void store_box(const CUtensorMap& matrix, int column, int row, int b, uint32_t from) {
+  asm volatile("cp.async.bulk.tensor.3d.global.shared::cta.bulk_group [%0, {%2, %3, %4}], [%1];" ::"l"(&matrix),
+               "r"(from), "r"(column), "r"(row), "r"(b)
                : "memory");
 }
 __device__ __forceinline__ void commit_stores() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }

@@ -23,6 +23,15 @@
 
 #include "device/tiles.cuh"
 
+namespace flash {
+
+// What the backward pass's second kernel must know of each query, the first leaves in a workspace (2, B, NH, padded T)
+// fp32: lse log2 e, with which exponentials are powers of two, and -D. Padded, it can be read by whole tiles of up to
+// 128 queries; those from T on have zeros.
+inline HOST_DEVICE int padded(int T) { return (T + 127) / 128 * 128; }
+
+}  // namespace flash
+
 #ifdef __CUDACC__
 
 namespace flash {
@@ -35,6 +44,14 @@ struct Rotation {
   const float* cos_sin = nullptr;
   int R = 0;
   bool interleaved = false;
+  Rows table = {};  // all of the table, where turns_all()
+};
+
+// A head's rows of the workspace.
+struct Numbers {
+  float *lse2, *minus_D;
+  __device__ __forceinline__ Numbers(float* workspace, size_t heads, int T, size_t head)
+      : lse2(workspace + head * padded(T)), minus_D(lse2 + heads * padded(T)) {}
 };
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -48,10 +65,14 @@ __device__ __forceinline__ float soft_cap(float x, float cap) {
 // The cap's slope at the score that has the weight p: score / cap comes back from log2 p = score log2 e - lse2, and no
 // register keeps it until then. A weight that became 0 gets any number.
 __device__ __forceinline__ float soft_cap_slope(float p, float lse2, float log2e_per_cap) {
-  float log2_p;
-  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(log2_p) : "f"(fmaxf(p, 0x1p-126f)));
-  const float tanh = (log2_p + lse2) * log2e_per_cap;
+  const float tanh = (log2_(fmaxf(p, 0x1p-126f)) + lse2) * log2e_per_cap;
   return 1 - tanh * tanh;
+}
+
+__device__ __forceinline__ float2 load_pair(uint32_t address) {
+  float2 x;
+  asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(x.x), "=f"(x.y) : "r"(address) : "memory");
+  return x;
 }
 
 // Over the four threads that share a row.
@@ -62,6 +83,24 @@ __device__ __forceinline__ float row_sum(float x) {
 __device__ __forceinline__ float row_max(float x) {
   x = fmaxf(x, __shfl_xor_sync(~0u, x, 1));
   return fmaxf(x, __shfl_xor_sync(~0u, x, 2));
+}
+
+// For the thread's two rows: the row of one tile times that of another, added up. They are the diagonal of a product of
+// 16 x 16, of which the tensor cores make two pieces of 16 x 8.
+template <int HS>
+__device__ __forceinline__ void row_products(float (&sum)[2], Tile<kRows, HS> a, Tile<kRows, HS> b) {
+  float pieces[2][4] = {};
+#pragma unroll
+  for (int k = 0; k < HS / 16; ++k) {
+    uint32_t x[4], y[4];
+    load_operand(x, a, 0, k);
+    load_operand(y, b, 0, k);
+    mma_sync::mma(pieces[0], x, y[0], y[2]);
+    mma_sync::mma(pieces[1], x, y[1], y[3]);
+  }
+  const int g = lane() / 4;  // columns g and g + 8 of rows g and g + 8 are in thread g / 2 of the four that share them
+#pragma unroll
+  for (int h = 0; h < 2; ++h) sum[h] = __shfl_sync(~0u, pieces[h][2 * h + g % 2], g * 4 + g / 2);
 }
 
 // Scores before their scale: cap is C / scale.
@@ -169,9 +208,9 @@ __device__ __forceinline__ bf16* element(Tile<ROWS, HS> tile, int row, int chann
 
 // Undoes the rotation, to the bit as rope_backward(), in the warp's own 16 rows of a tile whose row 0 is at position
 // `first`. Two lanes share a row, each has every other pair. Rows from T on are not stored, whatever they are.
-template <int ROWS, int HS>
-__device__ __forceinline__ void turn_pairs_back(Tile<ROWS, HS> tile, const Rotation& rope, int first, int T) {
-  const int R = rope.R, row = threadIdx.x / 32 * 16 + lane() % 16;
+template <int HS>
+__device__ __forceinline__ void turn_pairs_back(Tile<kRows, HS> tile, const Rotation& rope, int first, int T) {
+  const int R = rope.R, row = threadIdx.x % kGroup / 32 * 16 + lane() % 16;
   const float* angles = rope.cos_sin + size_t(min(first + row, T - 1)) * R;
   for (int i = lane() / 16; i < R / 2; i += 2) {
     bf16* a = element(tile, row, rope.interleaved ? 2 * i : i);
@@ -185,13 +224,13 @@ __device__ __forceinline__ void turn_pairs_back(Tile<ROWS, HS> tile, const Rotat
 
 // The same for R = 8 LANES: so many lanes share a row, of which each turns four neighbouring pairs. Together they read
 // whole rows of the table; with a row to a lane, the L1 cache would look up a line for every lane.
-template <int LANES, int ROWS, int HS>
-__device__ __forceinline__ void turn_fours_back(Tile<ROWS, HS> tile, const Rotation& rope, int first, int T) {
+template <int LANES, int HS>
+__device__ __forceinline__ void turn_fours_back(Tile<kRows, HS> tile, const Rotation& rope, int first, int T) {
   const int i = lane() % LANES * 4;
 #pragma unroll 4
   for (int n = 0; n < 16; n += 32 / LANES) {
     if (LANES == 1 && lane() >= 16) break;
-    const int row = threadIdx.x / 32 * 16 + n + lane() / LANES;
+    const int row = threadIdx.x % kGroup / 32 * 16 + n + lane() / LANES;
     const float4* angles =
         reinterpret_cast<const float4*>(rope.cos_sin + size_t(min(first + row, T - 1)) * (8 * LANES) + 2 * i);
     const float4 angle[2] = {__ldg(angles), __ldg(angles + 1)};
@@ -210,81 +249,102 @@ __device__ __forceinline__ void turn_fours_back(Tile<ROWS, HS> tile, const Rotat
   }
 }
 
-template <int ROWS, int HS>
-__device__ __forceinline__ void turn_rows_back(Tile<ROWS, HS> tile, const Rotation& rope, int first, int T) {
+template <int HS>
+__device__ __forceinline__ void turn_rows_back(Tile<kRows, HS> tile, const Rotation& rope, int first, int T) {
   if (rope.R == HS) turn_fours_back<HS / 8>(tile, rope, first, T);
   else if (rope.R == HS / 2) turn_fours_back<HS / 16>(tile, rope, first, T);
   else if (rope.R == HS / 4) turn_fours_back<HS / 32>(tile, rope, first, T);
   else turn_pairs_back(tile, rope, first, T);
 }
 
-// All channels paired by halves are turned back in registers, for a thread has both of each pair, and by angles that come
-// to shared memory while the last products are on their way.
+// Two other ways, to the same bits, for channels that are paired by halves and still in registers (x, as accumulators).
+//
+// All channels: a thread has both of each pair, and the angles of the block's rows come to shared memory while its last
+// products are on their way, (kRows, HS/2, 2) fp32 as a tile of twice as many bf16.
 template <int HS>
-__device__ __forceinline__ bool turns_registers(const Rotation& rope) {
+using Angles = Tile<kRows, 2 * HS>;
+template <int HS>
+inline HOST_DEVICE bool turns_all(const Rotation& rope) {
   return rope.R == HS && !rope.interleaved;
 }
 template <int HS>
-using Angles = Tile<kRows, 2 * HS>;  // those of the block's rows, (kRows, HS/2, 2) fp32, as twice as many bf16
+__device__ __forceinline__ void turn_all_back(float (&x)[HS / 8][4], Angles<HS> angles) {
+  const uint32_t first_angle = angles.address(own_row(), lane() % 4);
+#pragma unroll
+  for (int n = 0; n < HS / 16; ++n)
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const float4 angle = read_angles(first_angle, n, h);
+      float *a = &x[n][2 * h], *b = &x[n + HS / 16][2 * h];
+#pragma unroll
+      for (int i = 0; i < 2; ++i) a[i] = rounded(a[i]), b[i] = rounded(b[i]);
+      turn(a[0], b[0], angle.x, -angle.y);
+      turn(a[1], b[1], angle.z, -angle.w);
+    }
+}
+
+// Up to 8 channels: a row's lie in four threads, two in each, and a shuffle brings each channel the other of its pair.
+__device__ __forceinline__ bool turns_first_piece(const Rotation& rope) {
+  return rope.R > 0 && rope.R <= 8 && !rope.interleaved;
+}
+__device__ __forceinline__ void turn_first_piece_back(float (&x)[4], const Rotation& rope, int first, int T) {
+  const int half = rope.R / 2;
+  float angle[4][2];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const int c = lane() % 4 * 2 + i % 2, pair = c < half ? c : c < rope.R ? c - half : 0;
+    load<2>(angle[i], rope.cos_sin + size_t(min(first + own_row() + i / 2 * 8, T - 1)) * rope.R + 2 * pair);
+    x[i] = rounded(x[i]);
+  }
+  float turned[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const int c = lane() % 4 * 2 + i % 2, other = c < half ? c + half : c - half;
+    // An even channel's other is even, too, if half is.
+    const float y = __shfl_sync(~0u, half % 2 ? x[i ^ 1] : x[i], (lane() & ~3) + other / 2);
+    const float sine = c < half ? -angle[i][1] : angle[i][1];  // as turned_first(x, y), or turned_second(y, x)
+    turned[i] = c < rope.R ? turned_first(x[i], y, angle[i][0], sine) : x[i];
+  }
+#pragma unroll
+  for (int i = 0; i < 4; ++i) x[i] = turned[i];
+}
+
+// Writes accumulators (64, HS), times factor0 (rows g) or factor1 (rows g + 8), as bf16, to the warp's own 16 rows of a
+// tile, from where they can be sent (finish_rows()).
 template <int HS>
-__device__ __forceinline__ void load_angles(uint32_t to, const Rotation& rope, int first, int T) {
-  load_tile<kGroup>(Angles<HS>{to}, reinterpret_cast<const bf16*>(rope.cos_sin), 2 * HS, first, T);
-  commit_loads();
+__device__ __forceinline__ void write_rows(Tile<kRows, HS> tile, const float (&acc)[HS / 8][4], float factor0,
+                                           float factor1) {
+  float x[HS / 8][4];
+#pragma unroll
+  for (int n = 0; n < HS / 8; ++n)
+#pragma unroll
+    for (int i = 0; i < 4; ++i) x[n][i] = acc[n][i] * (i < 2 ? factor0 : factor1);
+  uint32_t a[HS / 16][4];
+  to_operand<HS>(a, x);
+#pragma unroll
+  for (int k = 0; k < HS / 16; ++k) store_operand(tile, a[k], k);
 }
-__device__ __forceinline__ void wait_angles() {  // if any were asked for; and until all of the block's threads are here
-  wait_own_loads();
-  __syncthreads();
-}
-
-// Writes accumulators (64, HS), times factor0 (rows g) or factor1 (rows g + 8), to rows first.. of a matrix (T, HS)
-// with the given stride, by way of the warp's own 16 rows of a tile, so that global memory sees 16-byte accesses. On
-// that way a rotation is undone; ANGLES: if turns_registers(), by those at `angles`.
-template <bool ANGLES = false, int ROWS, int HS>
-__device__ __forceinline__ void store_rows(bf16* to, size_t stride, int first, int T, const float (&acc)[HS / 8][4],
-                                           float factor0, float factor1, Tile<ROWS, HS> tile,
-                                           const Rotation& rope = {}, uint32_t angles = 0) {
-  int row = group() * kRows + own_row();
-  auto put = [&](int n, int h, float x, float y) {
-    asm volatile("st.shared.b32 [%0], %1;" ::"r"(tile.address(row + 8 * h, n) + lane() % 4 * 4), "r"(pack_pair(x, y))
-                 : "memory");
-  };
-  const bool turned = ANGLES && turns_registers<HS>(rope);
-  if (turned) {
-    const uint32_t first_angle = Angles<HS>{angles}.address(row, lane() % 4);
+// The same where a rotation is undone on the way. The tile's row 0 is at position `first`. ANGLES: turn_all_back() has
+// its angles.
+template <bool ANGLES, int HS>
+__device__ __forceinline__ void write_turned_back(Tile<kRows, HS> tile, const float (&acc)[HS / 8][4], float factor,
+                                                  const Rotation& rope, int first, int T, Angles<HS> angles = {}) {
+  float x[HS / 8][4];
 #pragma unroll
-    for (int n = 0; n < HS / 16; ++n)
+  for (int n = 0; n < HS / 8; ++n)
 #pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        const float factor = h ? factor1 : factor0;
-        const float (&u)[4] = acc[n], (&v)[4] = acc[n + HS / 16];
-        float x0 = rounded(u[2 * h] * factor), x1 = rounded(u[2 * h + 1] * factor);
-        float y0 = rounded(v[2 * h] * factor), y1 = rounded(v[2 * h + 1] * factor);
-        const float4 angle = read_angles(first_angle, n, h);
-        turn(x0, y0, angle.x, -angle.y);
-        turn(x1, y1, angle.z, -angle.w);
-        put(n, h, x0, x1), put(n + HS / 16, h, y0, y1);
-      }
-  } else {
-#pragma unroll
-    for (int n = 0; n < HS / 8; ++n)
-      put(n, 0, acc[n][0] * factor0, acc[n][1] * factor0), put(n, 1, acc[n][2] * factor1, acc[n][3] * factor1);
-  }
+    for (int i = 0; i < 4; ++i) x[n][i] = acc[n][i] * factor;
+  const bool all = ANGLES && turns_all<HS>(rope), piece = turns_first_piece(rope);
+  if (all) turn_all_back<HS>(x, angles);
+  if (piece) turn_first_piece_back(x[0], rope, first, T);
+  write_rows(tile, x, 1, 1);
+  if (rope.R == 0 || all || piece) return;
   __syncwarp();
-  if (rope.R > 0 && !turned) {
-    turn_rows_back(tile, rope, first, T);
-    __syncwarp();
-  }
-  constexpr int kChunks = HS / 8;
-  int warp_row = threadIdx.x / 32 * 16;
-#pragma unroll
-  for (int i = lane(); i < 16 * kChunks; i += 32) {
-    int r = warp_row + i / kChunks, chunk = i % kChunks;
-    const uint4 v = read_chunk(tile.address(r, chunk));
-    if (first + r < T) *reinterpret_cast<uint4*>(to + (first + r) * stride + chunk * 8) = v;
-  }
+  turn_rows_back(tile, rope, first, T);
 }
 
-// The same without a tile: the four threads that share a row exchange their pairs, until each has 8 columns of it.
+// As write_rows(), but without a tile, to rows first.. of a matrix (T, HS), `stride` elements from row to row: the four
+// threads that share a row exchange their pairs, until each has 8 columns of it.
 template <int HS>
 __device__ __forceinline__ void store_rows(bf16* to, size_t stride, int first, int T, const float (&acc)[HS / 8][4],
                                            float factor0, float factor1) {
@@ -313,14 +373,12 @@ __device__ __forceinline__ void store_rows(bf16* to, size_t stride, int first, i
     }
 }
 
-// Where a block works. Blocks count fastest over the tiles of one head, whose keys and values then stay in the cache.
+// Where a block works, in a grid (tiles, heads, B). Blocks count fastest over the tiles of one head, whose keys and
+// values then stay in the cache.
 struct Place {
   int b, head, tile;
 };
-__device__ __forceinline__ Place place(int tiles, int heads) {
-  int bh = blockIdx.x / tiles;
-  return {bh / heads, bh % heads, int(blockIdx.x % tiles)};
-}
+__device__ __forceinline__ Place place() { return {int(blockIdx.z), int(blockIdx.y), int(blockIdx.x)}; }
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Tile sizes, found by measurement on an H100 and an H200. N rows of the streamed tile; STAGES (backward): 2, the next
@@ -359,8 +417,8 @@ struct Operand {
   uint32_t a[HS / 16][4];
   __device__ __forceinline__ Operand(Tile<ROWS, HS> tile) { load_operand(a, tile, 0); }
   template <int N>
-  __device__ __forceinline__ void times(float (&acc)[N / 8][4], Tile<N, HS> tile) const {
-    multiply_transposed<N, HS>(acc, a, tile);
+  __device__ __forceinline__ void times(float (&acc)[N / 8][4], Tile<N, HS> tile, bool add = false) const {
+    multiply_transposed<N, HS>(acc, a, tile, add);
   }
 };
 template <int ROWS, int HS>
@@ -368,8 +426,8 @@ struct Operand<false, ROWS, HS> {
   Shared<ROWS, HS> a;
   __device__ __forceinline__ Operand(Tile<ROWS, HS> tile) : a{tile, 0} {}
   template <int N>
-  __device__ __forceinline__ void times(float (&acc)[N / 8][4], Tile<N, HS> tile) const {
-    multiply_transposed<N, ROWS, HS>(acc, a, tile);
+  __device__ __forceinline__ void times(float (&acc)[N / 8][4], Tile<N, HS> tile, bool add = false) const {
+    multiply_transposed<N, ROWS, HS>(acc, a, tile, add);
   }
 };
 
@@ -382,13 +440,13 @@ constexpr size_t forward_bytes() {
 }
 
 template <int HS, class C, bool CAPPED = false>
-__global__ __launch_bounds__(kGroup, C::kBlocks) void forward_kernel(bf16* out, float* lse,
+__global__ __launch_bounds__(kGroup, C::kBlocks) void forward_kernel(const __grid_constant__ Rows out, float* lse,
                                                                      const __grid_constant__ Rows qkv, int T, int NH,
                                                                      int NKV, float scale, float cap) {
   constexpr int M = kRows, N = C::kN;  // queries of the block, keys of a tile
-  const Place at = place((T + M - 1) / M, NH);
+  const Place at = place();
   const int q0 =
-      ((T + M - 1) / M - 1 - at.tile) * M;  // the longest rows first: the short ones fill the gaps at the end
+      (int(gridDim.x) - 1 - at.tile) * M;  // the longest rows first: the short ones fill the gaps at the end
   const int k = (NH + at.head / (NH / NKV)) * HS, v = k + NKV * HS;  // columns
 
   const Tile<M, HS> q_tile{shared_start()};
@@ -442,14 +500,17 @@ __global__ __launch_bounds__(kGroup, C::kBlocks) void forward_kernel(bf16* out, 
   for (int h = 0; h < 2; ++h) {
     // Each thread has summed its own columns; rescaling was the same for all four, so their sums just add up.
     l[h] = row_sum(l[h]);
-    if (lane() % 4 == 0 && row + 8 * h < T) lse_row[row + 8 * h] = m[h] * scale + log2f(l[h]) * kLn2;
+    if (lane() % 4 == 0 && row + 8 * h < T) lse_row[row + 8 * h] = m[h] * scale + log2_(l[h]) * kLn2;
   }
   __syncthreads();  // the queries' tile is used again
-  store_rows(out + (size_t(at.b) * T * NH + at.head) * HS, size_t(NH) * HS, q0, T, O, 1 / l[0], 1 / l[1], q_tile);
+  write_rows(q_tile, O, 1 / l[0], 1 / l[1]);
+  finish_rows();
+  send_rows(out, at.b, q0, at.head * HS, q_tile);
+  wait_sent();
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Backward, queries: a block per tile of queries, over the tiles of keys. Also leaves D for the keys' kernel.
+// Backward, queries: a block per tile of queries, over the tiles of keys. Also leaves what the keys' kernel needs.
 
 template <int HS, class C>
 constexpr size_t query_bytes() {
@@ -458,15 +519,13 @@ constexpr size_t query_bytes() {
 }
 
 template <int HS, class C, bool CAPPED = false>
-__global__ __launch_bounds__(kGroup, C::kBlocks) void query_kernel(bf16* dqkv, float* D_out,
-                                                                   const __grid_constant__ Rows dout,
-                                                                   const __grid_constant__ Rows qkv,
-                                                                   const __grid_constant__ Rows out, const float* lse,
-                                                                   Rotation rope, int T, int NH, int NKV, float scale,
-                                                                   float cap) {
+__global__ __launch_bounds__(kGroup, C::kBlocks) void query_kernel(
+    const __grid_constant__ Rows dqkv, float* workspace, const __grid_constant__ Rows dout,
+    const __grid_constant__ Rows qkv, const __grid_constant__ Rows out, const float* lse,
+    const __grid_constant__ Rotation rope, int T, int NH, int NKV, float scale, float cap) {
   constexpr int M = kRows, N = C::kN;
-  const Place at = place((T + M - 1) / M, NH);
-  const int q0 = ((T + M - 1) / M - 1 - at.tile) * M;
+  const Place at = place();
+  const int q0 = (int(gridDim.x) - 1 - at.tile) * M;
   const int q = at.head * HS, k = (NH + at.head / (NH / NKV)) * HS, v = k + NKV * HS;  // columns
 
   const Tile<M, HS> q_tile{shared_start()}, do_tile{q_tile.at + q_tile.kBytes}, out_tile{do_tile.at + do_tile.kBytes};
@@ -478,6 +537,11 @@ __global__ __launch_bounds__(kGroup, C::kBlocks) void query_kernel(bf16* dqkv, f
     copies.load(v_tile(stage), qkv, at.b, j * N, v);
     copies.commit();
   };
+  auto angles = [&](int stage) { return Angles<HS>{k_tile(stage).at}; };
+  auto load_angles = [&](int stage) {
+    copies.load(angles(stage), rope.table, 0, q0, 0);
+    copies.commit();
+  };
   copies.load(q_tile, qkv, at.b, q0, q);
   copies.load(do_tile, dout, at.b, q0, q);
   copies.load(out_tile, out, at.b, q0, q);  // where the keys will be
@@ -486,28 +550,18 @@ __global__ __launch_bounds__(kGroup, C::kBlocks) void query_kernel(bf16* dqkv, f
 
   const int row = q0 + own_row();
   const float scale2 = scale * kLog2e;
-  // D = rowsum(dO out), from the tiles as A operands: any layout does, if it is the same for both.
-  float D[2] = {0, 0}, lse2[2];
-#pragma unroll
-  for (int n = 0; n < HS / 16; ++n) {
-    uint32_t x[4], y[4];
-    load_operand(x, do_tile, 0, n);
-    load_operand(y, out_tile, 0, n);
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      float2 a = __bfloat1622float2(reinterpret_cast<__nv_bfloat162&>(x[i])),
-             b = __bfloat1622float2(reinterpret_cast<__nv_bfloat162&>(y[i]));
-      D[i % 2] += a.x * b.x + a.y * b.y;
-    }
-  }
-  const size_t statistics = (size_t(at.b) * NH + at.head) * T;
+  float D[2], lse2[2];
+  row_products(D, do_tile, out_tile);  // D = rowsum(dO out)
+  const size_t head = size_t(at.b) * NH + at.head;
+  const Numbers numbers(workspace, gridDim.z * NH, T, head);
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
-    bool inside = row + 8 * h < T;
-    D[h] = row_sum(D[h]);
-    lse2[h] = inside ? lse[statistics + row + 8 * h] * kLog2e : 0;
-    if (inside && lane() % 4 == 0) D_out[statistics + row + 8 * h] = D[h];
+    const int t = row + 8 * h;
+    lse2[h] = t < T ? lse[head * T + t] * kLog2e : 0;
+    if (lane() % 4 == 0) numbers.lse2[t] = lse2[h], numbers.minus_D[t] = -D[h];
   }
+  const int behind = q0 + M + threadIdx.x;  // no tile has them
+  if (at.tile == 0 && behind < padded(T)) numbers.lse2[behind] = numbers.minus_D[behind] = 0;
   const Operand<C::kRegisters, M, HS> Q(q_tile), dO(do_tile);
   float dQ[HS / 8][4] = {};
   __syncthreads();  // out_tile is done with: the keys' tiles lie in the same place
@@ -522,7 +576,7 @@ __global__ __launch_bounds__(kGroup, C::kBlocks) void query_kernel(bf16* dqkv, f
     copies.wait();
     if (C::kStages == 2) {
       if (j > 0) load(j - 1, stage ^ 1);
-      else if (turns_registers<HS>(rope)) load_angles<HS>(k_tile(stage ^ 1).at, rope, q0, T);
+      else if (turns_all<HS>(rope)) load_angles(stage ^ 1);
     }
     float S[N / 8][4], dP[N / 8][4];
     Q.template times<N>(S, k_tile(stage));
@@ -539,10 +593,12 @@ __global__ __launch_bounds__(kGroup, C::kBlocks) void query_kernel(bf16* dqkv, f
     wait_products<0>(dQ);
     if (C::kStages == 2) stage ^= 1;
   }
-  wait_angles();
-  const size_t stride = size_t(NH + 2 * NKV) * HS;
-  store_rows<C::kStages == 2>(dqkv + size_t(at.b) * T * stride + q, stride, q0, T, dQ, scale, scale, q_tile, rope,
-                              k_tile(tiles % 2).at);
+  if (C::kStages == 2 && turns_all<HS>(rope)) copies.wait();
+  else __syncthreads();  // the queries' tile is used again
+  write_turned_back<C::kStages == 2>(q_tile, dQ, scale, rope, q0, T, angles(tiles % 2));
+  finish_rows();
+  send_rows(dqkv, at.b, q0, q, q_tile);
+  wait_sent();
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -557,13 +613,14 @@ constexpr size_t key_bytes() {
 }
 
 template <int HS, class C, bool DK, bool DV, bool CAPPED = false>
-__global__ __launch_bounds__(kGroup, C::kBlocks) void key_kernel(bf16* dqkv, const __grid_constant__ Rows dout,
-                                                                 const __grid_constant__ Rows qkv, const float* lse,
-                                                                 const float* D, Rotation rope, int T, int NH, int NKV,
-                                                                 float scale, float cap) {
+__global__ __launch_bounds__(kGroup, C::kBlocks) void key_kernel(const __grid_constant__ Rows dqkv,
+                                                                 const __grid_constant__ Rows dout,
+                                                                 const __grid_constant__ Rows qkv,
+                                                                 float* workspace,
+                                                                 const __grid_constant__ Rotation rope, int T, int NH,
+                                                                 int NKV, float scale, float cap) {
   constexpr int M = kRows, N = C::kN;
-  static_assert(kGroup >= 2 * N);
-  const Place at = place((T + M - 1) / M, NKV);
+  const Place at = place();
   const int k0 = at.tile * M, heads = NH / NKV;
   const int k = (NH + at.head) * HS, v = k + NKV * HS;  // columns
 
@@ -576,23 +633,25 @@ __global__ __launch_bounds__(kGroup, C::kBlocks) void key_kernel(bf16* dqkv, con
   // Steps: the heads of the group, and of each the tiles of queries from the diagonal on.
   // Queries before the first key of the tile see none of it.
   const int first = k0 / N, per_head = (T + N - 1) / N - first, steps = heads * per_head;
-  // The next tile to be loaded. Of its lse, and then of its D, a thread loads one number each.
-  int next_head = at.head * heads, next_tile = first;
-  const float* number = (threadIdx.x < N ? lse : D) + (size_t(at.b) * NH + next_head) * T + first * N + threadIdx.x % N;
+  int next_head = at.head * heads, next_tile = first;  // of the tile to be loaded next
   auto load = [&](int stage) {
     const int q0 = next_tile * N;
     copies.load(q_tile(stage), qkv, at.b, q0, next_head * HS);
     copies.load(do_tile(stage), dout, at.b, q0, next_head * HS);
-    if (threadIdx.x < (DK ? 2 : 1) * N)
-      load_number(statistics + (stage * 2 * N + threadIdx.x) * 4, number, q0 + int(threadIdx.x) % N < T);
+    const Numbers numbers(workspace, gridDim.z * NH, T, size_t(at.b) * NH + next_head);
+    copies.load_numbers<N>(statistics + stage * 2 * N * 4, numbers.lse2 + q0);
+    if (DK) copies.load_numbers<N>(statistics + (stage * 2 + 1) * N * 4, numbers.minus_D + q0);
     copies.commit();
-    number += N;
-    if (++next_tile == first + per_head) next_tile = first, ++next_head, number += T - per_head * N;
+    if (++next_tile == first + per_head) next_tile = first, ++next_head;
+  };
+  auto angles = [&](int stage) { return Angles<HS>{q_tile(stage).at}; };
+  auto load_angles = [&](int stage) {
+    copies.load(angles(stage), rope.table, 0, k0, 0);
+    copies.commit();
   };
   copies.load(k_shared, qkv, at.b, k0, k);
   if (DK) copies.load(v_shared, qkv, at.b, k0, v);
   load(0);
-  wait_own_loads();
   copies.wait();
 
   const int row = k0 + own_row();
@@ -606,29 +665,34 @@ __global__ __launch_bounds__(kGroup, C::kBlocks) void key_kernel(bf16* dqkv, con
         __syncthreads();
         load(0);
       }
-      wait_own_loads();
       copies.wait();
     }
     if (C::kStages == 2) {
       if (step + 1 < steps) load(stage ^ 1);
-      else if (DK && turns_registers<HS>(rope)) load_angles<HS>(q_tile(stage ^ 1).at, rope, k0, T);
+      else if (DK && turns_all<HS>(rope)) load_angles(stage ^ 1);
     }
     const int q0 = tile * N;
     if (++tile == first + per_head) tile = first;
     float S[N / 8][4], dP[N / 8][4];
+    // Rows are keys here, so each column, a query, has its own lse and D. dP begins with -D instead of 0.
+    const uint32_t lse_tile = statistics + (stage * 2 * N + lane() % 4 * 2) * 4, D_tile = lse_tile + N * 4;
+    if (DK) {
+#pragma unroll
+      for (int n = 0; n < N / 8; ++n) {
+        const float2 minus_D = load_pair(D_tile + n * 32);
+        dP[n][0] = dP[n][2] = minus_D.x, dP[n][1] = dP[n][3] = minus_D.y;
+      }
+    }
+    if (DK) V.template times<N>(dP, do_tile(stage), true);
     K.template times<N>(S, q_tile(stage));
-    if (DK) V.template times<N>(dP, do_tile(stage));
-    wait_products<DK ? 1 : 0>(S);
+    if (DK) wait_products<1>(dP);
+    wait_products<0>(S);
     cap_scores<CAPPED>(S, cap);
-    const float* lse_tile =
-        reinterpret_cast<const float*>(shared_memory + (statistics - shared_start())) + stage * 2 * N;
 #pragma unroll
     for (int n = 0; n < N / 8; ++n) {
-      // Rows are keys here, so each column, a query, has its own lse.
-      float2 x = *reinterpret_cast<const float2*>(lse_tile + n * 8 + lane() % 4 * 2);
-      float lse2[2] = {x.x * kLog2e, x.y * kLog2e};
+      const float2 lse2 = load_pair(lse_tile + n * 32);
 #pragma unroll
-      for (int i = 0; i < 4; ++i) S[n][i] = exp2_(S[n][i] * scale2 - lse2[i % 2]);
+      for (int i = 0; i < 4; ++i) S[n][i] = exp2_(S[n][i] * scale2 - (i % 2 ? lse2.y : lse2.x));
     }
     if (q0 < k0 + kRows - 1) {
 #pragma unroll
@@ -644,17 +708,13 @@ __global__ __launch_bounds__(kGroup, C::kBlocks) void key_kernel(bf16* dqkv, con
       multiply<N, HS>(dV, P, do_tile(stage));
     }
     if (DK) {
-      wait_products<DV ? 1 : 0>(dP);
 #pragma unroll
       for (int n = 0; n < N / 8; ++n) {
-        float2 x = *reinterpret_cast<const float2*>(lse_tile + N + n * 8 + lane() % 4 * 2);
-        float d[2] = {x.x, x.y};
-        float2 y = *reinterpret_cast<const float2*>(lse_tile + n * 8 + lane() % 4 * 2);
-        float lse2[2] = {y.x * kLog2e, y.y * kLog2e};
+        const float2 lse2 = CAPPED ? load_pair(lse_tile + n * 32) : float2();
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          const float slope = CAPPED ? soft_cap_slope(S[n][i], lse2[i % 2], 1 / (cap * scale2)) : 1;
-          S[n][i] *= (dP[n][i] - d[i % 2]) * slope;
+          const float slope = CAPPED ? soft_cap_slope(S[n][i], i % 2 ? lse2.y : lse2.x, 1 / (cap * scale2)) : 1;
+          S[n][i] *= dP[n][i] * slope;
         }
       }
       to_operand<N>(dS, S);
@@ -665,12 +725,14 @@ __global__ __launch_bounds__(kGroup, C::kBlocks) void key_kernel(bf16* dqkv, con
     if (DV) wait_products<0>(dV);
     if (C::kStages == 2) stage ^= 1;
   }
-  wait_angles();
-  const size_t stride = size_t(NH + 2 * NKV) * HS;
-  bf16* to = dqkv + size_t(at.b) * T * stride;
-  if (DK)
-    store_rows<C::kStages == 2>(to + k, stride, k0, T, dK, scale, scale, k_shared, rope, q_tile(steps % 2).at);
-  if (DV) store_rows(to + v, stride, k0, T, dV, 1.0f, 1.0f, v_shared);
+  if (DK && C::kStages == 2 && turns_all<HS>(rope)) copies.wait();
+  else __syncthreads();  // the tiles of keys and values are used again
+  if (DK) write_turned_back<C::kStages == 2>(k_shared, dK, scale, rope, k0, T, angles(steps % 2));
+  if (DV) write_rows(v_shared, dV, 1, 1);
+  finish_rows();
+  if (DK) send_rows(dqkv, at.b, k0, k, k_shared);
+  if (DV) send_rows(dqkv, at.b, k0, v, v_shared);
+  wait_sent();
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -689,8 +751,8 @@ __global__ __launch_bounds__(kGroup, C::kBlocks) void statistics_kernel(double* 
                                                                         const float* lse, int T, int NH, int NKV,
                                                                         float scale, float cap) {
   constexpr int M = kRows, N = C::kN;
-  const Place at = place((T + M - 1) / M, NH);
-  const int q0 = ((T + M - 1) / M - 1 - at.tile) * M;
+  const Place at = place();
+  const int q0 = (int(gridDim.x) - 1 - at.tile) * M;
   const size_t rows = (size_t(at.b) * NH + at.head) * T;
   const int k = (NH + at.head / (NH / NKV)) * HS;  // column
 

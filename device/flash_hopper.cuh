@@ -17,19 +17,6 @@ namespace flash {
 
 constexpr int kSlotBytes = 16;  // of a slot's barriers
 
-// The thread's arrival at a barrier, once its copies are here.
-__device__ __forceinline__ void arrive_when_loaded(uint32_t barrier) {
-#if __CUDA_ARCH__ >= 800
-  asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(barrier) : "memory");
-#endif
-}
-
-__device__ __forceinline__ float2 load_pair(uint32_t address) {
-  float2 x;
-  asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(x.x), "=f"(x.y) : "r"(address) : "memory");
-  return x;
-}
-
 // A wait for products is no obstacle to ptxas: what does not need them it may move behind the wait, and then the tensor
 // cores run beside nothing. What `never` is computed from stays before it. `never` is false, but only we know.
 __device__ __forceinline__ void finish_before_wait(bool never) {
@@ -251,7 +238,7 @@ __global__ __launch_bounds__(HOPPER ? C::kThreads : 32, 1) void stream_forward_k
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
         l[h] = row_sum(l[h]);
-        if (lane() % 4 == 0 && row + 8 * h < T) lse_row[row + 8 * h] = m[h] * scale + log2f(l[h]) * kLn2;
+        if (lane() % 4 == 0 && row + 8 * h < T) lse_row[row + 8 * h] = m[h] * scale + log2_(l[h]) * kLn2;
       }
       store_rows<HS>(out + (size_t(at.b) * T * NH + at.head) * HS, size_t(NH) * HS, row0, T, O, 1 / l[0], 1 / l[1]);
     };
@@ -279,9 +266,9 @@ constexpr size_t stream_query_bytes() {
 
 template <int HS, bool CAPPED>
 __global__ __launch_bounds__(HOPPER ? 3 * kGroup : 32, 1) void stream_query_kernel(
-    bf16* dqkv, float* D_out, const __grid_constant__ CUtensorMap qkv, const __grid_constant__ CUtensorMap dout,
-    const __grid_constant__ CUtensorMap out, const float* lse, Rotation rope, int B, int T, int NH, int NKV,
-    float scale, float cap) {
+    const __grid_constant__ Rows dqkv, float* workspace, const __grid_constant__ CUtensorMap qkv,
+    const __grid_constant__ CUtensorMap dout, const __grid_constant__ CUtensorMap out, const float* lse,
+    const __grid_constant__ Rotation rope, int B, int T, int NH, int NKV, float scale, float cap) {
 #if HOPPER
   constexpr int N = kRows, M = 2 * kRows;
   using T64 = Tile<N, HS>;
@@ -338,34 +325,22 @@ __global__ __launch_bounds__(HOPPER ? 3 * kGroup : 32, 1) void stream_query_kern
   for (int parity = 0; items.next(); parity ^= 1) {
     const Place at = items.at;
     const int q0 = at.tile * M, row0 = q0 + group() * kRows, row = row0 + own_row();
-    const size_t statistics = (size_t(at.b) * NH + at.head) * T;
-    // D = rowsum(dO out), from the tiles as A operands: any layout does, if it is the same for both.
-    float D[2] = {0, 0}, lse2[2];
+    const size_t head = size_t(at.b) * NH + at.head;
+    const Numbers numbers(workspace, size_t(B) * NH, T, head);
+    float D[2], lse2[2];
     for (int g = 0; g < 2; ++g) {
       const int o = ring.next();
       if (g == group()) {
         hopper::wait_barrier(q_ring.full + 8 * g, parity);
-#pragma unroll
-        for (int n = 0; n < HS / 16; ++n) {
-          uint32_t x[4], y[4];
-          load_operand(x, my_do, 0, n);
-          load_operand(y, tile(o), 0, n);
-#pragma unroll
-          for (int i = 0; i < 4; ++i) {
-            float2 a = __bfloat1622float2(reinterpret_cast<__nv_bfloat162&>(x[i])),
-                   b = __bfloat1622float2(reinterpret_cast<__nv_bfloat162&>(y[i]));
-            D[i % 2] += a.x * b.x + a.y * b.y;
-          }
-        }
+        row_products(D, my_do, tile(o));  // D = rowsum(dO out)
       }
       ring.release(o);
     }
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      const bool inside = row + 8 * h < T;
-      D[h] = row_sum(D[h]);
-      lse2[h] = inside ? lse[statistics + row + 8 * h] * kLog2e : 0;
-      if (inside && lane() % 4 == 0) D_out[statistics + row + 8 * h] = D[h];
+      const int t = row + 8 * h;
+      lse2[h] = t < T ? lse[head * T + t] * kLog2e : 0;
+      if (lane() % 4 == 0) numbers.lse2[t] = lse2[h], numbers.minus_D[t] = -D[h];
     }
 
     float dQ[HS / 8][4] = {};
@@ -394,10 +369,10 @@ __global__ __launch_bounds__(HOPPER ? 3 * kGroup : 32, 1) void stream_query_kern
       wait_products<0>(dQ);
       ring.release(k);
     }
-    // store_rows() counts rows from the first warpgroup's on.
-    store_rows(dqkv + size_t(at.b) * T * (NH + 2 * NKV) * HS + at.head * HS, size_t(NH + 2 * NKV) * HS, q0, T, dQ,
-               scale, scale, T64{my_q.at - group() * T64::kPanelBytes}, rope);
-    hopper::publish();
+    write_turned_back<false>(my_q, dQ, scale, rope, row0, T);
+    finish_rows();
+    send_rows(dqkv, at.b, row0, at.head * HS, my_q);
+    wait_sent();
     q_ring.release(group());
   }
   if (group() == 0) take_turn();  // nobody leaves a turn behind
@@ -422,9 +397,9 @@ constexpr size_t stream_key_bytes() {
 
 template <int HS, bool CAPPED>
 __global__ __launch_bounds__(HOPPER ? 3 * kGroup : 32, 1) void stream_key_kernel(
-    bf16* dqkv, const __grid_constant__ CUtensorMap keys, const __grid_constant__ CUtensorMap queries,
-    const __grid_constant__ CUtensorMap dout, const float* lse, const float* D, Rotation rope, int B, int T, int NH,
-    int NKV, float scale, float cap) {
+    const __grid_constant__ Rows dqkv, const __grid_constant__ CUtensorMap keys,
+    const __grid_constant__ CUtensorMap queries, const __grid_constant__ CUtensorMap dout, float* workspace,
+    const __grid_constant__ Rotation rope, int B, int T, int NH, int NKV, float scale, float cap) {
 #if HOPPER
   constexpr int N = kStreamQueries<HS>;
   using KeyTile = Tile<kRows, HS>;
@@ -441,8 +416,8 @@ __global__ __launch_bounds__(HOPPER ? 3 * kGroup : 32, 1) void stream_key_kernel
   if (threadIdx.x == 0) {
     k_ring.init(1, 4);
     v_ring.init(1, 4);
-    q_ring.init(1 + 32, 8);  // all lanes of the producer copy lse and D
-    do_ring.init(1 + 32, 8);
+    q_ring.init(1, 8);
+    do_ring.init(1, 8);
     weights_ring.init(kGroup, 4);
     hopper::publish_barriers();
   }
@@ -450,30 +425,28 @@ __global__ __launch_bounds__(HOPPER ? 3 * kGroup : 32, 1) void stream_key_kernel
 
   const int row_tiles = (T + kRows - 1) / kRows, heads = NH / NKV;
   Items items(row_tiles, B * NKV, NKV);
-  const size_t stride = size_t(NH + 2 * NKV) * HS;
   // Steps: the heads of the group, and of each the tiles of queries from the diagonal on.
   auto first_key = [&](Place at) { return (row_tiles - 1 - at.tile) * kRows; };  // the first keys have most queries
   auto steps_per_head = [&](int k0) { return (T + N - 1) / N - k0 / N; };
 
   if (group() == 2) {
     give_registers<24>();
-    if (threadIdx.x % kGroup / 32 > 0) return;
+    if (threadIdx.x % kGroup > 0) return;
     while (items.next()) {
       const Place at = items.at;
       const int k0 = first_key(at), per_head = steps_per_head(k0);
       auto load_fixed = [&](Ring<1>& ring, KeyTile tile, int head) {
         ring.wait_empty();
-        if (lane() == 0) fetch_tile(tile, keys, head * HS, k0, at.b, ring.full);
+        fetch_tile(tile, keys, head * HS, k0, at.b, ring.full);
         ring.advance();
       };
       auto load = [&](Ring<2>& ring, QueryTile tile, const CUtensorMap& matrix, int head, int q0, uint32_t to,
-                      const float* vector) {
+                      const float* numbers) {
         ring.wait_empty();
         const uint32_t full = ring.full + 8 * ring.slot;
-        if (lane() == 0) fetch_tile(tile, matrix, head * HS, q0, at.b, full);
-        vector += (size_t(at.b) * NH + head) * T;
-        for (int i = lane(); i < N; i += 32) load_number(to + i * 4, vector + q0 + i, q0 + i < T);
-        arrive_when_loaded(full);
+        hopper::expect_more_bytes(full, N * 4);
+        hopper::load_bytes(to, numbers + q0, N * 4, full);
+        fetch_tile(tile, matrix, head * HS, q0, at.b, full);
         ring.advance();
       };
       load_fixed(k_ring, k_tile, NH + at.head);
@@ -481,8 +454,9 @@ __global__ __launch_bounds__(HOPPER ? 3 * kGroup : 32, 1) void stream_key_kernel
       for (int h = 0; h < heads; ++h)
         for (int i = 0; i < per_head; ++i) {
           const int head = at.head * heads + h, q0 = (k0 / N + i) * N;
-          load(q_ring, q_tile(q_ring.slot), queries, head, q0, lse_tile(q_ring.slot), lse);
-          load(do_ring, do_tile(do_ring.slot), dout, head, q0, D_tile(do_ring.slot), D);
+          const Numbers numbers(workspace, size_t(B) * NH, T, size_t(at.b) * NH + head);
+          load(q_ring, q_tile(q_ring.slot), queries, head, q0, lse_tile(q_ring.slot), numbers.lse2);
+          load(do_ring, do_tile(do_ring.slot), dout, head, q0, D_tile(do_ring.slot), numbers.minus_D);
         }
     }
     return;
@@ -512,10 +486,9 @@ __global__ __launch_bounds__(HOPPER ? 3 * kGroup : 32, 1) void stream_key_kernel
 #pragma unroll
         for (int n = 0; n < N / 8; ++n) {
           // Rows are keys here, so each column, a query, has its own lse.
-          const float2 x = load_pair(lse_tile(q) + (n * 8 + lane() % 4 * 2) * 4);
-          const float lse2[2] = {x.x * kLog2e, x.y * kLog2e};
+          const float2 lse2 = load_pair(lse_tile(q) + (n * 8 + lane() % 4 * 2) * 4);
 #pragma unroll
-          for (int i = 0; i < 4; ++i) S[n][i] = exp2_(S[n][i] * scale2 - lse2[i % 2]);
+          for (int i = 0; i < 4; ++i) S[n][i] = exp2_(S[n][i] * scale2 - (i % 2 ? lse2.y : lse2.x));
         }
         if (step % per_head == 0) {  // the diagonal passes through
 #pragma unroll
@@ -557,9 +530,10 @@ __global__ __launch_bounds__(HOPPER ? 3 * kGroup : 32, 1) void stream_key_kernel
       multiply<N, HS>(acc, operand, do_tile(d));
       wait_products<0>(acc);
       do_ring.release(d);
-      bf16* dv = dqkv + size_t(at.b) * T * stride + (NH + NKV + at.head) * HS;
-      store_rows(dv, stride, k0, T, acc, 1.0f, 1.0f, k_tile);  // nobody else reads K
-      hopper::publish();
+      write_rows(k_tile, acc, 1, 1);  // nobody else reads K
+      finish_rows();
+      send_rows(dqkv, at.b, k0, (NH + NKV + at.head) * HS, k_tile);
+      wait_sent();
       k_ring.release(0);
     }
   } else {
@@ -571,7 +545,12 @@ __global__ __launch_bounds__(HOPPER ? 3 * kGroup : 32, 1) void stream_key_kernel
       clear();
       for (int step = 0; step < steps; ++step) {
         const int d = do_ring.next();
-        multiply_transposed<N>(S, V, do_tile(d));
+#pragma unroll
+        for (int n = 0; n < N / 8; ++n) {  // dP begins with -D
+          const float2 minus_D = load_pair(D_tile(d) + (n * 8 + lane() % 4 * 2) * 4);
+          S[n][0] = S[n][2] = minus_D.x, S[n][1] = S[n][3] = minus_D.y;
+        }
+        multiply_transposed<N>(S, V, do_tile(d), true);
         const int q = q_ring.next(), p = weights_ring.next();
         wait_products<0>(S);
 #pragma unroll
@@ -581,13 +560,11 @@ __global__ __launch_bounds__(HOPPER ? 3 * kGroup : 32, 1) void stream_key_kernel
                        : "=f"(P[0]), "=f"(P[1]), "=f"(P[2]), "=f"(P[3])
                        : "r"(place_of(p, n))
                        : "memory");
-          const uint32_t offset = (n * 8 + lane() % 4 * 2) * 4;
-          const float2 x = load_pair(D_tile(d) + offset), y = load_pair(lse_tile(q) + offset);
-          const float D[2] = {x.x, x.y}, lse2[2] = {y.x * kLog2e, y.y * kLog2e};
+          const float2 lse2 = CAPPED ? load_pair(lse_tile(q) + (n * 8 + lane() % 4 * 2) * 4) : float2();
 #pragma unroll
           for (int i = 0; i < 4; ++i) {
-            const float slope = CAPPED ? soft_cap_slope(P[i], lse2[i % 2], 1 / (cap * scale2)) : 1;
-            S[n][i] = P[i] * (S[n][i] - D[i % 2]) * slope;
+            const float slope = CAPPED ? soft_cap_slope(P[i], i % 2 ? lse2.y : lse2.x, 1 / (cap * scale2)) : 1;
+            S[n][i] *= P[i] * slope;
           }
         }
         weights_ring.release(p);
@@ -598,10 +575,10 @@ __global__ __launch_bounds__(HOPPER ? 3 * kGroup : 32, 1) void stream_key_kernel
         wait_products<0>(acc);
         q_ring.release(q);
       }
-      // store_rows() counts rows from the first warpgroup's on.
-      bf16* dk = dqkv + size_t(at.b) * T * stride + (NH + at.head) * HS;
-      store_rows(dk, stride, k0 - kRows, T, acc, scale, scale, KeyTile{v_tile.at - KeyTile::kPanelBytes}, rope);
-      hopper::publish();
+      write_turned_back<false>(v_tile, acc, scale, rope, k0, T);
+      finish_rows();
+      send_rows(dqkv, at.b, k0, (NH + at.head) * HS, v_tile);
+      wait_sent();
       v_ring.release(0);
     }
   }
@@ -635,13 +612,13 @@ void with_cap(double softcap, Work work) {
   work(std::false_type());
 }
 
-// A buffer (B, T, columns) as what kernels fill their tiles for heads of HS from.
+// A buffer (B, T, columns) as what kernels fill their tiles for heads of HS from, or what they send them to.
 template <int HS>
 flash::Rows rows_of(const Cuda& be, const bf16* buffer, int B, int T, int columns) {
   CUtensorMap map = {};
   if (be.capability == 90)
     map = hopper::describe_rows(buffer, B, T, columns, flash::kBoxRows<HS>, flash::Tile<flash::kRows, HS>::kPanel);
-  return {buffer, T, columns, map};
+  return {const_cast<bf16*>(buffer), T, columns, map};
 }
 
 // Whether the program was built for Hopper's own instructions (sm_90a) and runs there: only then does the kernel have
@@ -654,10 +631,10 @@ bool has_stream_kernel(const Cuda& be, Kernel* kernel, int threads) {
   return attributes.maxThreadsPerBlock == threads;
 }
 
-// Causal attention with scale 1/sqrt(HS); query head h reads key/value head h / (NH/NKV). bf16, sm_80 and up, B, T
-// >= 1. out: (B, T, NH, HS). lse: (B, NH, T) fp32, log sum exp of the scaled scores, in nats. qkv: (B, T, NH + 2*NKV,
-// HS). Equal to torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True), where
-// softcap is 0.
+// Causal attention with scale 1/sqrt(HS); query head h reads key/value head h / (NH/NKV). bf16, sm_80 and up, T >= 1,
+// 1 <= B < 2^16. out: (B, T, NH, HS). lse: (B, NH, T) fp32, log sum exp of the scaled scores, in nats. qkv: (B, T,
+// NH + 2*NKV, HS). Equal to torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True),
+// where softcap is 0.
 inline void flash_attention_forward(Cuda& be, bf16* out, float* lse, const bf16* qkv, int B, int T, int NH, int NKV,
                                     int HS, double softcap = 0) {
   with_flash_head_size(HS, [&](auto size) {
@@ -676,39 +653,48 @@ inline void flash_attention_forward(Cuda& be, bf16* out, float* lse, const bf16*
       }
       using C = flash::ForwardConfig<size()>;
       launch(be, "flash_attention_forward", flash::forward_kernel<size(), C, capped()>,
-             divide_up(T, flash::kRows) * B * NH, flash::kGroup, flash::forward_bytes<size(), C>(), out, lse,
-             rows_of<size()>(be, qkv, B, T, (NH + 2 * NKV) * HS), T, NH, NKV, scale, cap);
+             dim3(divide_up(T, flash::kRows), NH, B), flash::kGroup, flash::forward_bytes<size(), C>(),
+             rows_of<size()>(be, out, B, T, NH * HS), lse, rows_of<size()>(be, qkv, B, T, (NH + 2 * NKV) * HS), T, NH,
+             NKV, scale, cap);
     });
   });
 }
 
-// The gradient dqkv (B, T, NH + 2*NKV, HS), assigned, from dout (B, T, NH, HS) and the forward's qkv, out and lse. D:
-// workspace (B, NH, T) fp32. With a rotation it is the gradient of what RoPE got. Deterministic: no atomics, every sum in
-// a fixed order.
-inline void flash_attention_backward(Cuda& be, bf16* dqkv, float* D, const bf16* dout, const bf16* qkv, const bf16* out,
-                                     const float* lse, int B, int T, int NH, int NKV, int HS, double softcap = 0,
-                                     const flash::Rotation& rope = {}) {
+// The gradient dqkv (B, T, NH + 2*NKV, HS), assigned, from dout (B, T, NH, HS) and the forward's qkv, out and lse.
+// workspace: (2, B, NH, flash::padded(T)) fp32. With a rotation, whose table cos_sin is (T, R/2, 2) fp32, it is the
+// gradient of what RoPE got. Deterministic: no atomics, every sum in a fixed order. B < 2^16.
+inline void flash_attention_backward(Cuda& be, bf16* dqkv, float* workspace, const bf16* dout, const bf16* qkv,
+                                     const bf16* out, const float* lse, int B, int T, int NH, int NKV, int HS,
+                                     double softcap = 0, const float* cos_sin = nullptr, int R = 0,
+                                     bool interleaved = false) {
   const float scale = 1 / std::sqrt(float(HS)), cap = float(softcap) * std::sqrt(float(HS));
+  const int columns = (NH + 2 * NKV) * HS;
+  const dim3 blocks(divide_up(T, flash::kRows), NH, B);
   with_flash_head_size(HS, [&](auto size) {
     with_cap(softcap, [&](auto capped) {
       using Q = flash::QueryConfig<size()>;
       using K = flash::KeyConfig<size()>;
+      const flash::Rows rows_of_qkv = rows_of<size()>(be, qkv, B, T, columns),
+                        to = rows_of<size()>(be, dqkv, B, T, columns),
+                        rows_of_dout = rows_of<size()>(be, dout, B, T, NH * HS);
+      flash::Rotation rope = {cos_sin, R, interleaved};
+      if (flash::turns_all<size()>(rope))
+        rope.table = rows_of<2 * size()>(be, reinterpret_cast<const bf16*>(cos_sin), 1, T, 2 * HS);
       bool done = false;
       if constexpr (size() == 256) {
         auto* kernel = flash::stream_query_kernel<size(), capped()>;
         if ((done = has_stream_kernel(be, kernel, 3 * flash::kGroup))) {
           const int items = int(divide_up(T, 2 * flash::kRows)) * B * NH;
           launch(be, "flash_attention_backward (queries)", kernel, std::min(items, be.multiprocessors),
-                 3 * flash::kGroup, flash::stream_query_bytes<size()>(), dqkv, D,
-                 hopper::describe_rows(qkv, B, T, (NH + 2 * NKV) * HS, flash::kRows),
+                 3 * flash::kGroup, flash::stream_query_bytes<size()>(), to, workspace,
+                 hopper::describe_rows(qkv, B, T, columns, flash::kRows),
                  hopper::describe_rows(dout, B, T, NH * HS, flash::kRows),
                  hopper::describe_rows(out, B, T, NH * HS, flash::kRows), lse, rope, B, T, NH, NKV, scale, cap);
         }
       }
       if (!done)
-        launch(be, "flash_attention_backward (queries)", flash::query_kernel<size(), Q, capped()>,
-               divide_up(T, flash::kRows) * B * NH, flash::kGroup, flash::query_bytes<size(), Q>(), dqkv, D,
-               rows_of<size()>(be, dout, B, T, NH * HS), rows_of<size()>(be, qkv, B, T, (NH + 2 * NKV) * HS),
+        launch(be, "flash_attention_backward (queries)", flash::query_kernel<size(), Q, capped()>, blocks,
+               flash::kGroup, flash::query_bytes<size(), Q>(), to, workspace, rows_of_dout, rows_of_qkv,
                rows_of<size()>(be, out, B, T, NH * HS), lse, rope, T, NH, NKV, scale, cap);
       if constexpr (size() >= 128) {
         auto* kernel = flash::stream_key_kernel<size(), capped()>;
@@ -716,17 +702,16 @@ inline void flash_attention_backward(Cuda& be, bf16* dqkv, float* D, const bf16*
           constexpr int queries = flash::kStreamQueries<size()>;
           const int items = int(divide_up(T, flash::kRows)) * B * NKV;
           return launch(be, "flash_attention_backward (keys)", kernel, std::min(items, be.multiprocessors),
-                        3 * flash::kGroup, flash::stream_key_bytes<size()>(), dqkv,
-                        hopper::describe_rows(qkv, B, T, (NH + 2 * NKV) * HS, flash::kRows),
-                        hopper::describe_rows(qkv, B, T, (NH + 2 * NKV) * HS, queries),
-                        hopper::describe_rows(dout, B, T, NH * HS, queries), lse, (const float*)D, rope, B, T, NH,
-                        NKV, scale, cap);
+                        3 * flash::kGroup, flash::stream_key_bytes<size()>(), to,
+                        hopper::describe_rows(qkv, B, T, columns, flash::kRows),
+                        hopper::describe_rows(qkv, B, T, columns, queries),
+                        hopper::describe_rows(dout, B, T, NH * HS, queries), workspace, rope, B, T, NH, NKV, scale,
+                        cap);
         }
       }
       auto keys = [&](auto* kernel) {
-        launch(be, "flash_attention_backward (keys)", kernel, divide_up(T, flash::kRows) * B * NKV, flash::kGroup,
-               flash::key_bytes<size(), K>(), dqkv, rows_of<size()>(be, dout, B, T, NH * HS),
-               rows_of<size()>(be, qkv, B, T, (NH + 2 * NKV) * HS), lse, (const float*)D, rope, T, NH, NKV, scale, cap);
+        launch(be, "flash_attention_backward (keys)", kernel, dim3(blocks.x, NKV, B), flash::kGroup,
+               flash::key_bytes<size(), K>(), to, rows_of_dout, rows_of_qkv, workspace, rope, T, NH, NKV, scale, cap);
       };
       if constexpr (size() <= 128) {
         keys(flash::key_kernel<size(), K, true, true, capped()>);
@@ -745,7 +730,7 @@ inline void flash_attention_statistics(Cuda& be, double* max_logit, float* entro
     with_cap(softcap, [&](auto capped) {
       using C = flash::ForwardConfig<size()>;
       launch(be, "flash_attention_statistics", flash::statistics_kernel<size(), C, capped()>,
-             divide_up(T, flash::kRows) * B * NH, flash::kGroup, flash::statistics_bytes<size(), C>(), max_logit,
+             dim3(divide_up(T, flash::kRows), NH, B), flash::kGroup, flash::statistics_bytes<size(), C>(), max_logit,
              entropies, rows_of<size()>(be, qkv, B, T, (NH + 2 * NKV) * HS), lse, T, NH, NKV,
              1 / std::sqrt(float(HS)), float(softcap) * std::sqrt(float(HS)));
     });

@@ -4,7 +4,7 @@
 //
 // Four warps, a warpgroup, own 64 rows and keep their sums, the accumulators, in registers. The other operand streams
 // through shared memory in tiles. A product is then one of
-//   multiply_transposed   acc (64, N)  = A (64, HS) tile^T       tile (N, HS):    S = Q K^T, dP = dO V^T, ...
+//   multiply_transposed   acc (64, N)  = A (64, HS) tile^T       tile (N, HS):    S = Q K^T, dP = dO V^T, ... (or +=)
 //   multiply              acc (64, HS) += A (64, ROWS) tile      tile (ROWS, HS): O = P V, dQ = dS K, ...
 // and what the first leaves in the accumulators is, rounded to bf16 in place, the A operand of the second. Both products
 // are written twice: with mma.sync and ldmatrix (sm_80 and up), and with wgmma, which reads its second operand straight
@@ -71,29 +71,16 @@ __device__ __forceinline__ void load_tile(Tile<ROWS, HS> tile, const bf16* sourc
 #endif
 }
 
-// The same for one float; if it is not `there`, it becomes 0.
-__device__ __forceinline__ void load_number(uint32_t to, const float* from, bool there) {
-#if __CUDA_ARCH__ >= 800
-  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(to), "l"(from), "r"(there ? 4 : 0) : "memory");
-#endif
-}
 __device__ __forceinline__ void commit_loads() {
 #if __CUDA_ARCH__ >= 800
   asm volatile("cp.async.commit_group;" ::: "memory");
 #endif
 }
 
-// Waits until the copies that this thread started have arrived.
-__device__ __forceinline__ void wait_own_loads() {
-#if __CUDA_ARCH__ >= 800
-  asm volatile("cp.async.wait_all;" ::: "memory");
-#endif
-}
-
 // Waits until all of the block's copies have arrived and all its threads are here, i.e. are done with the tiles before.
 __device__ __forceinline__ void wait_loads() {
 #if __CUDA_ARCH__ >= 800
-  wait_own_loads();
+  asm volatile("cp.async.wait_all;" ::: "memory");
 #if HOPPER
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");  // wgmma reads shared memory by another path
 #endif
@@ -114,9 +101,9 @@ __device__ __forceinline__ void fetch_boxes(Tile<ROWS, HS> tile, const CUtensorM
 }
 #endif
 
-// A matrix (B, T, columns) of bf16 in device memory, whose rows tiles are filled with.
+// A matrix (B, T, columns) of bf16 in device memory, whose rows tiles are filled with, or get.
 struct Rows {
-  const bf16* data;
+  bf16* data;
   int T, columns;
   CUtensorMap map;  // describes it to Hopper's copy engine, in boxes of kBoxRows<HS> rows of a panel
 };
@@ -151,6 +138,20 @@ struct Copies {
     }
 #else
     load_tile<kGroup>(tile, from.data + size_t(b) * from.T * from.columns + column, from.columns, first, from.T);
+#endif
+  }
+  // COUNT floats; both addresses are multiples of 16.
+  template <int COUNT>
+  __device__ __forceinline__ void load_numbers(uint32_t to, const float* from) {
+#if HOPPER
+    if (threadIdx.x == 0) {
+      hopper::expect_more_bytes(barrier, COUNT * 4);
+      hopper::load_bytes(to, from, COUNT * 4, barrier);
+    }
+#elif __CUDA_ARCH__ >= 800
+    if (threadIdx.x < COUNT / 4)
+      asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to + threadIdx.x * 16), "l"(from + threadIdx.x * 4)
+                   : "memory");
 #endif
   }
   __device__ __forceinline__ void commit() {
@@ -219,12 +220,78 @@ __device__ __forceinline__ void load_operand(uint32_t (&a)[HS / 16][4], Tile<ROW
   for (int k = 0; k < HS / 16; ++k) load_operand(a[k], tile, first, k);
 }
 
+// The same the other way, to the warp's own 16 rows of the warpgroup's tile.
+template <int HS>
+__device__ __forceinline__ void store_operand(Tile<kRows, HS> tile, const uint32_t (&a)[4], int k) {
+  const int warp_row = threadIdx.x % kGroup / 32 * 16;
+#if __CUDA_ARCH__ >= 900
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(
+                   tile.address(warp_row + lane() % 16, 2 * k + lane() / 16)),
+               "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3])
+               : "memory");
+#else
+#pragma unroll
+  for (int i = 0; i < 4; ++i)
+    asm volatile("st.shared.b32 [%0], %1;" ::"r"(tile.address(warp_row + lane() / 4 + i % 2 * 8, 2 * k + i / 2) +
+                                                 lane() % 4 * 4),
+                 "r"(a[i])
+                 : "memory");
+#endif
+}
+
 // An A operand left in shared memory: the 64 rows of a tile from `first` on.
 template <int ROWS, int HS>
 struct Shared {
   Tile<ROWS, HS> tile;
   int first;
 };
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Tiles that leave: the warps of a warpgroup have each written their 16 rows of one, or of several; finish_rows(), then
+// send_rows() for each tile, and before they are written again, or the block ends, wait_sent().
+
+// Writes the warp's rows of a tile to rows first.. of a matrix (T, HS), `stride` elements from row to row, 16 bytes at a
+// time; rows from T on are left out.
+template <int HS>
+__device__ __forceinline__ void store_tile(bf16* to, size_t stride, int first, int T, Tile<kRows, HS> tile) {
+  constexpr int kChunks = HS / 8;
+  const int warp_row = threadIdx.x % kGroup / 32 * 16;
+#pragma unroll
+  for (int i = lane(); i < 16 * kChunks; i += 32) {
+    const int row = warp_row + i / kChunks, chunk = i % kChunks;
+    const uint4 v = read_chunk(tile.address(row, chunk));
+    if (first + row < T) *reinterpret_cast<uint4*>(to + (first + row) * stride + chunk * 8) = v;
+  }
+}
+
+__device__ __forceinline__ void finish_rows() {
+#if HOPPER
+  hopper::publish();
+  asm volatile("bar.sync %0, %1;" ::"r"(3 + group()), "n"(kGroup) : "memory");  // of the warpgroup
+#else
+  __syncwarp();
+#endif
+}
+// To columns column.. and rows first.. of sequence b. On Hopper one thread asks the copy engine for it.
+template <int HS>
+__device__ __forceinline__ void send_rows(const Rows& to, int b, int first, int column, Tile<kRows, HS> tile) {
+#if HOPPER
+  if (threadIdx.x % kGroup == 0) {
+    for (int p = 0; p < HS / tile.kPanel; ++p)
+      for (int r = 0; r < kRows; r += kBoxRows<HS>)
+        hopper::store_box(to.map, column + p * tile.kPanel, first + r, b,
+                          tile.at + p * tile.kPanelBytes + r * tile.kPanel * 2);
+    hopper::commit_stores();
+  }
+#else
+  store_tile(to.data + size_t(b) * to.T * to.columns + column, to.columns, first, to.T, tile);
+#endif
+}
+__device__ __forceinline__ void wait_sent() {
+#if HOPPER
+  if (threadIdx.x % kGroup == 0) hopper::wait_stores();
+#endif
+}
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Products. They start, and may still run until wait_products; a pending product's operands must be left alone.
@@ -260,17 +327,18 @@ __device__ __forceinline__ void clear(float (&acc)[N][4]) {
   for (int n = 0; n < N; ++n) acc[n][0] = acc[n][1] = acc[n][2] = acc[n][3] = 0;
 }
 
-// acc (64, N) = A (64, HS) tile^T
+// acc (64, N) = [acc +] A (64, HS) tile^T
 template <int N, int HS>
 __device__ __forceinline__ void multiply_transposed(float (&acc)[N / 8][4], const uint32_t (&a)[HS / 16][4],
-                                                    Tile<N, HS> tile) {
-  clear(acc);
+                                                    Tile<N, HS> tile, bool add = false) {
+  if (!add) clear(acc);
 #pragma unroll
   for (int k = 0; k < HS / 16; ++k) multiply_transposed_step<N, HS>(acc, a[k], tile, k);
 }
 template <int N, int ROWS, int HS>
-__device__ __forceinline__ void multiply_transposed(float (&acc)[N / 8][4], Shared<ROWS, HS> a, Tile<N, HS> tile) {
-  clear(acc);
+__device__ __forceinline__ void multiply_transposed(float (&acc)[N / 8][4], Shared<ROWS, HS> a, Tile<N, HS> tile,
+                                                    bool add = false) {
+  if (!add) clear(acc);
 #pragma unroll
   for (int k = 0; k < HS / 16; ++k) {
     uint32_t piece[4];
@@ -365,13 +433,14 @@ __device__ __forceinline__ void wgmma(float (*d)[4], uint64_t a, uint64_t b, int
   if constexpr (N == 128) FLASH_WGMMA_SHARED(128, 64, 64, 65, 66, 67);
 }
 
-// acc (64, N) = A (64, HS) tile^T
+// acc (64, N) = [acc +] A (64, HS) tile^T
 template <int N, int ROWS, int HS>
-__device__ __forceinline__ void multiply_transposed(float (&acc)[N / 8][4], Shared<ROWS, HS> a, Tile<N, HS> tile) {
+__device__ __forceinline__ void multiply_transposed(float (&acc)[N / 8][4], Shared<ROWS, HS> a, Tile<N, HS> tile,
+                                                    bool add = false) {
   begin_products();
 #pragma unroll
   for (int k = 0; k < HS / 16; ++k)
-    wgmma<N, 0>(acc, a.tile.descriptor(a.first, k * 16), tile.descriptor(0, k * 16), k > 0);
+    wgmma<N, 0>(acc, a.tile.descriptor(a.first, k * 16), tile.descriptor(0, k * 16), add || k > 0);
   end_products();
 }
 

@@ -44,7 +44,7 @@ std::vector<MemoryRow> activation_rows(const Config& c, int B, int T) {
   Activations<Real> a;
   ActivationGradients<Real> d;
   visit_activations<Backend>(c, size_t(B) * T, a, visit);
-  visit_activation_gradients(c, size_t(B) * T, d, visit);
+  visit_activation_gradients(c, B, T, d, visit);
   return rows;
 }
 

@@ -29,7 +29,7 @@ std::vector<Real> attend_backward(const std::vector<Real>& qkv, const std::vecto
                                   double softcap = 0) {
   Cpu be;
   const Result<Real> r = attend(qkv, s, softcap);
-  std::vector<Real> dqkv = garbage<Real>(qkv.size()), D = garbage<Real>(rows(s));
+  std::vector<Real> dqkv = garbage<Real>(qkv.size()), D = garbage<Real>(attention_workspace<Real>(s));
   attention_backward(be, dqkv.data(), D.data(), dout.data(), qkv.data(), r.out.data(), r.lse.data(), s, softcap);
   return dqkv;
 }
@@ -398,7 +398,7 @@ void test_attention(AttentionShape s, bool flash, double softcap) {
   std::vector<double> dqkv(qkv.size());
   attention_backward_by_definition(dqkv.data(), exact_dout.data(), exact.data(), s, softcap);
   Tensor<Real> device_dout(dout), got_dqkv(qkv.size());
-  Tensor<float> got_D(lse.size());
+  Tensor<float> got_D(garbage<float>(attention_workspace<Real>(s)));
   if (flash)
     attention_backward(*gpu(), got_dqkv(), got_D(), device_dout(), device_qkv(), got(), got_lse(), s, softcap);
   else
@@ -466,7 +466,7 @@ TEST_CASE_TEMPLATE("cuda: attention's backward pass and RoPE's at once, to the b
             const size_t N = size_t(s.B) * T;
             Tensor<Real> qkv(numbers<Real>(N * (s.NH + 2 * NKV) * HS, 8)), dout(numbers<Real>(N * s.NH * HS, 9)),
                 out(dout.n), got(qkv.n), want(qkv.n);
-            Tensor<float> lse(N * s.NH), D(lse.n);
+            Tensor<float> lse(N * s.NH), D(attention_workspace<Real>(s));
             attention_forward(*gpu(), out(), lse(), qkv(), s);
             attention_backward(*gpu(), want(), D(), dout(), qkv(), out(), lse(), s);
             rope_backward(*gpu(), want(), table.on_gpu, s);
@@ -476,7 +476,7 @@ TEST_CASE_TEMPLATE("cuda: attention's backward pass and RoPE's at once, to the b
               if (gpu()->capability >= 80 && flash_attention_supports(HS)) {  // whichever way that was, by the clock
                 Tensor<bf16> turned(qkv.n);
                 flash_attention_backward(*gpu(), turned(), D(), dout(), qkv(), out(), lse(), s.B, T, s.NH, NKV, HS, 0,
-                                         {table.on_gpu.cos_sin, R, pairs == RopePairs::interleaved});
+                                         table.on_gpu.cos_sin, R, pairs == RopePairs::interleaved);
                 CHECK(same_bits(turned.bits(), want.bits()));
               }
           }
