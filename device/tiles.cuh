@@ -9,8 +9,8 @@
 // and what the first leaves in the accumulators is, rounded to bf16 in place, the A operand of the second. Both products
 // are written twice: with mma.sync and ldmatrix (sm_80 and up), and with wgmma, which reads its second operand straight
 // from shared memory (sm_90a, the target that `make` picks for Hopper). Registers and shared memory are laid out alike
-// for both, so that the kernels do not know which one they use; nor who fills their tiles, all threads or the copy
-// engine.
+// for both, so that the kernels do not know which one they use; nor who fills and empties their tiles, all threads or
+// the copy engine.
 
 #include "device/copy_engine.cuh"
 
