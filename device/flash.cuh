@@ -682,8 +682,8 @@ __global__ __launch_bounds__(kGroup, C::kBlocks) void key_kernel(const __grid_co
         const float2 minus_D = load_pair(D_tile + n * 32);
         dP[n][0] = dP[n][2] = minus_D.x, dP[n][1] = dP[n][3] = minus_D.y;
       }
+      V.template times<N>(dP, do_tile(stage), true);
     }
-    if (DK) V.template times<N>(dP, do_tile(stage), true);
     K.template times<N>(S, q_tile(stage));
     if (DK) wait_products<1>(dP);
     wait_products<0>(S);
