@@ -199,8 +199,7 @@ void attention_forward(Cpu&, Real* out, Acc<Real>* lse, const Real* qkv, Attenti
 // Numbers of attention_backward()'s workspace D: D (B, NH, T), or what flash attention leaves there (device/flash.cuh).
 template <class Real>
 size_t attention_workspace(const AttentionShape& s) {
-  const size_t heads = size_t(s.B) * s.NH;
-  return std::is_same_v<Real, Acc<Real>> ? heads * s.T : 2 * heads * flash::padded(s.T);
+  return std::is_same_v<Real, Acc<Real>> ? size_t(s.B) * s.NH * s.T : flash::workspace_numbers(s.B, s.T, s.NH);
 }
 
 // dqkv (B, T, NH + 2*NKV, HS) from dout (B, T, NH, HS) and what the forward pass read and wrote. With P the

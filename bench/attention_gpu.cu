@@ -33,7 +33,6 @@ struct Shape {
   size_t qkv() const { return size_t(B) * T * (NH + 2 * NKV) * HS; }
   size_t out() const { return size_t(B) * T * NH * HS; }
   size_t rows() const { return size_t(B) * NH * T; }
-  size_t workspace() const { return size_t(2) * B * NH * flash::padded(T); }
   __device__ size_t at(int b, int t, int head) const { return ((size_t(b) * T + t) * (NH + 2 * NKV) + head) * HS; }
 };
 
@@ -135,8 +134,8 @@ double distance(const std::vector<bf16>& got, const std::vector<float>& want, co
 
 bool check_shape(Cuda& be, Shape s, float deviation, double* worst) {
   Array<bf16> qkv(s.qkv()), dout(s.out()), out(s.out()), dqkv(s.qkv());
-  Array<float> lse(s.rows()), D(s.workspace()), out_(s.out()), lse_(s.rows()), dqkv_(s.qkv()), P(s.rows() * s.T),
-      dS(s.rows() * s.T);
+  Array<float> lse(s.rows()), D(flash::workspace_numbers(s.B, s.T, s.NH)), out_(s.out()), lse_(s.rows()),
+      dqkv_(s.qkv()), P(s.rows() * s.T), dS(s.rows() * s.T);
   fill(qkv, 1 + s.T, deviation);
   fill(dout, 2 + s.T, 1);
   auto run = [&] {
@@ -229,7 +228,7 @@ int main(int argc, char** argv) try {
                     {32, 2048, 2, 2, 128},
                     {4, 2048, 8, 8, 256}}) {
       Array<bf16> qkv(s.qkv()), dout(s.out()), out(s.out()), dqkv(s.qkv());
-      Array<float> lse(s.rows()), D(s.workspace());
+      Array<float> lse(s.rows()), D(flash::workspace_numbers(s.B, s.T, s.NH));
       fill(qkv, 1, 1);
       fill(dout, 2, 1);
       double forward = median_ms(

@@ -168,7 +168,8 @@ __global__ void __launch_bounds__(128)
   for (int half = 0; half < 2; ++half)
     if (const int r = row + 8 * half; lane() % 4 == 0 && at.q0 + r < s.T)
       at.lse[at.q0 + r] = (highest[r] + log2f(sum[r])) * kLn2;
-  write_rows(q_tile, O, 1 / sum[row], 1 / sum[row + 8]);
+  multiply_rows(O, {1 / sum[row], 1 / sum[row + 8]});
+  write_rows(q_tile, O);
   __syncwarp();
   store_tile(at.out, size_t(s.NH) * HS, at.q0, s.T, q_tile);
 }
@@ -216,7 +217,7 @@ __device__ __forceinline__ void online_softmax(float (&S)[kTile / 8][4], float (
 
 // The end of rungs 4 and 5: sums of the whole rows, then O and lse to where they belong.
 template <int HS>
-__device__ __forceinline__ void finish(const Job& at, AttentionShape s, const float (&O)[HS / 8][4],
+__device__ __forceinline__ void finish(const Job& at, AttentionShape s, float (&O)[HS / 8][4],
                                        const float (&m)[2], float (&l)[2], Tile<kTile, HS> q_tile, float scale) {
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
@@ -224,7 +225,8 @@ __device__ __forceinline__ void finish(const Job& at, AttentionShape s, const fl
     l[half] = row_sum(l[half]);
     if (lane() % 4 == 0 && t < s.T) at.lse[t] = m[half] * scale + logf(l[half]);
   }
-  write_rows(q_tile, O, 1 / l[0], 1 / l[1]);
+  multiply_rows(O, {1 / l[0], 1 / l[1]});
+  write_rows(q_tile, O);
   __syncwarp();
   store_tile(at.out, size_t(s.NH) * HS, at.q0, s.T, q_tile);
 }

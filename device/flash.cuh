@@ -29,6 +29,7 @@ namespace flash {
 // fp32: lse log2 e, with which exponentials are powers of two, and -D. Padded, it can be read by whole tiles of up to
 // 128 queries; those from T on have zeros.
 inline HOST_DEVICE int padded(int T) { return (T + 127) / 128 * 128; }
+inline size_t workspace_numbers(int B, int T, int NH) { return size_t(2) * B * NH * padded(T); }
 
 }  // namespace flash
 
@@ -52,6 +53,16 @@ struct Numbers {
   float *lse2, *minus_D;
   __device__ __forceinline__ Numbers(float* workspace, size_t heads, int T, size_t head)
       : lse2(workspace + head * padded(T)), minus_D(lse2 + heads * padded(T)) {}
+  // Of the thread's rows, `row` and `row` + 8: lse log2 e, which is returned as well, from the head's lse (T), and -D.
+  __device__ __forceinline__ void leave(float (&lse_log2e)[2], const float (&D)[2], const float* lse, int row,
+                                        int T) const {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const int t = row + 8 * h;
+      lse_log2e[h] = t < T ? lse[t] * kLog2e : 0;
+      if (lane() % 4 == 0) lse2[t] = lse_log2e[h], minus_D[t] = -D[h];
+    }
+  }
 };
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -188,7 +199,7 @@ __device__ __forceinline__ void score_gradients(float (&P)[N][4], const float (&
     }
 }
 
-// O, of a thread's two rows, follows them when they were rescaled.
+// Each of the thread's two rows times its factor.
 template <int N>
 __device__ __forceinline__ void multiply_rows(float (&O)[N][4], const float (&factor)[2]) {
 #pragma unroll
@@ -264,7 +275,7 @@ __device__ __forceinline__ void turn_rows_back(Tile<kRows, HS> tile, const Rotat
 template <int HS>
 using Angles = Tile<kRows, 2 * HS>;
 template <int HS>
-inline HOST_DEVICE bool turns_all(const Rotation& rope) {
+HOST_DEVICE bool turns_all(const Rotation& rope) {
   return rope.R == HS && !rope.interleaved;
 }
 template <int HS>
@@ -309,35 +320,24 @@ __device__ __forceinline__ void turn_first_piece_back(float (&x)[4], const Rotat
   for (int i = 0; i < 4; ++i) x[i] = turned[i];
 }
 
-// Writes accumulators (64, HS), times factor0 (rows g) or factor1 (rows g + 8), as bf16, to the warp's own 16 rows of a
-// tile, from where they can be sent (finish_rows()).
+// Writes accumulators (64, HS) as bf16 to the warp's own 16 rows of a tile, from where they can be sent (finish_rows()).
 template <int HS>
-__device__ __forceinline__ void write_rows(Tile<kRows, HS> tile, const float (&acc)[HS / 8][4], float factor0,
-                                           float factor1) {
-  float x[HS / 8][4];
-#pragma unroll
-  for (int n = 0; n < HS / 8; ++n)
-#pragma unroll
-    for (int i = 0; i < 4; ++i) x[n][i] = acc[n][i] * (i < 2 ? factor0 : factor1);
+__device__ __forceinline__ void write_rows(Tile<kRows, HS> tile, const float (&acc)[HS / 8][4]) {
   uint32_t a[HS / 16][4];
-  to_operand<HS>(a, x);
+  to_operand<HS>(a, acc);
 #pragma unroll
   for (int k = 0; k < HS / 16; ++k) store_operand(tile, a[k], k);
 }
-// The same where a rotation is undone on the way. The tile's row 0 is at position `first`. ANGLES: turn_all_back() has
-// its angles.
+// The same, times factor, where a rotation is undone on the way. The tile's row 0 is at position `first`. ANGLES:
+// turn_all_back() has its angles.
 template <bool ANGLES, int HS>
-__device__ __forceinline__ void write_turned_back(Tile<kRows, HS> tile, const float (&acc)[HS / 8][4], float factor,
+__device__ __forceinline__ void write_turned_back(Tile<kRows, HS> tile, float (&x)[HS / 8][4], float factor,
                                                   const Rotation& rope, int first, int T, Angles<HS> angles = {}) {
-  float x[HS / 8][4];
-#pragma unroll
-  for (int n = 0; n < HS / 8; ++n)
-#pragma unroll
-    for (int i = 0; i < 4; ++i) x[n][i] = acc[n][i] * factor;
+  multiply_rows(x, {factor, factor});
   const bool all = ANGLES && turns_all<HS>(rope), piece = turns_first_piece(rope);
   if (all) turn_all_back<HS>(x, angles);
   if (piece) turn_first_piece_back(x[0], rope, first, T);
-  write_rows(tile, x, 1, 1);
+  write_rows(tile, x);
   if (rope.R == 0 || all || piece) return;
   __syncwarp();
   turn_rows_back(tile, rope, first, T);
@@ -503,7 +503,8 @@ __global__ __launch_bounds__(kGroup, C::kBlocks) void forward_kernel(const __gri
     if (lane() % 4 == 0 && row + 8 * h < T) lse_row[row + 8 * h] = m[h] * scale + log2_(l[h]) * kLn2;
   }
   __syncthreads();  // the queries' tile is used again
-  write_rows(q_tile, O, 1 / l[0], 1 / l[1]);
+  multiply_rows(O, {1 / l[0], 1 / l[1]});
+  write_rows(q_tile, O);
   finish_rows();
   send_rows(out, at.b, q0, at.head * HS, q_tile);
   wait_sent();
@@ -538,10 +539,6 @@ __global__ __launch_bounds__(kGroup, C::kBlocks) void query_kernel(
     copies.commit();
   };
   auto angles = [&](int stage) { return Angles<HS>{k_tile(stage).at}; };
-  auto load_angles = [&](int stage) {
-    copies.load(angles(stage), rope.table, 0, q0, 0);
-    copies.commit();
-  };
   copies.load(q_tile, qkv, at.b, q0, q);
   copies.load(do_tile, dout, at.b, q0, q);
   copies.load(out_tile, out, at.b, q0, q);  // where the keys will be
@@ -554,12 +551,7 @@ __global__ __launch_bounds__(kGroup, C::kBlocks) void query_kernel(
   row_products(D, do_tile, out_tile);  // D = rowsum(dO out)
   const size_t head = size_t(at.b) * NH + at.head;
   const Numbers numbers(workspace, gridDim.z * NH, T, head);
-#pragma unroll
-  for (int h = 0; h < 2; ++h) {
-    const int t = row + 8 * h;
-    lse2[h] = t < T ? lse[head * T + t] * kLog2e : 0;
-    if (lane() % 4 == 0) numbers.lse2[t] = lse2[h], numbers.minus_D[t] = -D[h];
-  }
+  numbers.leave(lse2, D, lse + head * T, row, T);
   const int behind = q0 + M + threadIdx.x;  // no tile has them
   if (at.tile == 0 && behind < padded(T)) numbers.lse2[behind] = numbers.minus_D[behind] = 0;
   const Operand<C::kRegisters, M, HS> Q(q_tile), dO(do_tile);
@@ -576,7 +568,7 @@ __global__ __launch_bounds__(kGroup, C::kBlocks) void query_kernel(
     copies.wait();
     if (C::kStages == 2) {
       if (j > 0) load(j - 1, stage ^ 1);
-      else if (turns_all<HS>(rope)) load_angles(stage ^ 1);
+      else if (turns_all<HS>(rope)) copies.load(angles(stage ^ 1), rope.table, 0, q0, 0), copies.commit();
     }
     float S[N / 8][4], dP[N / 8][4];
     Q.template times<N>(S, k_tile(stage));
@@ -645,10 +637,6 @@ __global__ __launch_bounds__(kGroup, C::kBlocks) void key_kernel(const __grid_co
     if (++next_tile == first + per_head) next_tile = first, ++next_head;
   };
   auto angles = [&](int stage) { return Angles<HS>{q_tile(stage).at}; };
-  auto load_angles = [&](int stage) {
-    copies.load(angles(stage), rope.table, 0, k0, 0);
-    copies.commit();
-  };
   copies.load(k_shared, qkv, at.b, k0, k);
   if (DK) copies.load(v_shared, qkv, at.b, k0, v);
   load(0);
@@ -669,7 +657,7 @@ __global__ __launch_bounds__(kGroup, C::kBlocks) void key_kernel(const __grid_co
     }
     if (C::kStages == 2) {
       if (step + 1 < steps) load(stage ^ 1);
-      else if (DK && turns_all<HS>(rope)) load_angles(stage ^ 1);
+      else if (DK && turns_all<HS>(rope)) copies.load(angles(stage ^ 1), rope.table, 0, k0, 0), copies.commit();
     }
     const int q0 = tile * N;
     if (++tile == first + per_head) tile = first;
@@ -728,7 +716,7 @@ __global__ __launch_bounds__(kGroup, C::kBlocks) void key_kernel(const __grid_co
   if (DK && C::kStages == 2 && turns_all<HS>(rope)) copies.wait();
   else __syncthreads();  // the tiles of keys and values are used again
   if (DK) write_turned_back<C::kStages == 2>(k_shared, dK, scale, rope, k0, T, angles(steps % 2));
-  if (DV) write_rows(v_shared, dV, 1, 1);
+  if (DV) write_rows(v_shared, dV);
   finish_rows();
   if (DK) send_rows(dqkv, at.b, k0, k, k_shared);
   if (DV) send_rows(dqkv, at.b, k0, v, v_shared);

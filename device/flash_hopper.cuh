@@ -336,12 +336,7 @@ __global__ __launch_bounds__(HOPPER ? 3 * kGroup : 32, 1) void stream_query_kern
       }
       ring.release(o);
     }
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      const int t = row + 8 * h;
-      lse2[h] = t < T ? lse[head * T + t] * kLog2e : 0;
-      if (lane() % 4 == 0) numbers.lse2[t] = lse2[h], numbers.minus_D[t] = -D[h];
-    }
+    numbers.leave(lse2, D, lse + head * T, row, T);
 
     float dQ[HS / 8][4] = {};
     for (int j = key_tiles(q0) - 1; j >= 0; --j) {
@@ -530,7 +525,7 @@ __global__ __launch_bounds__(HOPPER ? 3 * kGroup : 32, 1) void stream_key_kernel
       multiply<N, HS>(acc, operand, do_tile(d));
       wait_products<0>(acc);
       do_ring.release(d);
-      write_rows(k_tile, acc, 1, 1);  // nobody else reads K
+      write_rows(k_tile, acc);  // nobody else reads K
       finish_rows();
       send_rows(dqkv, at.b, k0, (NH + NKV + at.head) * HS, k_tile);
       wait_sent();
@@ -661,7 +656,7 @@ inline void flash_attention_forward(Cuda& be, bf16* out, float* lse, const bf16*
 }
 
 // The gradient dqkv (B, T, NH + 2*NKV, HS), assigned, from dout (B, T, NH, HS) and the forward's qkv, out and lse.
-// workspace: (2, B, NH, flash::padded(T)) fp32. With a rotation, whose table cos_sin is (T, R/2, 2) fp32, it is the
+// workspace: flash::workspace_numbers(B, T, NH) fp32. With a rotation, whose table cos_sin is (T, R/2, 2) fp32, it is the
 // gradient of what RoPE got. Deterministic: no atomics, every sum in a fixed order. B < 2^16.
 inline void flash_attention_backward(Cuda& be, bf16* dqkv, float* workspace, const bf16* dout, const bf16* qkv,
                                      const bf16* out, const float* lse, int B, int T, int NH, int NKV, int HS,
@@ -674,9 +669,7 @@ inline void flash_attention_backward(Cuda& be, bf16* dqkv, float* workspace, con
     with_cap(softcap, [&](auto capped) {
       using Q = flash::QueryConfig<size()>;
       using K = flash::KeyConfig<size()>;
-      const flash::Rows rows_of_qkv = rows_of<size()>(be, qkv, B, T, columns),
-                        to = rows_of<size()>(be, dqkv, B, T, columns),
-                        rows_of_dout = rows_of<size()>(be, dout, B, T, NH * HS);
+      const flash::Rows to = rows_of<size()>(be, dqkv, B, T, columns);
       flash::Rotation rope = {cos_sin, R, interleaved};
       if (flash::turns_all<size()>(rope))
         rope.table = rows_of<2 * size()>(be, reinterpret_cast<const bf16*>(cos_sin), 1, T, 2 * HS);
@@ -694,8 +687,9 @@ inline void flash_attention_backward(Cuda& be, bf16* dqkv, float* workspace, con
       }
       if (!done)
         launch(be, "flash_attention_backward (queries)", flash::query_kernel<size(), Q, capped()>, blocks,
-               flash::kGroup, flash::query_bytes<size(), Q>(), to, workspace, rows_of_dout, rows_of_qkv,
-               rows_of<size()>(be, out, B, T, NH * HS), lse, rope, T, NH, NKV, scale, cap);
+               flash::kGroup, flash::query_bytes<size(), Q>(), to, workspace, rows_of<size()>(be, dout, B, T, NH * HS),
+               rows_of<size()>(be, qkv, B, T, columns), rows_of<size()>(be, out, B, T, NH * HS), lse, rope, T, NH,
+               NKV, scale, cap);
       if constexpr (size() >= 128) {
         auto* kernel = flash::stream_key_kernel<size(), capped()>;
         if (has_stream_kernel(be, kernel, 3 * flash::kGroup)) {
@@ -711,7 +705,8 @@ inline void flash_attention_backward(Cuda& be, bf16* dqkv, float* workspace, con
       }
       auto keys = [&](auto* kernel) {
         launch(be, "flash_attention_backward (keys)", kernel, dim3(blocks.x, NKV, B), flash::kGroup,
-               flash::key_bytes<size(), K>(), to, rows_of_dout, rows_of_qkv, workspace, rope, T, NH, NKV, scale, cap);
+               flash::key_bytes<size(), K>(), to, rows_of<size()>(be, dout, B, T, NH * HS),
+               rows_of<size()>(be, qkv, B, T, columns), workspace, rope, T, NH, NKV, scale, cap);
       };
       if constexpr (size() <= 128) {
         keys(flash::key_kernel<size(), K, true, true, capped()>);
