@@ -53,6 +53,16 @@ void linear_residual_forward(Cpu&, Real* out, const Real* residual, const Real* 
   matmul(out, residual, OC, row_major(inp, IC), transposed(weight, IC), N, OC, IC);
 }
 
+// Two branches at once: out (N, OC) = residual (N, OC) + inp1 (N, IC1) weight1^T + bias1 + inp2 (N, IC2) weight2^T + bias2.
+// between (N, OC): room for the sum without the second, which may not be made.
+template <class Real>
+void linear_pair_residual_forward(Cpu& be, Real* out, Real* between, const Real* residual, const Real* inp1,
+                                  const Real* weight1, const Real* bias1, const Real* inp2, const Real* weight2,
+                                  const Real* bias2, int N, int IC1, int IC2, int OC) {
+  linear_residual_forward(be, between, residual, inp1, weight1, bias1, N, IC1, OC);
+  linear_residual_forward(be, out, between, inp2, weight2, bias2, N, IC2, OC);
+}
+
 // dinp (N, IC) = dout (N, OC) weight;  dweight (OC, IC) += dout^T inp;  dbias (OC) += column sums of dout. With `first`,
 // dweight is assigned, whatever it held.
 // Errors: products as matmul.cuh says; dbias by kSumChunk u at most of the sum of |dout|.
@@ -352,10 +362,30 @@ void linear_forward(Cuda& be, Real* out, const Real* inp, const Real* weight, co
   multiply(be, Product<Real>{out, nullptr, bias, OC, N, IC, true, false}, weight, inp);
 }
 
+// On Hopper a product's kernel can do what comes next as well; below a billion multiply-adds it is not tried.
 template <class Real>
 void linear_residual_forward(Cuda& be, Real* out, const Real* residual, const Real* inp, const Real* weight,
                              const Real* bias, int N, int IC, int OC) {
-  multiply(be, Product<Real>{out, residual, bias, OC, N, IC, true, false}, weight, inp);
+  auto by_cublas = [&] { multiply(be, Product<Real>{out, residual, bias, OC, N, IC, true, false}, weight, inp); };
+  if constexpr (std::is_same_v<Real, bf16>)
+    if (!bias && 2.0 * N * IC * OC > 1e9 && gemm::supports(be, OC, IC, out, inp, weight) && wide(OC, residual))
+      return start_faster(be, {N, IC, OC}, out, size_t(N) * OC, by_cublas, [&] {
+        gemm::multiply(be, out, inp, weight, N, OC, IC, gemm::Residual(residual, N, OC));
+      });
+  by_cublas();
+}
+
+// In one kernel the sum is rounded once, not twice as apart, so which way is taken must not depend on the clock.
+template <class Real>
+void linear_pair_residual_forward(Cuda& be, Real* out, Real* between, const Real* residual, const Real* inp1,
+                                  const Real* weight1, const Real* bias1, const Real* inp2, const Real* weight2,
+                                  const Real* bias2, int N, int IC1, int IC2, int OC) {
+  if constexpr (std::is_same_v<Real, bf16>)
+    if (!bias1 && !bias2 && 2.0 * N * (IC1 + IC2) * OC > 1e9 && gemm::supports(be, OC, IC1, out, inp1, weight1) &&
+        gemm::supports(be, OC, IC2, out, inp2, weight2) && wide(OC, residual))
+      return gemm::multiply(be, out, inp1, weight1, N, OC, IC1, gemm::Residual(residual, N, OC), inp2, weight2, IC2);
+  linear_residual_forward(be, between, residual, inp1, weight1, bias1, N, IC1, OC);
+  linear_residual_forward(be, out, between, inp2, weight2, bias2, N, IC2, OC);
 }
 
 // Column sums of some rows: a block has 32 columns, whose rows its 8 warps share; one row of partial (blocks, OC)
@@ -440,7 +470,6 @@ void swiglu_forward(Cuda& be, Real* out, const Real* gate_up, int N, int F) {
   });
 }
 
-// On Hopper a product's kernel can do what comes next as well; below a billion multiply-adds it is not tried.
 template <class Real>
 void linear_swiglu_forward(Cuda& be, Real* out, Real* gate_up, const Real* inp, const Real* weight, const Real* bias,
                            int N, int C, int F) {
@@ -511,7 +540,7 @@ void linear_rope_forward(Cuda& be, Real* qkv, const Real* inp, const Real* weigh
   if constexpr (std::is_same_v<Real, bf16>)
     if (s.first == 0 && !bias && 2.0 * N * C * width > 1e9 && gemm::supports(be, width, C, qkv, inp, weight) &&
         with_rope_epilogue(table, s, [&](auto epilogue) {
-          start_faster(be, {N, C, width, table.pairs == RopePairs::half ? R : -R}, qkv, size_t(N) * width, apart,
+          start_faster(be, {N, C, width, table.pairs == RopePairs::half ? R : -R, s.T}, qkv, size_t(N) * width, apart,
                        [&] { gemm::multiply(be, qkv, inp, weight, N, width, C, epilogue); });
         }))
       return;

@@ -533,16 +533,22 @@ struct Model {
         linear_rope_forward(be, all.qkv, a.h1, w.qkv, w.qkv_bias, rope[l], shape, C);
       }
       attention_forward(be, all.att, all.lse, all.qkv, shape, c.attention_softcap);
-      linear_residual_forward(be, a.x2, a.x, a.att, w.proj, w.proj_bias, N, A, C);
 
-      if (!parallel) norm_forward(be, c.norm, a.h2, a.mean2, a.rstd2, a.x2, w.norm2, w.norm2_bias, N, C, c.norm_eps);
+      if (!parallel) {
+        linear_residual_forward(be, a.x2, a.x, a.att, w.proj, w.proj_bias, N, A, C);
+        norm_forward(be, c.norm, a.h2, a.mean2, a.rstd2, a.x2, w.norm2, w.norm2_bias, N, C, c.norm_eps);
+      }
       if (c.mlp == MlpKind::swiglu) {
         linear_swiglu_forward(be, a.act, a.up, a.h2, w.up, w.up_bias, N, C, F);
       } else {
         linear_forward(be, a.up, a.h2, w.up, w.up_bias, N, C, F);
         gelu_forward(be, c.gelu(), a.act, a.up, N, F);
       }
-      linear_residual_forward(be, next, a.x2, a.act, w.down, w.down_bias, N, F, C);
+      if (parallel)
+        linear_pair_residual_forward(be, next, a.x2, a.x, a.att, w.proj, w.proj_bias, a.act, w.down, w.down_bias, N, A, F,
+                                     C);
+      else
+        linear_residual_forward(be, next, a.x2, a.act, w.down, w.down_bias, N, F, C);
     }
     norm_forward(be, c.norm, rows.final, rows.final_mean, rows.final_rstd, rows.x, weights.final_norm,
                  weights.final_norm_bias, N, C, c.norm_eps);

@@ -299,6 +299,32 @@ static void fused(const Row& r) {
        }) - weight, milliseconds(input), milliseconds([&] {
          gemm::multiply<true>(*be, act(), x(), w(), N, F, C, gemm::Store{});
        }));
+  // Residuals: by cuBLASLt, which adds them too, and by our own product.
+  const int A = r.heads * r.head_size;
+  Tensor<bf16> sum(n * C), between(n * C), att(n * A);
+  auto by_cublas = [&](bf16* out, const bf16* residual, const bf16* inp, int IC) {
+    multiply(*be, Product<bf16>{out, residual, nullptr, C, N, IC, true, false}, w(), inp);
+  };
+  auto residual_line = [&](const char* what, const bf16* inp, int IC) {
+    const double apart = milliseconds([&] { by_cublas(sum(), x(), inp, IC); });
+    const double one =
+        milliseconds([&] { gemm::multiply(*be, sum(), inp, w(), N, C, IC, gemm::Residual(x(), N, C)); });
+    const double used = milliseconds(
+        [&] { linear_residual_forward(*be, sum(), x(), inp, w(), (const bf16*)nullptr, N, IC, C); });
+    const double alone = milliseconds([&] { linear_forward(*be, sum(), inp, w(), (const bf16*)nullptr, N, IC, C); });
+    line(what, 0, apart, one, used, alone, milliseconds([&] {
+           gemm::multiply(*be, sum(), inp, w(), N, C, IC, gemm::Store{});
+         }));
+  };
+  residual_line("proj, residual", att(), A);
+  residual_line("down, residual", act(), F);
+  const double pair_apart =
+      milliseconds([&] { by_cublas(between(), x(), att(), A), by_cublas(sum(), between(), act(), F); });
+  const double pair = milliseconds([&] {
+    linear_pair_residual_forward(*be, sum(), between(), x(), att(), w(), (const bf16*)nullptr, act(), w(),
+                                 (const bf16*)nullptr, N, A, F, C);
+  });
+  line("both at once", 0, pair_apart, pair, pair, 0, 0);
   Tensor<bf16> qkv(n * QKV);
   Tensor<float> angles(size_t(r.T) * r.head_size);
   const double alone = milliseconds([&] { linear_forward(*be, qkv(), x(), w(), (bf16*)nullptr, N, C, QKV); });
@@ -405,9 +431,14 @@ static void step_floor(const Row& r) {
       const auto& w = model.weights.blocks[l];
       const auto& a = model.acts.blocks[l];
       linear_forward(*be, a.qkv, a.h1, w.qkv, (bf16*)nullptr, N, C, QKV);
-      linear_residual_forward(*be, a.x2, a.x, a.att, w.proj, (bf16*)nullptr, N, A, C);
       linear_forward(*be, a.up, a.h2, w.up, (bf16*)nullptr, N, C, 2 * F);
-      linear_residual_forward(*be, a.x2, a.x, a.act, w.down, (bf16*)nullptr, N, F, C);
+      if (c.block == BlockKind::parallel) {
+        linear_pair_residual_forward(*be, model.acts.x, a.x2, a.x, a.att, w.proj, (bf16*)nullptr, a.act, w.down,
+                                     (bf16*)nullptr, N, A, F, C);
+      } else {
+        linear_residual_forward(*be, a.x2, a.x, a.att, w.proj, (bf16*)nullptr, N, A, C);
+        linear_residual_forward(*be, model.acts.x, a.x2, a.act, w.down, (bf16*)nullptr, N, F, C);
+      }
     }
     for (int n = 0, chunk = loss_rows<Cuda>(c, N); n < N; n += chunk) {
       const int rows = std::min(chunk, N - n);

@@ -1,9 +1,10 @@
 #pragma once
 // A matrix product of our own for Hopper (sm_90a), in bf16 with fp32 sums, which can go on with what comes next:
-//     out (M, N) = A (M, K) B (N, K)^T, then an epilogue: nothing, SwiGLU, RoPE,
+//     out (M, N) = A (M, K) B (N, K)^T, then an epilogue: nothing, a residual added, SwiGLU, RoPE,
+//     out (M, N) = A (M, K) B (N, K)^T + A2 (M, K2) B2 (N, K2)^T, then the same: two layers that end in one sum,
 //     out (M, N) = A (M, K) B (K, N), then SwiGLU's gradient.
 // The first is a linear layer's forward product: A holds its inputs, B its weights, both with K running along memory. The
-// second is the gradient of its inputs, where the same weights are read across (BY_COLUMN below). The product alone is a
+// last is the gradient of its inputs, where the same weights are read across (BY_COLUMN below). The product alone is a
 // little slower than cuBLASLt's; an epilogue pays because what it needs is still on the chip, while an operation of its
 // own would read it from device memory again.
 //
@@ -13,7 +14,8 @@
 //     request for a slice: sent as soon as they are there, they hold up the slices, for 4 % of the product's time on an
 //     H200.
 //   - Two warpgroups, the consumers, own 64 rows each: 128 fp32 sums a thread. wgmma reads both operands straight from
-//     shared memory. They leave a finished tile in shared memory, rounded to bf16, and go on with the next.
+//     shared memory. What an epilogue adds to the sums, or turns them by, comes as slices, too, behind those of A and B.
+//     They leave a finished tile in shared memory, rounded to bf16, and go on with the next.
 //   - Three warps, the finishers, do there what the epilogue wants done, meanwhile.
 //   - Barriers pass all of it on: `full` and `empty` for each slot, `ready`, `changed` and `free` for the finished tile.
 //   - Two blocks, a cluster, work on tiles one above the other, which need the same slice of B: each fetches half of it
@@ -133,9 +135,9 @@ __device__ __forceinline__ void unpack(float (&x)[8], uint4 packed) {
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Epilogues. Each says which rows of B make a tile, and to which columns of out its four panels go (N: nowhere).
-// A consumer's warp calls change() with the sums of its 16 rows, from `row` of the tile on, before it writes them there;
-// it may find there what load_panel() had copied to a panel while the tile was being made. The finishers call prepare()
-// while a tile is being made, and then finish(), or, if they change it, each warp finish_piece() for a piece of 64 rows and
+// Behind the slices of the factors come kSlices more: the producer calls load_slice() for each, a consumer's warp use_slice()
+// with the sums of its 16 rows, from `row` of the tile on; the tile begins at `column`. The finishers call prepare() while
+// a tile is being made, and then finish(), or, if they change it, each warp finish_piece() for a piece of 64 rows and
 // piece_columns() columns. Behind the tile there are kBytes of shared memory.
 
 enum class Finish { nothing, reads, changes };  // what finishers do with a tile
@@ -143,14 +145,47 @@ enum class Finish { nothing, reads, changes };  // what finishers do with a tile
 // out as it is.
 struct Store {
   static constexpr Finish kFinish = Finish::nothing;
-  static constexpr int kBytes = 0;
+  static constexpr int kBytes = 0, kSlices = 0;
   __device__ int piece_columns() const { return 64; }
   __device__ Place place(int row, int j, int /*N*/) const { return {row, j * kN, j * kN, j * kN + 128}; }
   __device__ int panel_column(Place at, int panel, int) const { return at.column + panel * 64; }
-  __device__ void load_panel(uint32_t, Place, int, int, uint32_t) const {}
-  __device__ void change(float (&)[32][4], uint32_t, Place, int) const {}
+  __device__ void load_slice(uint32_t /*to*/, Place, int /*part*/, uint32_t /*barrier*/) const {}
+  __device__ void use_slice(float (&)[32][4], uint32_t /*slice*/, int /*part*/, int /*column*/, int /*row*/) const {}
   __device__ void prepare(uint32_t, Place, int, int, int) const {}
   __device__ void finish(uint32_t, Place, int, int, int) const {}
+};
+
+// out with `residual` (M, N) added before it is rounded: two slices of its own, 128 columns of the tile each, in two
+// panels of 64.
+struct Residual : Store {
+  static constexpr int kSlices = 2;
+  CUtensorMap residual;
+  Residual(const bf16* from, int M, int N) : residual(describe(from, M, N, kM)) {}
+#if HOPPER
+  __device__ void load_slice(uint32_t to, Place at, int part, uint32_t barrier) const {
+    expect_bytes(barrier, 2 * kBytesA);
+    for (int panel = 0; panel < 2; ++panel)
+      load_box(to + panel * kBytesA, residual, at.column + part * 128 + panel * 64, at.row, barrier);
+  }
+  __device__ __forceinline__ void use_slice(float (&d)[32][4], uint32_t slice, int part, int, int row) const {
+    row += threadIdx.x % 16;
+#pragma unroll
+    for (int n = 0; n < 16; n += 2) {  // as write_tile() writes
+      const int chunk = n + threadIdx.x % 32 / 16;
+      uint32_t pairs[4];
+      asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                   : "=r"(pairs[0]), "=r"(pairs[1]), "=r"(pairs[2]), "=r"(pairs[3])
+                   : "r"(slice + n / 8 * kBytesA + row * 128 + (((chunk & 7) ^ (row & 7)) << 4))
+                   : "memory");
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        float* sums = &d[part * 16 + n + i / 2][i % 2 * 2];
+        sums[0] += __uint_as_float(pairs[i] << 16);
+        sums[1] += __uint_as_float(pairs[i] & 0xffff0000u);
+      }
+    }
+  }
+#endif
 };
 
 // out (M, 2F) holds gates in its first F columns and ups behind them; act (M, F) = silu(gate) * up, to the bit as from
@@ -317,35 +352,43 @@ struct Rope : Store {
 };
 
 // The same for all channels of heads of 64 or 128, paired by halves: then both channels of a pair are in one of the
-// consumers' threads, which turns them before the tile is written. The angles arrive where the tile will be, while it is
-// being made. T is a multiple of 64.
+// consumers' threads, which turns them. The angles come as slices: of 32 pairs each, two panels for each half of the
+// tile's rows. T is a multiple of 64.
 template <int HS>
 struct FullRope : Store {
+  static constexpr int kSlices = HS / 64;
   CUtensorMap cos_sin;  // (T, HS/2, 2) fp32, as rows of twice as many bf16
   int T, heads;
   FullRope(const float* table, int positions, int turned)
       : cos_sin(describe(reinterpret_cast<const bf16*>(table), positions, 2 * HS, 64)), T(positions), heads(turned) {}
 #if HOPPER
   __device__ bool turns(Place at) const { return at.column < heads * HS; }
-  __device__ void load_panel(uint32_t to, Place at, int half, int panel, uint32_t barrier) const {
-    if (panel >= HS / 32 || !turns(at)) return;  // a panel has 16 pairs' angles for 64 rows
-    expect_more_bytes(barrier, kBytesPanel);
-    load_box(to, cos_sin, panel * 64, (at.row + half * 64) % T, barrier);
+  __device__ void load_slice(uint32_t to, Place at, int part, uint32_t barrier) const {
+    if (!turns(at)) return arrive(barrier);
+    expect_bytes(barrier, 4 * kBytesPanel);
+    for (int n = 0; n < 4; ++n)
+      load_box(to + n * kBytesPanel, cos_sin, part * 128 + n % 2 * 64, (at.row + n / 2 * 64) % T, barrier);
   }
-  __device__ __forceinline__ void change(float (&d)[32][4], uint32_t tile, Place at, int row) const {
-    if (!turns(at)) return;
-    const uint32_t first = chunk_address(tile, row + threadIdx.x % 32 / 4, threadIdx.x % 4);
+  __device__ __forceinline__ void use_slice(float (&d)[32][4], uint32_t slice, int part, int column, int row) const {
+    const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4, turned = heads * HS - column;  // columns of the tile
+    const uint32_t first = slice + row / 64 * (2 * kBytesPanel) + (row % 64 + g) * 128 + ((t ^ g) << 4);
+    if (turned >= kN) turn_heads<true>(d, first, part, turned);  // as most often: no question for each head
+    else if (turned > 0) turn_heads<false>(d, first, part, turned);
+  }
+  template <bool ALL>
+  __device__ __forceinline__ void turn_heads(float (&d)[32][4], uint32_t first, int part, int turned) const {
 #pragma unroll
-    for (int n = 0; n < HS / 16; ++n) {
-      float4 angle[2];  // of pairs 8n + 2t and 8n + 2t + 1, in both of the thread's rows
+    for (int n = 0; n < 4; ++n) {
+      float4 angle[2];  // of pairs 32 part + 8n + 2t and the next, in both of the thread's rows
 #pragma unroll
       for (int h = 0; h < 2; ++h) angle[h] = read_angles(first, n, h);
 #pragma unroll
       for (int head = 0; head < kN / HS; ++head) {
-        if (at.column + head * HS >= heads * HS) continue;
+        if (!ALL && head * HS >= turned) continue;
+        const int piece = head * HS / 8 + part * 4 + n;
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
-          float *a = &d[head * HS / 8 + n][2 * h], *b = &d[head * HS / 8 + n + HS / 16][2 * h];
+          float *a = &d[piece][2 * h], *b = &d[piece + HS / 16][2 * h];
           // Turned in place, they would make ptxas wait between products.
           float x0 = rounded(a[0]), x1 = rounded(a[1]), y0 = rounded(b[0]), y1 = rounded(b[1]);
           turn(x0, y0, angle[h].x, angle[h].y);
@@ -354,7 +397,6 @@ struct FullRope : Store {
         }
       }
     }
-    __syncwarp();  // the warp's rows have been read, and may be written
   }
 #endif
 };
@@ -371,20 +413,27 @@ __device__ __forceinline__ Place tile_place(const Epilogue& epilogue, int t, int
   return epilogue.place((first + inside % height) * kCluster * kM + rank * kM, inside / height, N);
 }
 
+// What is multiplied: A and B, and the slices that K is cut into.
+struct Factors {
+  CUtensorMap a, b;
+  int slices;
+};
+
 template <bool BY_COLUMN, class Epilogue>
 __global__ void GEMM_CLUSTER __launch_bounds__(kThreads, 1)
-    kernel(const __grid_constant__ CUtensorMap a, const __grid_constant__ CUtensorMap b,
-           const __grid_constant__ CUtensorMap out, int M, int N, int K, const __grid_constant__ Epilogue epilogue) {
+    kernel(const __grid_constant__ Factors first, const __grid_constant__ Factors second,
+           const __grid_constant__ CUtensorMap out, int M, int N, const __grid_constant__ Epilogue epilogue) {
 #if HOPPER
   extern __shared__ uint8_t memory[];
   const uint32_t slots = uint32_t(__cvta_generic_to_shared(memory)), tile = slots + kSlots * kBytesSlice,
                  full = tile + kBytesTile + Epilogue::kBytes, empty = full + 8 * kSlots, ready = empty + 8 * kSlots,
                  changed = ready + 8, free = changed + 8 * 3;
+  int* column_of_slot = reinterpret_cast<int*>(memory + (free + 8 - slots));  // of the tile whose own slice is there
   if (slots % 1024) __trap();  // the 128-byte swizzle counts from there; a kernel's shared memory begins there
   // The shuffle tells the compiler that all lanes of a warp agree.
   const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0), rank = blockIdx.x % kCluster;
   const int rows = (M + kCluster * kM - 1) / (kCluster * kM), columns = (N + kN - 1) / kN;
-  const int slices = (K + kK - 1) / kK, first_tile = blockIdx.x / kCluster, tiles_apart = gridDim.x / kCluster;
+  const int slices = first.slices + second.slices, first_tile = blockIdx.x / kCluster, tiles_apart = gridDim.x / kCluster;
   // The producer sends finished tiles to device memory. Changed ones, if they have few slices, would come too late for it:
   // then the finishers do.
   constexpr bool kChanges = Epilogue::kFinish == Finish::changes;
@@ -410,16 +459,15 @@ __global__ void GEMM_CLUSTER __launch_bounds__(kThreads, 1)
   if (warp < 4) {
     if (threadIdx.x == 0) {  // the producer
       int slot = 0, parity = 1;  // the first time round all slots are empty
-      Place at = tile_place(epilogue, first_tile, rows, columns, N, rank), before = at, after = at;
+      Place at = tile_place(epilogue, first_tile, rows, columns, N, rank), before = at;
       // Its other task: the tile before leaves by panels, each right behind the boxes of a slice. The first goes when all
       // slots are on their way, since the consumers are done with that tile by then; where it is changed, two slices later.
-      const int first_slice = min(kSlots + (kChanges ? 2 : 0), slices) - 1;
-      const int panels_a_slice = (8 + max(slices - 4, 1) - 1) / max(slices - 4, 1);
+      const int requests = slices + Epilogue::kSlices, first_slice = min(kSlots + (kChanges ? 2 : 0), requests) - 1;
+      const int panels_a_slice = (8 + max(requests - 4, 1) - 1) / max(requests - 4, 1);
       const int width = epilogue.piece_columns() / 64;
       int sent = 9, tile_parity = 1;  // of its eight panels; 9: and its place is free for the tile after it
       auto make_room = [&] {
         wait_stores();
-        for (int n = 0; n < 8; ++n) epilogue.load_panel(tile + n * kBytesPanel, after, n / 4, n % 4, free);
         arrive(free);
         sent = 9;
       };
@@ -434,21 +482,28 @@ __global__ void GEMM_CLUSTER __launch_bounds__(kThreads, 1)
       if (producer_sends) make_room();
       for (int t = first_tile; t < rows * columns; t += tiles_apart) {
         before = at, at = tile_place(epilogue, t, rows, columns, N, rank);
-        for (int k = 0; k < slices; ++k) {
+        for (int k = 0; k < requests; ++k) {
           const uint32_t slice = slots + slot * kBytesSlice;
           // Both blocks of the cluster must be done with the slot: the other writes its half of B here, too.
           wait_barrier(empty + 8 * slot, parity);
-          expect_bytes(full + 8 * slot, kBytesSlice);  // A's box, and both halves of B, of which one comes from outside
-          load_box(slice, a, k * kK, at.row, full + 8 * slot);
-          const uint32_t to = slice + kBytesA + rank * (kBytesB / 2);
-          const int half = rank ? at.second_half : at.first_half;
-          if (!BY_COLUMN) load_box_for_both(to, b, k * kK, half, full + 8 * slot);
-          for (int panel = 0; panel < (BY_COLUMN ? 2 : 0); ++panel)
-            load_box_for_both(to + panel * kBytesPanel, b, half + panel * 64, k * kK, full + 8 * slot);
+          if (k < slices) {
+            expect_bytes(full + 8 * slot, kBytesSlice);  // A's box, both halves of B, of which one comes from outside
+            const Factors& from = k < first.slices ? first : second;
+            const int depth = (k < first.slices ? k : k - first.slices) * kK;
+            load_box(slice, from.a, depth, at.row, full + 8 * slot);
+            const uint32_t to = slice + kBytesA + rank * (kBytesB / 2);
+            const int half = rank ? at.second_half : at.first_half;
+            if (!BY_COLUMN) load_box_for_both(to, from.b, depth, half, full + 8 * slot);
+            for (int panel = 0; panel < (BY_COLUMN ? 2 : 0); ++panel)
+              load_box_for_both(to + panel * kBytesPanel, from.b, half + panel * 64, depth, full + 8 * slot);
+          } else {
+            column_of_slot[slot] = at.column;
+            epilogue.load_slice(slice, at, k - slices, full + 8 * slot);
+          }
           if (++slot == kSlots) slot = 0, parity ^= 1;
 
           if (sent == 8) make_room();
-          if (k == first_slice && t > first_tile && producer_sends) sent = 0, tile_parity ^= 1, after = at;
+          if (k == first_slice && t > first_tile && producer_sends) sent = 0, tile_parity ^= 1;
           if (k >= first_slice) send_some(panels_a_slice);
         }
       }
@@ -491,6 +546,10 @@ __global__ void GEMM_CLUSTER __launch_bounds__(kThreads, 1)
     };
     float d[32][4];
     int slot = 0, before = 0, parity = 0, tile_parity = 0;
+    auto advance = [&] {
+      before = slot;
+      if (++slot == kSlots) slot = 0, parity ^= 1;
+    };
     for (int t = first_tile; t < rows * columns; t += tiles_apart, tile_parity ^= 1) {
       for (int k = 0; k < slices; ++k) {
         // Both blocks' boxes have arrived.
@@ -504,13 +563,19 @@ __global__ void GEMM_CLUSTER __launch_bounds__(kThreads, 1)
         asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
         wait_products<1>(d);  // the slice before this one has been used
         if (k > 0) release(before);
-        before = slot;
-        if (++slot == kSlots) slot = 0, parity ^= 1;
+        advance();
       }
       wait_products<0>(d);
       release(before);
+#pragma unroll
+      for (int part = 0; part < Epilogue::kSlices; ++part) {
+        wait_barrier(full + 8 * slot, parity);
+        epilogue.use_slice(d, slots + slot * kBytesSlice, part, column_of_slot[slot], (warp - 4) * 16);
+        asm volatile("bar.sync %0, 128;" ::"r"(consumer + 1) : "memory");  // all its warps have read it
+        advance();
+        release(before);
+      }
       wait_barrier(free, tile_parity);  // the tile before has left
-      epilogue.change(d, tile, tile_place(epilogue, t, rows, columns, N, rank), (warp - 4) * 16);
       write_tile(tile, (warp - 4) * 16, d);
       publish();
       arrive(ready);
@@ -526,13 +591,22 @@ inline bool supports(const Cuda& be, int N, int K, const void* out, const void* 
   return be.capability == 90 && N % 8 == 0 && K % 8 == 0 && aligned(out) && aligned(a) && aligned(b);
 }
 
-// out (M, N) = a (M, K) b (N, K)^T, or b (K, N) with BY_COLUMN, finished by the epilogue.
+// out (M, N) = a (M, K) b (N, K)^T, or b (K, N) with BY_COLUMN, [+ the same of a2 and b2 with K2], finished by the epilogue.
 template <bool BY_COLUMN = false, class Epilogue>
-void multiply(Cuda& be, bf16* out, const bf16* a, const bf16* b, int M, int N, int K, Epilogue epilogue) {
+void multiply(Cuda& be, bf16* out, const bf16* a, const bf16* b, int M, int N, int K, Epilogue epilogue,
+              const bf16* a2 = nullptr, const bf16* b2 = nullptr, int K2 = 0) {
+  auto factors = [&](const bf16* x, const bf16* y, int depth) {
+    return Factors{describe(x, M, depth, kM), BY_COLUMN ? describe(y, depth, N, kK) : describe(y, N, depth, 128),
+                   (depth + kK - 1) / kK};
+  };
+  const Factors first = factors(a, b, K);
+  Factors second = first;
+  second.slices = 0;
+  if (K2) second = factors(a2, b2, K2);
   const size_t tiles = divide_up(M, kCluster * kM) * divide_up(N, kN);
   const int blocks = kCluster * int(std::min<size_t>(tiles, be.multiprocessors / kCluster));
-  launch(be, "gemm", kernel<BY_COLUMN, Epilogue>, blocks, kThreads, kBytesShared + Epilogue::kBytes, describe(a, M, K, kM),
-         BY_COLUMN ? describe(b, K, N, kK) : describe(b, N, K, 128), describe(out, M, N, 64), M, N, K, epilogue);
+  launch(be, "gemm", kernel<BY_COLUMN, Epilogue>, blocks, kThreads, kBytesShared + Epilogue::kBytes, first, second,
+         describe(out, M, N, 64), M, N, epilogue);
 }
 
 }  // namespace gemm

@@ -315,8 +315,8 @@ int fastest_of_same_bits(Cuda& be, const Out* out, size_t n, int count, float at
 // Starts an operation, which gives out (n), as two kernels, apart(), or as one, together(): whichever is faster for the
 // shape, by the clock, if both give the same bits, which they do unless cuBLASLt splits the sums of a product.
 template <class Out, class Apart, class Together>
-void start_faster(Cuda& be, std::array<int, 4> shape, const Out* out, size_t n, Apart apart, Together together) {
-  static std::map<std::pair<cublasLtHandle_t, std::array<int, 4>>, bool> pays;  // of these two ways
+void start_faster(Cuda& be, std::array<int, 5> shape, const Out* out, size_t n, Apart apart, Together together) {
+  static std::map<std::pair<cublasLtHandle_t, std::array<int, 5>>, bool> pays;  // of these two ways
   const auto key = std::make_pair(be.blas, shape);
   if (!pays.count(key) && !be.recording()) {
     apart();  // so that its product's algorithm is chosen before it is timed

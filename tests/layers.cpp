@@ -116,6 +116,13 @@ TEST_CASE_TEMPLATE("layers: linear, with bias and residual, equals its formula",
       linear_residual_forward(be, out.data(), residual.data(), x.data(), w.data(), b, c.N, c.IC, c.OC);
       for (size_t i = 0; i < expected.size(); ++i) expected[i] += residual[i];
       CHECK(distance(out, expected) <= tolerance);
+      // The same branch twice.
+      std::vector<Real> between = garbage<Real>(out.size());
+      out = garbage<Real>(out.size());
+      linear_pair_residual_forward(be, out.data(), between.data(), residual.data(), x.data(), w.data(), b, x.data(),
+                                   w.data(), b, c.N, c.IC, c.IC, c.OC);
+      for (size_t i = 0; i < expected.size(); ++i) expected[i] = 2 * expected[i] - residual[i];
+      CHECK(distance(out, expected) <= 2 * tolerance);
     }
 }
 
@@ -437,6 +444,22 @@ TEST_CASE_TEMPLATE("cuda: linear", Real, BOTH_TYPES) {
                                 OC);
         for (float& sum : sums) sum = 2 * (IC + 2) * 0x1p-24f * sum + (twice ? 10 * float(kRound<Real>) : 0);
         close("linear_residual_forward", got_joined.host(), want, rounding, 1, sums);
+
+        // A second branch, with dout for its input. As two products the sum without it is rounded, too.
+        const Values weight2 = numbers<Real>(size_t(OC) * OC, 21), weight2_a = absolute(weight2);
+        Tensor<Real> device_weight2(weight2), got_between(residual.size());
+        Values between = want;
+        linear_pair_residual_forward(cpu, want.data(), between.data(), residual.data(), inp.data(), weight.data(), b,
+                                     dout.data(), weight2.data(), b, N, IC, OC, OC);
+        linear_pair_residual_forward(cpu, sums.data(), Values(sums).data(), residual_a.data(), inp_a.data(),
+                                     weight_a.data(), with_bias ? bias_a.data() : nullptr, dout_a.data(), weight2_a.data(),
+                                     with_bias ? bias_a.data() : nullptr, N, IC, OC, OC);
+        linear_pair_residual_forward(*gpu(), got_joined(), got_between(), device_residual(), device_inp(), device_weight(),
+                                     device_b, device_dout(), device_weight2(), device_b, N, IC, OC, OC);
+        for (size_t i = 0; i < sums.size(); ++i)
+          sums[i] = 2 * (IC + OC + 4) * 0x1p-24f * sums[i] +
+                    float(kRound<Real>) * (std::fabs(between[i]) + (twice ? 20 : 0));
+        close("linear_pair_residual_forward", got_joined.host(), want, rounding, 1, sums);
 
         Values dinp(inp.size()), dweight = old, dbias(OC, 0.5f), sum_inp = dinp, sum_weight = old, sum_bias = dbias;
         linear_backward(cpu, dinp.data(), dweight.data(), with_bias ? dbias.data() : nullptr, dout.data(), inp.data(),

@@ -227,6 +227,36 @@ TEST_CASE("cuda: the product of our own with SwiGLU's gradient, at sizes that fi
   }
 }
 
+TEST_CASE("cuda: the product of our own with a residual, of one pair of factors or of two, at sizes that fit no tile") {
+  NEEDS_GPU;
+  if (!gemm::supports(*gpu(), 8, 8, nullptr, nullptr, nullptr)) {
+    MESSAGE("this GPU is not of compute capability 9.0: skipped");
+    return;
+  }
+  // Rows, N, K of the first pair and of the second (0: none).
+  for (auto [M, N, K, K2] : {std::array{1, 8, 8, 0}, {100, 64, 64, 8}, {300, 264, 1032, 0}, {129, 200, 200, 1032},
+                             {5000, 776, 264, 0}, {5000, 1032, 136, 712}}) {
+    if (small() && M > 1000) continue;
+    CAPTURE(M);
+    CAPTURE(N);
+    CAPTURE(K);
+    CAPTURE(K2);
+    const Values inp = numbers<bf16>(size_t(M) * K, 3), weight = numbers<bf16>(size_t(N) * K, 4, 0.1f),
+                 inp2 = numbers<bf16>(size_t(M) * K2, 5), weight2 = numbers<bf16>(size_t(N) * K2, 6, 0.1f),
+                 residual = numbers<bf16>(size_t(M) * N, 7);
+    Values want = residual, sums = absolute(residual);
+    auto add_product = [&](Values& to, const Values& x, const Values& w, int depth) {
+      matmul<float>(to.data(), to.data(), N, row_major(x.data(), depth), transposed(w.data(), depth), M, N, depth);
+    };
+    add_product(want, inp, weight, K), add_product(want, inp2, weight2, K2);
+    add_product(sums, absolute(inp), absolute(weight), K), add_product(sums, absolute(inp2), absolute(weight2), K2);
+    for (float& sum : sums) sum *= 2 * (K + K2 + 2) * 0x1p-24f;
+    Tensor<bf16> a(inp), b(weight), a2(inp2), b2(weight2), r(residual), got(want.size());
+    gemm::multiply(*gpu(), got(), a(), b(), M, N, K, gemm::Residual(r(), M, N), a2(), b2(), K2);
+    close("product", got.host(), want, kRound<bf16>, 1, sums);
+  }
+}
+
 TEST_CASE("cuda: the product of our own with RoPE") {
   NEEDS_GPU;
   if (!gemm::supports(*gpu(), 8, 8, nullptr, nullptr, nullptr)) {
