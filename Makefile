@@ -26,7 +26,7 @@ MAKEFLAGS += --jobs=$(shell nproc 2>/dev/null || echo 2)
 ARGS ?=
 CXX ?= g++
 NVCC ?= nvcc
-# The GPU's compute capability, e.g. 90; empty where there is no GPU, or no nvcc: then the programs are CPU only.
+# The GPU's compute capability, e.g. 90, or several; empty where there is no GPU, or no nvcc: then the programs are CPU only.
 ARCH ?= $(shell command -v $(NVCC) >/dev/null 2>&1 && nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | head -1 | tr -d .)
 
 BUILD := build$(if $(DEBUG),-debug)$(if $(SAN),-san)$(if $(ROTARY_DIM),-rotary$(ROTARY_DIM))
@@ -47,8 +47,8 @@ ifeq ($(ARCH),)
   LINK = $(CXX) $(CXXFLAGS) $(filter %.o,$^) -o $@ $(LDLIBS)
 else
   # Hopper's own instructions (wgmma) exist for sm_90a only.
-  GENCODE := -gencode arch=compute_$(ARCH:90=90a)$(comma)code=sm_$(ARCH:90=90a)
-  COMPILE = $(NVCC) $(GENCODE) -std=c++17 $(if $(DEBUG),-G) $(CPPFLAGS) --diag-suppress=20012,20013,20014,20015 \
+  GENCODE := $(foreach arch,$(ARCH:90=90a),-gencode arch=compute_$(arch)$(comma)code=sm_$(arch))
+  COMPILE = $(NVCC) $(GENCODE) --threads 0 -std=c++17 $(if $(DEBUG),-G) $(CPPFLAGS) --diag-suppress=20012,20013,20014,20015 \
             $(addprefix -Xcompiler=,$(subst $(comma),\$(comma),$(filter-out -std=c++17,$(CXXFLAGS) $(OPTIMISE)))) -MMD -MP -x cu -c $< -o $@
   LINK = $(NVCC) $(GENCODE) $(addprefix -Xcompiler=,$(subst $(comma),\$(comma),-fopenmp $(SANITIZE))) $(filter %.o,$^) -o $@ $(LDLIBS) -lcublasLt
 endif
@@ -108,10 +108,12 @@ build-fuzz/fuzz: tests/fuzz.cpp run/flags.cpp $(wildcard *.h *.cuh device/* text
 	  -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=all tests/fuzz.cpp run/flags.cpp -o $@ $(LDLIBS)
 
 # That all of it still compiles: for several GPUs the trainer, in whose object every kernel is, and the ladders; for the
-# newest the CUDA tests as well. The host code counts as little as possible here.
+# newest the CUDA tests as well, up to PTX. The host code counts as little as possible here.
 CUDA_TESTS := $(patsubst tests/%.cpp,tests-%.o,$(shell grep -l tests/cuda.h tests/*.cpp))
 compile-cuda:
-	@$(foreach arch,75 80 90,$(MAKE) ARCH=$(arch) BUILD=build-sm$(arch) OPTIMISE=-O0 $(addprefix build-sm$(arch)/,train attention_ladder.o matmul_ladder.o $(if $(filter 90,$(arch)),$(CUDA_TESTS))) &&) true
+	@$(MAKE) ARCH="75 80 90" BUILD=build-cuda OPTIMISE=-O0 $(addprefix build-cuda/,train attention_ladder.o matmul_ladder.o)
+	@$(MAKE) ARCH=90 BUILD=build-cuda OPTIMISE=-O0 GENCODE="-gencode arch=compute_90a,code=compute_90a" \
+	  $(addprefix build-cuda/,$(CUDA_TESTS))
 
 bench: $(BUILD)/bench
 	@$(BUILD)/bench $(ARGS)

@@ -40,7 +40,7 @@ void linear_forward(Cpu&, Real* out, const Real* inp, const Real* weight, const 
   matmul(out, bias, 0, row_major(inp, IC), transposed(weight, IC), N, OC, IC);
 }
 
-// out (N, OC) = residual (N, OC) + inp (N, IC) weight^T + bias: a branch joins the residual stream.
+// out (N, OC) = residual (N, OC) + inp (N, IC) weight^T + bias: a branch joins the residual stream. out is not residual.
 template <class Real>
 void linear_residual_forward(Cpu&, Real* out, const Real* residual, const Real* inp, const Real* weight,
                              const Real* bias, int N, int IC, int OC) {
