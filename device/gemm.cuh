@@ -45,7 +45,7 @@ constexpr int kThreads = 3 * 128;  // at most 168 registers each, of which a con
 constexpr int kBytesA = kM * kK * 2, kBytesB = kN * kK * 2, kBytesSlice = kBytesA + kBytesB;
 constexpr int kBytesTile = kM * kN * 2;     // a finished tile: of each consumer four panels of (64, 64)
 constexpr int kBytesPanel = 64 * 64 * 2;  // a slice of a B by column is four of them, too
-constexpr int kBytesShared = kSlots * kBytesSlice + kBytesTile + 128;  // 128: barriers
+constexpr int kBytesShared = kSlots * kBytesSlice + kBytesTile + 128;  // 128: barriers, and column_of_slot
 constexpr int kFinishers = 3 * 32;
 
 // Where a tile of `out` begins, and which rows of B (columns, BY_COLUMN) make its two halves of 128 columns.
