@@ -362,7 +362,7 @@ void linear_forward(Cuda& be, Real* out, const Real* inp, const Real* weight, co
   multiply(be, Product<Real>{out, nullptr, bias, OC, N, IC, true, false}, weight, inp);
 }
 
-// On Hopper a product's kernel can do what comes next as well; below a billion multiply-adds it is not tried.
+// On Hopper a product's kernel can do what comes next as well; below half a billion multiply-adds it is not tried.
 template <class Real>
 void linear_residual_forward(Cuda& be, Real* out, const Real* residual, const Real* inp, const Real* weight,
                              const Real* bias, int N, int IC, int OC) {

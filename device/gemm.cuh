@@ -362,9 +362,8 @@ struct FullRope : Store {
   FullRope(const float* table, int positions, int turned)
       : cos_sin(describe(reinterpret_cast<const bf16*>(table), positions, 2 * HS, 64)), T(positions), heads(turned) {}
 #if HOPPER
-  __device__ bool turns(Place at) const { return at.column < heads * HS; }
   __device__ void load_slice(uint32_t to, Place at, int part, uint32_t barrier) const {
-    if (!turns(at)) return arrive(barrier);
+    if (at.column >= heads * HS) return arrive(barrier);  // nothing turns in this tile
     expect_bytes(barrier, 4 * kBytesPanel);
     for (int n = 0; n < 4; ++n)
       load_box(to + n * kBytesPanel, cos_sin, part * 128 + n % 2 * 64, (at.row + n / 2 * 64) % T, barrier);
@@ -599,10 +598,7 @@ void multiply(Cuda& be, bf16* out, const bf16* a, const bf16* b, int M, int N, i
     return Factors{describe(x, M, depth, kM), BY_COLUMN ? describe(y, depth, N, kK) : describe(y, N, depth, 128),
                    (depth + kK - 1) / kK};
   };
-  const Factors first = factors(a, b, K);
-  Factors second = first;
-  second.slices = 0;
-  if (K2) second = factors(a2, b2, K2);
+  const Factors first = factors(a, b, K), second = K2 ? factors(a2, b2, K2) : Factors{first.a, first.b, 0};
   const size_t tiles = divide_up(M, kCluster * kM) * divide_up(N, kN);
   const int blocks = kCluster * int(std::min<size_t>(tiles, be.multiprocessors / kCluster));
   launch(be, "gemm", kernel<BY_COLUMN, Epilogue>, blocks, kThreads, kBytesShared + Epilogue::kBytes, first, second,

@@ -312,8 +312,9 @@ int fastest_of_same_bits(Cuda& be, const Out* out, size_t n, int count, float at
   return best;
 }
 
-// Starts an operation, which gives out (n), as two kernels, apart(), or as one, together(): whichever is faster for the
-// shape, by the clock, if both give the same bits, which they do unless cuBLASLt splits the sums of a product.
+// Starts an operation, which gives out (n), by cuBLASLt and a kernel for what it cannot do, apart(), or by one kernel of our
+// own, together(): whichever is faster for the shape, by the clock, if both give the same bits, which they do unless
+// cuBLASLt splits the sums of a product.
 template <class Out, class Apart, class Together>
 void start_faster(Cuda& be, std::array<int, 5> shape, const Out* out, size_t n, Apart apart, Together together) {
   static std::map<std::pair<cublasLtHandle_t, std::array<int, 5>>, bool> pays;  // of these two ways

@@ -177,12 +177,16 @@ TEST_CASE("cuda: no way to add a residual is one of those that went wrong on a G
   }
 }
 
+// The products of our own are for Hopper.
+#define NEEDS_HOPPER                                                  \
+  if (!gemm::supports(*gpu(), 8, 8, nullptr, nullptr, nullptr)) {     \
+    MESSAGE("this GPU is not of compute capability 9.0: skipped");    \
+    return;                                                           \
+  }
+
 TEST_CASE("cuda: the product of our own, as it is and with SwiGLU, at sizes that fit no tile") {
   NEEDS_GPU;
-  if (!gemm::supports(*gpu(), 8, 8, nullptr, nullptr, nullptr)) {
-    MESSAGE("this GPU is not of compute capability 9.0: skipped");
-    return;
-  }
+  NEEDS_HOPPER;
   // Rows, F, K: a part of a tile, several tiles for a block to make one after the other, slices that K does not fill.
   for (auto [M, F, K] : {std::array{1, 64, 8}, {100, 128, 64}, {300, 704, 200}, {129, 192, 1032}, {5000, 1024, 136}}) {
     if (small() && M > 1000) continue;
@@ -205,10 +209,7 @@ TEST_CASE("cuda: the product of our own, as it is and with SwiGLU, at sizes that
 
 TEST_CASE("cuda: the product of our own with SwiGLU's gradient, at sizes that fit no tile") {
   NEEDS_GPU;
-  if (!gemm::supports(*gpu(), 8, 8, nullptr, nullptr, nullptr)) {
-    MESSAGE("this GPU is not of compute capability 9.0: skipped");
-    return;
-  }
+  NEEDS_HOPPER;
   for (auto [M, F, K] : {std::array{1, 8, 8}, {100, 64, 64}, {300, 704, 200}, {129, 200, 1032}, {5000, 1032, 136}}) {
     if (small() && M > 1000) continue;
     CAPTURE(M);
@@ -229,10 +230,7 @@ TEST_CASE("cuda: the product of our own with SwiGLU's gradient, at sizes that fi
 
 TEST_CASE("cuda: the product of our own with a residual, of one pair of factors or of two, at sizes that fit no tile") {
   NEEDS_GPU;
-  if (!gemm::supports(*gpu(), 8, 8, nullptr, nullptr, nullptr)) {
-    MESSAGE("this GPU is not of compute capability 9.0: skipped");
-    return;
-  }
+  NEEDS_HOPPER;
   // Rows, N, K of the first pair and of the second (0: none).
   for (auto [M, N, K, K2] : {std::array{1, 8, 8, 0}, {100, 64, 64, 8}, {300, 264, 1032, 0}, {129, 200, 200, 1032},
                              {5000, 776, 264, 0}, {5000, 1032, 136, 712}}) {
@@ -259,10 +257,7 @@ TEST_CASE("cuda: the product of our own with a residual, of one pair of factors 
 
 TEST_CASE("cuda: the product of our own with RoPE") {
   NEEDS_GPU;
-  if (!gemm::supports(*gpu(), 8, 8, nullptr, nullptr, nullptr)) {
-    MESSAGE("this GPU is not of compute capability 9.0: skipped");
-    return;
-  }
+  NEEDS_HOPPER;
   // Heads of queries, of keys, their size, and K: the last heads of a row share a tile with values, or have it for
   // themselves; K is one slice to fourteen. There are more tiles than blocks, or fewer.
   for (auto [NH, NKV, HS, K] : {std::array{12, 12, 64, 72}, {2, 2, 128, 264}, {6, 1, 64, 840}, {3, 1, 256, 200},
