@@ -379,6 +379,8 @@ __device__ __forceinline__ float warp_max(float x) {
   return x;
 }
 
+constexpr float kLog2e = 1.4426950408889634f;
+
 __device__ __forceinline__ float exp2_(float x) {  // 2^x to 2 ulp; results under 2^-126 become 0
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));

@@ -37,7 +37,7 @@ inline size_t workspace_numbers(int B, int T, int NH) { return size_t(2) * B * N
 
 namespace flash {
 
-constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
+constexpr float kLn2 = 0.6931471805599453f;
 
 // How RoPE turned the first R channels of queries and keys, which is undone in their gradients: pair i of position t,
 // channels i and i + R/2 or with `interleaved` 2i and 2i + 1, by the angle at cos_sin (T, R/2, 2). R = 0: not at all.
@@ -373,6 +373,10 @@ __device__ __forceinline__ void store_rows(bf16* to, size_t stride, int first, i
     }
 }
 
+// Whether a turn of a loop starts its products before it asks for the next tiles. On Hopper they run on by themselves, and
+// would wait for the one thread that asks: 2 % of the backward pass on an H200. With mma.sync they are over by then.
+constexpr bool kProductsFirst = HOPPER;
+
 // Where a block works, in a grid (tiles, heads, B). Blocks count fastest over the tiles of one head, whose keys and
 // values then stay in the cache.
 struct Place {
@@ -481,9 +485,10 @@ __global__ __launch_bounds__(kGroup, C::kBlocks) void forward_kernel(const __gri
   // weights.
   for (int j = 0; j < tiles - 1; ++j) {
     copies.wait();
-    load(j + 1);
+    if (!kProductsFirst) load(j + 1);
     // Two products are under way from here: that of the scores is waited for first.
     Q.template times<N>(S, k_tile(j + 1));
+    if (kProductsFirst) load(j + 1);
     multiply<N, HS>(O, P, v_tile(j));
     wait_products<1>(S);
     const bool rescale = softmax(j + 1);
@@ -541,8 +546,11 @@ __global__ __launch_bounds__(kGroup, C::kBlocks) void query_kernel(
   auto angles = [&](int stage) { return Angles<HS>{k_tile(stage).at}; };
   copies.load(q_tile, qkv, at.b, q0, q);
   copies.load(do_tile, dout, at.b, q0, q);
-  copies.load(out_tile, out, at.b, q0, q);  // where the keys will be
-  copies.commit();
+  copies.load(out_tile, out, at.b, q0, q);  // in the place of stage 0
+  const int tiles = (min(q0 + M, T) + N - 1) / N;
+  int stage = C::kStages - 1;
+  if (C::kStages == 2) load(tiles - 1, stage);
+  else copies.commit();
   copies.wait();
 
   const int row = q0 + own_row();
@@ -556,23 +564,24 @@ __global__ __launch_bounds__(kGroup, C::kBlocks) void query_kernel(
   if (at.tile == 0 && behind < padded(T)) numbers.lse2[behind] = numbers.minus_D[behind] = 0;
   const Operand<C::kRegisters, M, HS> Q(q_tile), dO(do_tile);
   float dQ[HS / 8][4] = {};
-  __syncthreads();  // out_tile is done with: the keys' tiles lie in the same place
+  __syncthreads();  // out_tile is done with
 
-  const int tiles = (min(q0 + M, T) + N - 1) / N;
-  if (C::kStages == 2) load(tiles - 1, 0);
-  for (int j = tiles - 1, stage = 0; j >= 0; --j) {
+  for (int j = tiles - 1; j >= 0; --j) {
     if (C::kStages == 1) {
       if (j < tiles - 1) __syncthreads();
       load(j, 0);
     }
-    copies.wait();
-    if (C::kStages == 2) {
+    if (C::kStages == 1 || j < tiles - 1) copies.wait();
+    auto load_next = [&] {
+      if (C::kStages == 1) return;
       if (j > 0) load(j - 1, stage ^ 1);
       else if (turns_all<HS>(rope)) copies.load(angles(stage ^ 1), rope.table, 0, q0, 0), copies.commit();
-    }
+    };
+    if (!kProductsFirst) load_next();
     float S[N / 8][4], dP[N / 8][4];
     Q.template times<N>(S, k_tile(stage));
     dO.template times<N>(dP, v_tile(stage));
+    if (kProductsFirst) load_next();
     // P = exp(S - lse), while dP = dO V^T is still on its way.
     wait_products<1>(S);
     weights_again<CAPPED>(S, lse2, j * N, q0, row, scale2, cap);
@@ -587,7 +596,7 @@ __global__ __launch_bounds__(kGroup, C::kBlocks) void query_kernel(
   }
   if (C::kStages == 2 && turns_all<HS>(rope)) copies.wait();
   else __syncthreads();  // the queries' tile is used again
-  write_turned_back<C::kStages == 2>(q_tile, dQ, scale, rope, q0, T, angles(tiles % 2));
+  write_turned_back<C::kStages == 2>(q_tile, dQ, scale, rope, q0, T, angles(stage));
   finish_rows();
   send_rows(dqkv, at.b, q0, q, q_tile);
   wait_sent();
@@ -655,10 +664,12 @@ __global__ __launch_bounds__(kGroup, C::kBlocks) void key_kernel(const __grid_co
       }
       copies.wait();
     }
-    if (C::kStages == 2) {
+    auto load_next = [&] {
+      if (C::kStages == 1) return;
       if (step + 1 < steps) load(stage ^ 1);
       else if (DK && turns_all<HS>(rope)) copies.load(angles(stage ^ 1), rope.table, 0, k0, 0), copies.commit();
-    }
+    };
+    if (!kProductsFirst) load_next();
     const int q0 = tile * N;
     if (++tile == first + per_head) tile = first;
     float S[N / 8][4], dP[N / 8][4];
@@ -673,6 +684,7 @@ __global__ __launch_bounds__(kGroup, C::kBlocks) void key_kernel(const __grid_co
       V.template times<N>(dP, do_tile(stage), true);
     }
     K.template times<N>(S, q_tile(stage));
+    if (kProductsFirst) load_next();
     if (DK) wait_products<1>(dP);
     wait_products<0>(S);
     cap_scores<CAPPED>(S, cap);
