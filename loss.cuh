@@ -1,9 +1,11 @@
 #pragma once
-// The loss: softmax cross-entropy in nats per token, whose gradient takes the logits' place, and the sums of losses. N
-// rows are tokens, V the vocabulary.
+// The loss: softmax cross-entropy in nats per token, whose gradient takes the logits' place, the same with the layer that
+// makes the logits, and the sums of losses. N rows are tokens, V the vocabulary.
 
 #include "device/backend.h"
 #include "device/copy_engine.cuh"
+#include "device/gemm.cuh"
+#include "layers.cuh"
 
 // ---------------------------------------------------------------------------------------------------------------------
 // CPU
@@ -43,6 +45,18 @@ void cross_entropy(Cpu&, Acc<Real>* losses, Acc<Real>* log_z, Real* logits, cons
   }
 }
 
+// The head, the loss, and the way back through both: with logits (N, V) = inp (N, C) weight (V, C)^T [+ bias], losses and
+// log_z as from cross_entropy(), and dinp (N, C), dweight and dbias as from linear_backward(). logits (N, V) and factors
+// (N) are room for what is made on the way.
+template <class Real>
+void linear_cross_entropy(Cpu& be, Acc<Real>* losses, Acc<Real>* log_z, Real* dinp, Acc<Real>* dweight, Acc<Real>* dbias,
+                          Real* logits, Acc<Real>* /*factors*/, const Real* inp, const Real* weight, const Real* bias,
+                          const int* targets, double scale, double z_loss, int N, int C, int V, bool first = false) {
+  linear_forward(be, logits, inp, weight, bias, N, C, V);
+  cross_entropy(be, losses, log_z, logits, targets, scale, z_loss, N, V);
+  linear_backward(be, dinp, dweight, dbias, logits, inp, weight, N, C, V, first);
+}
+
 // loss (1) += the sum of losses (N), z (1) += that of log_z (N); added up in order, in double.
 template <class Real>
 void add_losses(Cpu&, double* loss, double* z, const Real* losses, const Real* log_z, int N) {
@@ -75,7 +89,7 @@ __device__ __forceinline__ SoftmaxSum merge_over_warp(SoftmaxSum total) {
 }
 
 // e^x in two instructions, where __expf() has more for results under 2^-126, which become 0 here.
-__device__ __forceinline__ float exp_of(float x) { return exp2_(x * 1.4426950408889634f); }
+__device__ __forceinline__ float exp_of(float x) { return exp2_(x * kLog2e); }
 
 // Of W neighbours: the maximum first, then the exponentials, so that they are rescaled as one.
 template <int W, class Real>
@@ -253,6 +267,168 @@ void cross_entropy(Cuda& be, Acc<Real>* losses, Acc<Real>* log_z, Real* logits, 
     launch(be, "cross_entropy", kernel, N, threads, keep ? bytes : 0, losses, log_z, logits, targets, float(scale),
            float(z_loss), V);
   });
+}
+
+// The head and the loss on Hopper. Their product ends in exponentials (gemm::Exponentials), so that the logits, which are
+// larger than all else here, are written once and not read before the gradient's own products need them. The
+// exponentials are relative to the target's logit, which is cheap to have before, as the row's maximum is not. Then Z comes
+// from their sums, and the gradient of the logits is
+//     scale (1 + 2 z_loss log Z) / Z e^logit, less scale at the target.
+// The factor before the exponential is one number for all of a row. So it need not meet each of them: dinp = d weight and
+// dweight = d^T inp take the exponentials as they are, and it goes to the rows of dinp and of inp, which are short. At the
+// target stands what it makes right.
+// Errors: an exponential as by exp_of(), and a lane adds up 64 of them, a thread V / 512 such sums: so log Z is off by
+// (V / 512 + 64 + 8) u at most. Gradients have one more rounding to bf16 than after cross_entropy(): of the factor's rows.
+
+// What a row's exponentials are relative to, in powers of two: offset (N), log2 e times the target's logit as far as fp32
+// has it. Infinite where there is no target: then all become 0. A warp works on one row.
+template <int W>
+__global__ void target_offset_kernel(float* offset, const bf16* inp, const bf16* weight, const int* targets, int N,
+                                     int C) {
+  const int n = (blockIdx.x * blockDim.x + threadIdx.x) / 32, lane = threadIdx.x % 32;
+  if (n >= N) return;
+  const int target = targets[n];
+  float sum = 0;
+#pragma unroll 4
+  for (int c = lane * W; c < (target < 0 ? 0 : C); c += 32 * W) {
+    float x[W], w[W];
+    load<W>(x, inp + size_t(n) * C + c);
+    load<W>(w, weight + size_t(target) * C + c);
+#pragma unroll
+    for (int k = 0; k < W; ++k) sum += x[k] * w[k];
+  }
+  sum = warp_sum(sum);
+  if (lane == 0) offset[n] = target < 0 ? INFINITY : rounded(sum) * kLog2e;
+}
+
+// A row's exponentials add up to less than this, and its target's logit is no further than that from the offset, 44
+// nats: then nothing overflows that is made of them, and nothing that counts becomes 0.
+constexpr float kMostOfRow = 0x1p64f;
+constexpr int kFinishedRows = 32, kFinishWarps = 16;
+
+// From sums (V/64 rounded up, N), a block makes the losses, log Z and factors of 32 rows, and puts the numbers right that
+// stand at the targets in exponentials (N, V). losses comes with the targets' logits, log_z with the offsets. A row that
+// passes kMostOfRow is made again, relative to its maximum.
+static __global__ void __launch_bounds__(32 * kFinishWarps)
+    finish_rows_kernel(float* losses, float* log_z, float* factors, bf16* exponentials, const float* sums,
+                       const int* targets, const bf16* inp, const bf16* weight, float scale, float z_loss, int N, int C,
+                       int V) {
+  __shared__ float parts[kFinishWarps][kFinishedRows];
+  __shared__ unsigned rows_to_repeat;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, first = blockIdx.x * kFinishedRows;
+  // Adds the warps' numbers of each lane.
+  auto sum_of_warps = [&](float x) {
+    __syncthreads();  // another sum may still be read
+    parts[warp][lane] = x;
+    __syncthreads();
+    x = 0;
+    for (int i = 0; i < kFinishWarps; ++i) x += parts[i][lane];
+    return x;
+  };
+  // Of row n, the exponentials of the target and of all others, added up, and the loss.
+  auto finish = [&](int n, float at_target, float others, float loss, float z) {
+    losses[n] = loss, log_z[n] = z;
+    const float more = 2 * z_loss * z, slope = 1 + more == 0 ? 0x1p-24f : 1 + more;  // not 0: it divides
+    factors[n] = scale * slope / (at_target + others);
+    exponentials[size_t(n) * V + targets[n]] = bf16((at_target * more - others) / slope);
+  };
+
+  const int own = first + lane;
+  float sum = 0;
+  if (own < N)
+#pragma unroll 8
+    for (int i = warp; i < (V + 63) / 64; i += kFinishWarps) sum += sums[size_t(i) * N + own];
+  sum = sum_of_warps(sum);
+  if (warp == 0) {
+    bool repeat = false;
+    if (own < N && targets[own] < 0) losses[own] = log_z[own] = factors[own] = 0;
+    if (own < N && targets[own] >= 0) {
+      const float logit = losses[own], distance = __fmaf_rn(logit, kLog2e, -log_z[own]);
+      repeat = sum >= kMostOfRow || fabsf(distance) >= log2f(kMostOfRow);  // not for NaN, which stays
+      const float at_target = exp2_(distance), loss = log1pf(sum / at_target);
+      if (!repeat) finish(own, at_target, sum, loss, logit + loss);
+    }
+    const unsigned rows = __ballot_sync(~0u, repeat);
+    if (lane == 0) rows_to_repeat = rows;
+  }
+  __syncthreads();
+  for (unsigned rows = rows_to_repeat; rows; rows &= rows - 1) {
+    const int n = first + __ffs(rows) - 1, target = targets[n];
+    bf16* row = exponentials + size_t(n) * V;
+    float highest = -INFINITY;
+    for (int v = warp; v < V; v += kFinishWarps) {
+      float logit = 0;
+      for (int c = lane; c < C; c += 32) logit += float(inp[size_t(n) * C + c]) * float(weight[size_t(v) * C + c]);
+      logit = rounded(warp_sum(logit));
+      highest = fmaxf(highest, logit);
+      if (lane == 0) row[v] = bf16(logit);
+    }
+    __syncthreads();
+    parts[warp][lane] = highest;
+    __syncthreads();
+    for (int i = 0; i < kFinishWarps; ++i) highest = fmaxf(highest, parts[i][lane]);
+    const float logit = row[target];
+    __syncthreads();
+    float others = 0;
+    for (int v = threadIdx.x; v < V; v += blockDim.x) {
+      const float e = v == target ? 0 : exp_of(float(row[v]) - highest);
+      others += e;
+      row[v] = bf16(e);
+    }
+    others = warp_sum(sum_of_warps(others));
+    const float at_target = exp_of(logit - highest), log_sum = logf(at_target + others);
+    if (threadIdx.x == 0) finish(n, at_target, others, highest - logit + log_sum, highest + log_sum);
+    __syncthreads();
+  }
+}
+
+// out (N, C) = each row of in times its factor; a thread has W channels of one row. out can be in.
+template <int W>
+__global__ void scale_rows_kernel(bf16* out, const bf16* in, const float* factors, int N, int C) {
+  const int vectors = C / W;
+  const size_t id = blockIdx.x * size_t(blockDim.x) + threadIdx.x, n = id / vectors;
+  if (n >= N) return;
+  const size_t at = n * C + id % vectors * W;
+  float x[W];
+  load<W>(x, in + at);
+#pragma unroll
+  for (int k = 0; k < W; ++k) x[k] *= factors[n];
+  store<W>(out + at, x);
+}
+
+// Whether the way above can be taken, and saves more than it costs: the logits are long rows beside inp's.
+template <class Real>
+bool head_in_exponentials(const Cuda& be, const Real* dinp, const Real* logits, const Real* inp, const Real* weight,
+                          int N, int C, int V) {
+  return std::is_same_v<Real, bf16> && V >= 8 * C && 2.0 * N * C * V > 1e9 && wide(C, dinp, inp, weight) &&
+         divide_up(V, 64) * size_t(N) * sizeof(float) <= Cuda::kWorkspaceBytes &&
+         gemm::supports(be, V, C, logits, inp, weight);
+}
+
+template <class Real>
+void linear_cross_entropy(Cuda& be, Acc<Real>* losses, Acc<Real>* log_z, Real* dinp, Acc<Real>* dweight,
+                          Acc<Real>* dbias, Real* logits, Acc<Real>* factors, const Real* inp, const Real* weight,
+                          const Real* bias, const int* targets, double scale, double z_loss, int N, int C, int V,
+                          bool first = false) {
+  if constexpr (std::is_same_v<Real, bf16>)
+    if (!bias && head_in_exponentials(be, dinp, logits, inp, weight, N, C, V)) {
+      constexpr int W = kWide<bf16>;
+      float* sums = static_cast<float*>(be.workspace);
+      auto scale_rows = [&](const bf16* in) {
+        launch(be, "scale_rows", scale_rows_kernel<W>, divide_up(size_t(N) * C / W, 256), 256, 0, dinp, in, factors, N, C);
+      };
+      launch(be, "target_offset", target_offset_kernel<W>, divide_up(N, 8), 256, 0, log_z, inp, weight, targets, N, C);
+      gemm::multiply(be, logits, inp, weight, N, V, C, gemm::Exponentials(sums, losses, log_z, targets, N, V));
+      launch(be, "finish_rows", finish_rows_kernel, divide_up(N, kFinishedRows), 32 * kFinishWarps, 0, losses, log_z,
+             factors, logits, sums, targets, inp, weight, float(scale), float(z_loss), N, C, V);
+      scale_rows(inp);  // to dinp, which is free until then
+      linear_backward_parameters(be, dweight, dbias, logits, dinp, N, C, V, first);
+      linear_backward_input(be, dinp, logits, weight, N, C, V);
+      return scale_rows(dinp);
+    }
+  linear_forward(be, logits, inp, weight, bias, N, C, V);
+  cross_entropy(be, losses, log_z, logits, targets, scale, z_loss, N, V);
+  linear_backward(be, dinp, dweight, dbias, logits, inp, weight, N, C, V, first);
 }
 
 // One block for the losses and one for log Z: thread i adds up elements i, i + 1024, ...

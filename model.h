@@ -268,7 +268,7 @@ struct Activations {
 template <class Real>  // one set, used again by every block
 struct ActivationGradients {
   Real *dx = nullptr, *dx2 = nullptr, *dh = nullptr, *dqkv = nullptr, *datt = nullptr, *dup = nullptr, *dact = nullptr;
-  Acc<Real>* D = nullptr;  // of attention_backward()
+  Acc<Real>*D = nullptr, *factors = nullptr;  // of attention_backward(), and of linear_cross_entropy()
 };
 
 // Rows of logits that exist at one time: loss and head work through the tokens in chunks of this many, so that a large
@@ -331,6 +331,7 @@ void visit_activation_gradients(const Config& c, int B, int T, ActivationGradien
   const size_t N = size_t(B) * T, C = c.width, A = size_t(c.heads) * c.head_size;
   visit("dx", N * C, d.dx);
   visit("dx2", N * C, d.dx2);
+  visit("factors", N, d.factors);
   visit("dh", N * C, d.dh);
   visit("dqkv", N * c.qkv_width(), d.dqkv);
   visit("datt", N * A, d.datt);
@@ -629,11 +630,9 @@ struct Model {
     ActivationGradients<Real>& d = grads;
     for (int n = 0; n < N; n += chunk) {
       const int rows = std::min(chunk, N - n);
-      const Real* final = acts.final + size_t(n) * C;
-      linear_forward(be, acts.logits, final, weights.head, weights.head_bias, rows, C, V);
-      cross_entropy(be, acts.losses + n, acts.log_z + n, acts.logits, acts.targets + n, scale, z_loss, rows, V);
-      linear_backward(be, d.dh + size_t(n) * C, gradients.head, gradients.head_bias, acts.logits, final, weights.head,
-                      rows, C, V, first_ && n == 0);
+      linear_cross_entropy(be, acts.losses + n, acts.log_z + n, d.dh + size_t(n) * C, gradients.head, gradients.head_bias,
+                           acts.logits, d.factors, acts.final + size_t(n) * C, weights.head, weights.head_bias,
+                           acts.targets + n, scale, z_loss, rows, C, V, first_ && n == 0);
     }
     add_losses(be, &result->loss, &result->log_z, acts.losses, acts.log_z, N);
     norm_backward(be, c.norm, d.dx, gradients.final_norm, gradients.final_norm_bias, (const Real*)nullptr, d.dh, acts.x,

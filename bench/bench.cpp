@@ -141,7 +141,23 @@ TIMED(attention_statistics)
 TIMED(add_squares)
 TIMED(tensor_statistics)
 
-// On the CPU these two are two operations each, and RoPE has a time of its own.
+// On the CPU these are two or three operations each, with times of their own.
+template <class Base, class Real>
+void linear_cross_entropy(Timed<Base>& be, Acc<Real>* losses, Acc<Real>* log_z, Real* dinp, Acc<Real>* dweight,
+                          Acc<Real>* dbias, Real* logits, Acc<Real>* factors, const Real* inp, const Real* weight,
+                          const Real* bias, const int* targets, double scale, double z_loss, int N, int C, int V,
+                          bool first) {
+  if constexpr (std::is_same_v<Base, Cpu>) {
+    linear_forward(be, logits, inp, weight, bias, N, C, V);
+    cross_entropy(be, losses, log_z, logits, targets, scale, z_loss, N, V);
+    linear_backward(be, dinp, dweight, dbias, logits, inp, weight, N, C, V, first);
+  } else {
+    timed(be, "linear_cross_entropy", [&](Base& base) {
+      linear_cross_entropy(base, losses, log_z, dinp, dweight, dbias, logits, factors, inp, weight, bias, targets, scale,
+                           z_loss, N, C, V, first);
+    });
+  }
+}
 template <class Base, class Real>
 void attention_rope_backward(Timed<Base>& be, Real* dqkv, Acc<Real>* D, const Real* dout, const Real* qkv,
                              const Real* out, const Acc<Real>* lse, const RopeTable& table, RopeShape s,

@@ -261,6 +261,15 @@ struct Row {
   BlockKind block;
 };
 
+static Config config_of(const Row& r, int percent) {
+  Config c;
+  c.layers = r.layers, c.width = r.width, c.heads = r.heads, c.kv_heads = r.kv_heads, c.head_size = r.head_size,
+  c.mlp_hidden = r.mlp_hidden, c.vocab = r.vocab;
+  c.context = r.T, c.block = r.block, c.rotary_dim = rotary_dim_from_fraction(percent / 100.0, r.head_size);
+  resolve(c);
+  return c;
+}
+
 // A product and what comes next, bf16: as two kernels, as one (Hopper), and as an operation of the trainer, which takes
 // the faster. For RoPE the product alone as well: what rotation costs is the difference.
 static void fused(const Row& r) {
@@ -325,6 +334,34 @@ static void fused(const Row& r) {
                                  (const bf16*)nullptr, N, A, F, C);
   });
   line("both at once", 0, pair_apart, pair, pair, 0, 0);
+  // The head: its product with the loss, and these with the way back.
+  {
+    const int V = r.vocab, rows = loss_rows<Cuda>(config_of(r, 10), n);
+    Tensor<bf16> logits(size_t(rows) * V), head(size_t(V) * C, 0.01f), dh(size_t(rows) * C);
+    Tensor<float> losses(rows), log_z(rows), factors(rows), dhead(size_t(V) * C), sums(divide_up(V, 64) * size_t(rows));
+    Tensor<int> targets(rows);
+    be->zero(targets(), rows * sizeof(int)), be->zero(log_z(), rows * sizeof(float));
+    auto product = [&] { linear_forward(*be, logits(), x(), head(), (const bf16*)nullptr, rows, C, V); };
+    auto loss = [&] { cross_entropy(*be, losses(), log_z(), logits(), targets(), 1e-5, 0.0, rows, V); };
+    auto both = [&] { product(), loss(); };
+    const double product_apart = milliseconds(both), alone = milliseconds(product);
+    const double one = milliseconds([&] {
+      gemm::multiply(*be, logits(), x(), head(), rows, V, C,
+                     gemm::Exponentials(sums(), losses(), log_z(), targets(), rows, V));
+    });
+    line("head, exponentials", 0, product_apart, one, one, alone, milliseconds([&] {
+           gemm::multiply(*be, logits(), x(), head(), rows, V, C, gemm::Store{});
+         }));
+    const double all_apart = milliseconds([&] {
+      both();
+      linear_backward(*be, dh(), dhead(), (float*)nullptr, logits(), x(), head(), rows, C, V);
+    });
+    const double all = milliseconds([&] {
+      linear_cross_entropy(*be, losses(), log_z(), dh(), dhead(), (float*)nullptr, logits(), factors(), x(), head(),
+                           (const bf16*)nullptr, targets(), 1e-5, 0.0, rows, C, V);
+    });
+    line("head, loss, back", 0, all_apart, all, all, 0, 0);
+  }
   Tensor<bf16> qkv(n * QKV);
   Tensor<float> angles(size_t(r.T) * r.head_size);
   const double alone = milliseconds([&] { linear_forward(*be, qkv(), x(), w(), (bf16*)nullptr, N, C, QKV); });
@@ -345,15 +382,6 @@ static void fused(const Row& r) {
            linear_rope_forward(*be, qkv(), x(), w(), (bf16*)nullptr, table, s, C);
          }), alone, own);
   }
-}
-
-static Config config_of(const Row& r, int percent) {
-  Config c;
-  c.layers = r.layers, c.width = r.width, c.heads = r.heads, c.kv_heads = r.kv_heads, c.head_size = r.head_size,
-  c.mlp_hidden = r.mlp_hidden, c.vocab = r.vocab;
-  c.context = r.T, c.block = r.block, c.rotary_dim = rotary_dim_from_fraction(percent / 100.0, r.head_size);
-  resolve(c);
-  return c;
 }
 
 // A model, and what its training steps read.
@@ -469,8 +497,12 @@ static void step_floor(const Row& r) {
   Tensor<char> from(copied), to(copied);
   auto copy = [&] { check(cudaMemcpyAsync(to(), from(), copied, cudaMemcpyDeviceToDevice, be->stream), "copy"); };
   // Elements of activations, 2 bytes: a block's two norms, forward (x, h) and backward (dh, x, the gradient that runs
-  // past, dx), and SwiGLU (act written; gate, up read, their gradients written); embedding and final norm; the logits.
-  const double elements = double(N) * (c.layers * (2 * 6.0 * C + 5.0 * F) + 4.0 * C + 5.0 * C + 2.0 * V);
+  // past, dx), and SwiGLU (act written; gate, up read, their gradients written); embedding and final norm; the logits, or
+  // where they are not read, their targets' weights, and the head's input and its gradient, which are scaled.
+  const bool exponentials = head_in_exponentials(*be, d.dh, model.acts.logits, model.acts.final, model.weights.head,
+                                                 loss_rows<Cuda>(c, N), C, V);
+  const double loss = exponentials ? 2.0 * C + 4.0 * C : 2.0 * V;
+  const double elements = double(N) * (c.layers * (2 * 6.0 * C + 5.0 * F) + 4.0 * C + 5.0 * C + loss);
   const double parameters = double(model.table.parameters);  // 4 bytes for the norm; gradient, m, v, master, weight
   const double bytes = 2 * elements + parameters * (4 + 30);
   for (int i = 0; i < 3; ++i) run.step();  // chooses algorithms, and records the step

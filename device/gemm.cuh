@@ -1,6 +1,6 @@
 #pragma once
 // A matrix product of our own for Hopper (sm_90a), in bf16 with fp32 sums, which can go on with what comes next:
-//     out (M, N) = A (M, K) B (N, K)^T, then an epilogue: nothing, a residual added, SwiGLU, RoPE,
+//     out (M, N) = A (M, K) B (N, K)^T, then an epilogue: nothing, a residual added, SwiGLU, RoPE, exponentials,
 //     out (M, N) = A (M, K) B (N, K)^T + A2 (M, K2) B2 (N, K2)^T, then the same: two layers that end in one sum,
 //     out (M, N) = A (M, K) B (K, N), then SwiGLU's gradient.
 // The first is a linear layer's forward product: A holds its inputs, B its weights, both with K running along memory. The
@@ -396,6 +396,70 @@ struct FullRope : Store {
         }
       }
     }
+  }
+#endif
+};
+
+// e^x of logits and their sums, for cross-entropy. x, a sum rounded to bf16, becomes 2^(x log2 e - offset), with an offset
+// (M) of each row; at the row's target (M) it becomes 0, and goes to target_logit (M) itself. A target below 0 is none.
+// sums (N/64 rounded up, M): of each 64 columns of a row, before they are rounded. No row's maximum is known yet: where the
+// offset is too small they overflow, and the sum says so. N is a multiple of 8.
+// Errors: as those of exp_of() in loss.cuh, and 2^-8 for what is stored.
+struct Exponentials : Store {
+  static constexpr Finish kFinish = Finish::changes;
+  const float* offset;
+  const int* target;
+  float *target_logit, *sums;
+  int M, N;
+  Exponentials(float* sums_of_rows, float* logit_of_target, const float* offset_of_row, const int* target_of_row,
+               int rows, int columns)
+      : offset(offset_of_row), target(target_of_row), target_logit(logit_of_target), sums(sums_of_rows), M(rows),
+        N(columns) {}
+#if HOPPER
+  __device__ void prepare(uint32_t, Place at, int thread, int, int) const {  // to the L1 cache
+    const int n = at.row + thread % 4 * 32;
+    if (thread < 8 && n < M)
+      asm volatile("prefetch.global.L1 [%0];" ::"l"(thread < 4 ? static_cast<const void*>(offset + n) : target + n));
+  }
+  // A lane has two rows, of which it reads, and then writes, 32 columns at a time.
+  __device__ void finish_piece(uint32_t tile, Place at, int row, int column) const {
+    const int first = at.column + column, columns = min(64, N - first);
+    if (columns <= 0) return;
+    row += threadIdx.x % 32;
+    float shift[2], sum[2] = {};
+    int place[2];  // of the target in these columns
+#pragma unroll
+    for (int g = 0; g < 2; ++g) {
+      const int n = at.row + row + 32 * g;
+      shift[g] = n < M ? offset[n] : INFINITY;
+      place[g] = n < M ? target[n] - first : -1;
+    }
+#pragma unroll
+    for (int g = 0; g < 2; ++g)
+      if (place[g] >= 0 && place[g] < columns) {
+        bf16* x = element(tile, row + 32 * g, column + place[g]);
+        target_logit[at.row + row + 32 * g] = float(*x);
+        *x = bf16(-INFINITY);
+      }
+    for (int c = 0; c < columns; c += 32) {
+      uint4 packed[2][4];
+#pragma unroll
+      for (int i = 0; i < 8; ++i)
+        packed[i % 2][i / 2] = read_chunk(chunk_address(tile, row + i % 2 * 32, (column + c) / 8 + i / 2));
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        const int g = i % 2;
+        float x[8];
+        unpack(x, packed[g][i / 2]);
+#pragma unroll
+        for (int k = 0; k < 8; ++k) x[k] = exp2_(__fmaf_rn(x[k], kLog2e, -shift[g]));
+        store<8>(element(tile, row + 32 * g, column + c + i / 2 * 8), x);
+        if (c + i / 2 * 8 < columns) sum[g] += ((x[0] + x[1]) + (x[2] + x[3])) + ((x[4] + x[5]) + (x[6] + x[7]));
+      }
+    }
+#pragma unroll
+    for (int g = 0; g < 2; ++g)
+      if (const int n = at.row + row + 32 * g; n < M) sums[size_t(first / 64) * M + n] = sum[g];
   }
 #endif
 };

@@ -99,6 +99,12 @@ inline void close(const char* what, const Values& got, const Values& want, doubl
 
 #define NEEDS_GPU \
   if (!gpu()) return
+// The products of our own are for Hopper.
+#define NEEDS_HOPPER                                               \
+  if (gpu()->capability != 90) {                                   \
+    MESSAGE("this GPU is not of compute capability 9.0: skipped"); \
+    return;                                                        \
+  }
 #define BOTH_TYPES float, bf16
 
 struct DeviceTable {

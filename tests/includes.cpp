@@ -25,8 +25,9 @@ const std::vector<std::pair<Names, Names>>& layout() {
       {ground, ground},
       {{"device/"}, {"device/", "run/error.h"}},
       {{"text/"}, Names{"text/"} + ground},
-      {{"rope.cuh", "norms.cuh", "loss.cuh", "optimizer.cuh"}, {"device/"}},
+      {{"rope.cuh", "norms.cuh", "optimizer.cuh"}, {"device/"}},
       {{"attention.cuh", "layers.cuh"}, {"device/", "rope.cuh"}},
+      {{"loss.cuh"}, {"device/", "layers.cuh"}},
       {{"model.h"}, Names{"device/", "run/random.h"} + operations},
       {{"run/"}, run},
       {{"eval/"}, run + Names{"eval/", "python.h", "page.h"}},  // python.h, page.h: made by the Makefile

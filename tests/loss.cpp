@@ -166,6 +166,76 @@ TEST_CASE("cuda: cross-entropy of one large and 50,000 small probabilities") {
   CHECK(std::fabs(loss.host()[0] - std::log1p(std::exp(-4.0))) <= (2 + 4) * 0x1p-24);
 }
 
+// The way by exponentials, held against the loss of the same product's logits and what goes back from it, in double.
+TEST_CASE("cuda: the head and the loss in one") {
+  NEEDS_GPU;
+  NEEDS_HOPPER;
+  struct Size {
+    int N, C, V;
+  };
+  for (const Size& s : {Size{700, 256, 4104}, Size{1301, 64, 8200}, Size{small() ? 300 : 513, 768, small() ? 6144 : 50304}})
+    for (double z_loss : {0.0, 1e-2}) {
+      const int N = s.N, C = s.C, V = s.V;
+      CAPTURE(V);
+      CAPTURE(z_loss);
+      Values inp = numbers<bf16>(size_t(N) * C, 61), weight = numbers<bf16>(size_t(V) * C, 62, 1 / std::sqrt(float(C)));
+      std::mt19937 random(63);
+      std::vector<int> targets(N);
+      for (int& target : targets) target = random() % V;
+      targets[3] = targets[N - 1] = -1;
+      targets[7] = V - 1;
+      // Rows of one large number, whose logits are exact: the target's is like the others, far below one, far above all.
+      auto only = [&](int n, float x) {
+        std::fill_n(&inp[size_t(n) * C], C, 0.0f);
+        inp[size_t(n) * C] = x;
+      };
+      only(4, 16384), only(5, 16384), only(6, 16384);
+      weight[size_t(targets[5]) * C] = 1, weight[size_t(targets[6]) * C] = 2;
+      only(3, 16384);  // ignored, with any logits
+      const double scale = 1.0 / N;
+      Tensor<bf16> device_inp(inp), device_weight(weight), logits(size_t(N) * V), dinp(inp.size());
+      gemm::multiply(*gpu(), logits(), device_inp(), device_weight(), N, V, C, gemm::Store{});
+      const Values host_logits = logits.host();
+      std::vector<double> d(host_logits.begin(), host_logits.end()), want_losses(N), want_log_z(N);
+      const std::vector<double> x(inp.begin(), inp.end()), w(weight.begin(), weight.end());
+      cross_entropy(cpu, want_losses.data(), want_log_z.data(), d.data(), targets.data(), scale, z_loss, N, V);
+      CHECK(want_losses[4] > 1000);
+      CHECK(want_losses[5] > 1000);
+      CHECK(want_losses[6] == 0);
+      std::vector<double> want_dinp(x.size()), want_dweight(w.size());
+      linear_backward(cpu, want_dinp.data(), want_dweight.data(), (double*)nullptr, d.data(), x.data(), w.data(), N, C, V);
+      auto absolute_of = [](std::vector<double> values) {
+        for (double& value : values) value = std::fabs(value);
+        return values;
+      };
+      std::vector<double> dinp_terms(x.size()), dweight_terms(w.size());  // sums of the terms' absolute values
+      linear_backward(cpu, dinp_terms.data(), dweight_terms.data(), (double*)nullptr, absolute_of(d).data(),
+                      absolute_of(x).data(), absolute_of(w).data(), N, C, V);
+
+      Tensor<float> losses(N), log_z(N), factors(N), dweight(w.size());
+      Tensor<int> device_targets(targets);
+      auto run = [&] {
+        linear_cross_entropy(*gpu(), losses(), log_z(), dinp(), dweight(), (float*)nullptr, logits(), factors(),
+                             device_inp(), device_weight(), (const bf16*)nullptr, device_targets(), scale, z_loss, N, C,
+                             V, true);
+      };
+      REQUIRE(head_in_exponentials(*gpu(), dinp(), logits(), device_inp(), device_weight(), N, C, V));
+      run();
+      // log Z as the kernels say, with exponentials of differences up to 30; a loss and a log Z are rounded twice.
+      const double error = (V / 512 + 64 + 8 + 4 + 2.4 * 30) * 0x1p-24;
+      close("losses", losses.host(), Values(want_losses.begin(), want_losses.end()), 2 * 0x1p-24, error);
+      close("log_z", log_z.host(), Values(want_log_z.begin(), want_log_z.end()), 2 * 0x1p-24, error);
+      // An exponential is rounded to bf16, and so is a product with it, and that times the factor; or the factor times inp.
+      close("dinp", dinp.host(), Values(want_dinp.begin(), want_dinp.end()), 2 * kRound<bf16>,
+            kRound<bf16> + error + V * 0x1p-23, Values(dinp_terms.begin(), dinp_terms.end()));
+      close("dweight", dweight.host(), Values(want_dweight.begin(), want_dweight.end()), 0x1p-24,
+            2 * kRound<bf16> + error + N * 0x1p-23, Values(dweight_terms.begin(), dweight_terms.end()));
+      const auto bits = dweight.bits();
+      run();
+      CHECK(same_bits(dweight.bits(), bits));
+    }
+}
+
 TEST_CASE("cuda: the sums of losses and log Z") {
   NEEDS_GPU;
   for (int N : {1, 17, 1000, 5000}) {

@@ -177,13 +177,6 @@ TEST_CASE("cuda: no way to add a residual is one of those that went wrong on a G
   }
 }
 
-// The products of our own are for Hopper.
-#define NEEDS_HOPPER                                                  \
-  if (!gemm::supports(*gpu(), 8, 8, nullptr, nullptr, nullptr)) {     \
-    MESSAGE("this GPU is not of compute capability 9.0: skipped");    \
-    return;                                                           \
-  }
-
 TEST_CASE("cuda: the product of our own, as it is and with SwiGLU, at sizes that fit no tile") {
   NEEDS_GPU;
   NEEDS_HOPPER;
