@@ -276,7 +276,7 @@ void cross_entropy(Cuda& be, Acc<Real>* losses, Acc<Real>* log_z, Real* logits, 
 //     scale (1 + 2 z_loss log Z) / Z e^logit, less scale at the target.
 // The factor before the exponential is one number for all of a row. So it need not meet each of them: dinp = d weight and
 // dweight = d^T inp take the exponentials as they are, and it goes to the rows of dinp and of inp, which are short. At the
-// target stands what it makes right.
+// target stands, in place of its exponential, what the factor turns into the gradient there.
 // Errors: an exponential as by exp_of(), and a lane adds up 64 of them, a thread V / 512 such sums: so log Z is off by
 // (V / 512 + 64 + 8) u at most. Gradients have one more rounding to bf16 than after cross_entropy(): of the factor's rows.
 
@@ -308,7 +308,7 @@ constexpr int kFinishedRows = 32, kFinishWarps = 16;
 
 // From sums (V/64 rounded up, N), a block makes the losses, log Z and factors of 32 rows, and puts the numbers right that
 // stand at the targets in exponentials (N, V). losses comes with the targets' logits, log_z with the offsets. A row that
-// passes kMostOfRow is made again, relative to its maximum.
+// passes kMostOfRow is made again, relative to its maximum: slowly, for it is rare.
 static __global__ void __launch_bounds__(32 * kFinishWarps)
     finish_rows_kernel(float* losses, float* log_z, float* factors, bf16* exponentials, const float* sums,
                        const int* targets, const bf16* inp, const bf16* weight, float scale, float z_loss, int N, int C,
