@@ -277,8 +277,9 @@ void cross_entropy(Cuda& be, Acc<Real>* losses, Acc<Real>* log_z, Real* logits, 
 // The factor before the exponential is one number for all of a row. So it need not meet each of them: dinp = d weight and
 // dweight = d^T inp take the exponentials as they are, and it goes to the rows of dinp and of inp, which are short. At the
 // target stands, in place of its exponential, what the factor turns into the gradient there.
-// Errors: an exponential as by exp_of(), and a lane adds up 64 of them, a thread V / 512 such sums: so log Z is off by
-// (V / 512 + 64 + 8) u at most. Gradients have one more rounding to bf16 than after cross_entropy(): of the factor's rows.
+// Errors: an exponential as by exp_of(). The finishers add up 64 of them in 11 steps, a thread V / 1024 such sums, then 16
+// threads meet: so log Z is off by (V / 1024 + 27) u at most. Gradients have one more rounding to bf16 than after
+// cross_entropy(): of the rows that the factor is multiplied with.
 
 // What a row's exponentials are relative to, in powers of two: offset (N), log2 e times the target's logit as far as fp32
 // has it. Infinite where there is no target: then all become 0. A warp works on one row.
@@ -397,10 +398,9 @@ __global__ void scale_rows_kernel(bf16* out, const bf16* in, const float* factor
 }
 
 // Whether the way above can be taken, and saves more than it costs: the logits are long rows beside inp's.
-template <class Real>
-bool head_in_exponentials(const Cuda& be, const Real* dinp, const Real* logits, const Real* inp, const Real* weight,
-                          int N, int C, int V) {
-  return std::is_same_v<Real, bf16> && V >= 8 * C && 2.0 * N * C * V > 1e9 && wide(C, dinp, inp, weight) &&
+inline bool head_in_exponentials(const Cuda& be, const bf16* dinp, const bf16* logits, const bf16* inp,
+                                 const bf16* weight, int N, int C, int V) {
+  return V >= 8 * C && 2.0 * N * C * V > 1e9 && wide(C, dinp, inp, weight) &&
          divide_up(V, 64) * size_t(N) * sizeof(float) <= Cuda::kWorkspaceBytes &&
          gemm::supports(be, V, C, logits, inp, weight);
 }

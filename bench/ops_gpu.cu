@@ -349,7 +349,8 @@ static void fused(const Row& r) {
       gemm::multiply(*be, logits(), x(), head(), rows, V, C,
                      gemm::Exponentials(sums(), losses(), log_z(), targets(), rows, V));
     });
-    line("head, exponentials", 0, product_apart, one, one, alone, milliseconds([&] {
+    const bool taken = head_in_exponentials(*be, dh(), logits(), x(), head(), rows, C, V);
+    line("head, exponentials", 0, product_apart, one, taken ? one : product_apart, alone, milliseconds([&] {
            gemm::multiply(*be, logits(), x(), head(), rows, V, C, gemm::Store{});
          }));
     const double all_apart = milliseconds([&] {
