@@ -155,7 +155,7 @@ void attention_forward(Cpu&, Real* out, Acc<Real>* lse, const Real* qkv, Attenti
   for (int bh = 0; bh < s.B * s.NH; ++bh) {
     const int b = bh / s.NH, h = bh % s.NH;
     const Real* sequence = qkv + size_t(b) * s.T * stride;               // (T, heads, HS)
-    static thread_local std::vector<Real> k_memory, v_memory, p_memory;  // kept from call to call
+    static thread_local Scratch<Real> k_memory, v_memory, p_memory;  // kept from call to call
     // Packed once for all queries of the head. Query heads of a group pack the same keys, each for itself: that takes
     // little beside the products.
     const Packed<Real> k_transposed =
@@ -225,7 +225,7 @@ void attention_backward(Cpu&, Real* dqkv, Acc<Real>* D, const Real* dout, const 
       for (int c = 0; c < s.HS; ++c)
         dsequence[size_t(t) * stride + k_at + c] = dsequence[size_t(t) * stride + v_at + c] = 0;
     // Everything that is read as the right side of a product: K^T and V^T for scores and dP, K itself for dQ.
-    static thread_local std::vector<Real> kt_memory, vt_memory, k_memory, q_memory, do_memory, p_memory;
+    static thread_local Scratch<Real> kt_memory, vt_memory, k_memory, q_memory, do_memory, p_memory;
     const Packed<Real> k_transposed = pack(kt_memory, transposed(sequence + k_at, stride), s.HS, s.T);
     const Packed<Real> v_transposed = pack(vt_memory, transposed(sequence + v_at, stride), s.HS, s.T);
     const Packed<Real> k = pack(k_memory, row_major(sequence + k_at, stride), s.T, s.HS);

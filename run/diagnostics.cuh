@@ -29,7 +29,7 @@ void attention_statistics(Cpu&, double* max_logit, double* entropy, Acc<Real>* e
   for (int bh = 0; bh < s.B * s.NH; ++bh) {
     const int h = bh % s.NH;
     const Real* sequence = qkv + size_t(bh / s.NH) * s.T * stride;
-    static thread_local std::vector<Real> k_memory, p_memory;
+    static thread_local Scratch<Real> k_memory, p_memory;
     const Packed<Real> k_transposed =
         pack(k_memory, transposed(sequence + (s.NH + h / group) * s.HS, stride), s.HS, s.T);
     p_memory.resize(size_t(kQueryBlock) * p_stride);

@@ -70,7 +70,7 @@ void check_shape(int M, int N, int K) {
 
 }  // namespace
 
-TEST_CASE("matmul equals sums in double, at every edge of tiles, panels and runs") {
+TEST_CASE("matmul equals sums in double, at every edge of tiles, panels and slices") {
   const int tile_rows = kTileRows, tile_columns = kTileColumns<float>;
   for (int M : {1, 3, tile_rows + 1, kRowBlock + 5})
     for (int N : {1, tile_columns, 2 * tile_columns + 3})
@@ -80,6 +80,14 @@ TEST_CASE("matmul equals sums in double, at every edge of tiles, panels and runs
       }
   check_shape<float>(3, 5, kSlabDepth + 3);  // more than one slab of b
   check_shape<float>(3, kSlabColumns + 2, 70);
+}
+
+TEST_CASE("matmul: what is packed begins with a cache line, however large") {
+  const std::vector<double> b = random_values<double>(600 * 300, 1);
+  for (int K : {1, 7, 64, 600}) {
+    Scratch<double> memory;
+    CHECK(reinterpret_cast<uintptr_t>(pack(memory, row_major(b.data(), 300), K, 300).data) % 64 == 0);
+  }
 }
 
 TEST_CASE("matmul with nothing to do: no rows, no columns, no terms") {
