@@ -36,8 +36,9 @@ import time
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 SMALL = dict(layers=12, width=768, heads=12, kv_heads=12, head_size=64, mlp_hidden=2048, context=1024, vocab=50304)
 SMALL_BATCH, SMALL_MICRO = 64, 2
+# The vocabulary is that of a large model, so that the head takes the way that it takes there.
 BITS = ("--layers=6 --width=384 --heads=6 --mlp-hidden=1024 --context=256 --batch=16 --accumulate=4 --lanes=4 "
-        "--val-every=100 --val-tokens=32768 --diagnostics-every=50 --vocab=50304").split()  # so the head's own way is taken
+        "--val-every=100 --val-tokens=32768 --diagnostics-every=50 --vocab=50304").split()
 SMALLER = ("--layers=2 --width=64 --heads=2 --mlp-hidden=128 --context=64 --batch=2 --val-tokens=2048 "
            "--vocab=257").split()  # on a CPU
 CHECKPOINT = "model.safetensors", "optimizer.safetensors"
