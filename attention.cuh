@@ -154,15 +154,14 @@ void attention_forward(Cpu&, Real* out, Acc<Real>* lse, const Real* qkv, Attenti
 #pragma omp parallel for schedule(dynamic)
   for (int bh = 0; bh < s.B * s.NH; ++bh) {
     const int b = bh / s.NH, h = bh % s.NH;
-    const Real* sequence = qkv + size_t(b) * s.T * stride;               // (T, heads, HS)
-    static thread_local Scratch<Real> k_memory, v_memory, p_memory;  // kept from call to call
+    const Real* sequence = qkv + size_t(b) * s.T * stride;  // (T, heads, HS)
+    static thread_local Kept<Real> k_memory, v_memory, p_memory;
     // Packed once for all queries of the head. Query heads of a group pack the same keys, each for itself: that takes
     // little beside the products.
     const Packed<Real> k_transposed =
         pack(k_memory, transposed(sequence + (s.NH + h / group) * s.HS, stride), s.HS, s.T);
     const Packed<Real> v = pack(v_memory, row_major(sequence + (s.NH + s.NKV + h / group) * s.HS, stride), s.T, s.HS);
-    p_memory.resize(size_t(kQueryBlock) * p_stride);
-    Real* p = p_memory.data();  // (kQueryBlock, T): scores, then probabilities
+    Real* p = p_memory.room(size_t(kQueryBlock) * p_stride);  // (kQueryBlock, T): scores, then probabilities
     for (int t0 = s.first; t0 < s.T; t0 += kQueryBlock) {
       const int t1 = std::min(t0 + kQueryBlock, s.T), n = t1 - t0;      // queries t0 .. t1-1
       const Real* q = sequence + size_t(t0) * stride + h * s.HS;        // (n, HS), rows `stride` apart
@@ -225,12 +224,12 @@ void attention_backward(Cpu&, Real* dqkv, Acc<Real>* D, const Real* dout, const 
       for (int c = 0; c < s.HS; ++c)
         dsequence[size_t(t) * stride + k_at + c] = dsequence[size_t(t) * stride + v_at + c] = 0;
     // Everything that is read as the right side of a product: K^T and V^T for scores and dP, K itself for dQ.
-    static thread_local Scratch<Real> kt_memory, vt_memory, k_memory, q_memory, do_memory, p_memory;
+    static thread_local Kept<Real> kt_memory, vt_memory, k_memory, q_memory, do_memory, p_memory;
     const Packed<Real> k_transposed = pack(kt_memory, transposed(sequence + k_at, stride), s.HS, s.T);
     const Packed<Real> v_transposed = pack(vt_memory, transposed(sequence + v_at, stride), s.HS, s.T);
     const Packed<Real> k = pack(k_memory, row_major(sequence + k_at, stride), s.T, s.HS);
-    p_memory.resize(2 * size_t(kQueryBlock) * p_stride);
-    Real *p = p_memory.data(), *dp = p + size_t(kQueryBlock) * p_stride;  // P, and dP, which becomes dS
+    Real* p = p_memory.room(2 * size_t(kQueryBlock) * p_stride);  // P
+    Real* dp = p + size_t(kQueryBlock) * p_stride;                // dP, which becomes dS
     for (int h = hkv * group; h < (hkv + 1) * group; ++h)
       for (int t0 = 0; t0 < s.T; t0 += kQueryBlock) {
         const int t1 = std::min(t0 + kQueryBlock, s.T), n = t1 - t0;

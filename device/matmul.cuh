@@ -15,7 +15,6 @@
 #include <cstddef>
 #include <cstring>
 #include <map>
-#include <new>
 #include <tuple>
 #include <vector>
 
@@ -109,23 +108,17 @@ void multiply_tile(Real* c, size_t c_stride, const Real* start, size_t start_str
       c[i * c_stride + j] = (start ? start[i * start_stride + j] : Real(0)) + tile[i][j];
 }
 
-// Memory that is kept from call to call and begins with a cache line. Elsewhere vectors of a packed b would lie across two
-// of them, and take two loads: a step of training took 8 to 15 % longer, or did not, by where the heap had room.
+// Memory that is kept from call to call, and grows. It begins with a cache line, as all of Cpu's: elsewhere vectors of a
+// packed b would lie across two of them, and take two loads, and a step of training took 8 to 15 % longer.
 template <class T>
-struct CacheLines {
-  using value_type = T;
-  CacheLines() = default;
-  template <class Other>
-  CacheLines(const CacheLines<Other>&) {}
-  T* allocate(size_t n) { return static_cast<T*>(::operator new(n * sizeof(T), std::align_val_t(64))); }
-  void deallocate(T* memory, size_t) { ::operator delete(memory, std::align_val_t(64)); }
-  template <class Other>
-  bool operator==(const CacheLines<Other>&) const { return true; }
-  template <class Other>
-  bool operator!=(const CacheLines<Other>&) const { return false; }
+struct Kept {
+  Buffer<Cpu> memory;
+  T* room(size_t n) {
+    static Cpu cpu;
+    if (memory.bytes < n * sizeof(T)) memory = Buffer<Cpu>(cpu, n * sizeof(T));
+    return memory.template as<T>();
+  }
 };
-template <class T>
-using Scratch = std::vector<T, CacheLines<T>>;
 
 // A packed b (K, N). The first rows and columns of it may be used alone.
 template <class Real>
@@ -168,10 +161,10 @@ void pack_panels(Real* packed, Strided<Real> b, int K, int N, int first, int las
     }
 }
 template <class Real>
-Packed<Real> pack(Scratch<Real>& memory, Strided<Real> b, int K, int N) {
-  if (memory.size() < packed_elements<Real>(K, N)) memory.resize(packed_elements<Real>(K, N));
-  pack_panels(memory.data(), b, K, N, 0, round_up(N, kTileColumns<Real>) / kTileColumns<Real>);
-  return {memory.data(), K, N};
+Packed<Real> pack(Kept<Real>& memory, Strided<Real> b, int K, int N) {
+  Real* packed = memory.room(packed_elements<Real>(K, N));
+  pack_panels(packed, b, K, N, 0, round_up(N, kTileColumns<Real>) / kTileColumns<Real>);
+  return {packed, K, N};
 }
 
 // c (M, N) = start + a (M, K) b, with b packed, on this thread; M, N and K may be smaller than what was packed. A long
@@ -180,11 +173,11 @@ template <class Real>
 void multiply_packed(Real* c, size_t c_stride, const Real* start, size_t start_stride, Strided<Real> a, Packed<Real> b,
                      int M, int N, int K) {
   constexpr int kColumns = kTileColumns<Real>;
-  static thread_local Scratch<Real> packed_a;
+  static thread_local Kept<Real> memory;
   const int depth = depth_of_slices(b.K), width = round_up(b.N, kColumns);  // as b was packed, not as it is used
   // For weight gradients, a = dout^T: neighbours in k are a row of memory apart.
   const bool pack_a = a.column != 1 && K > 64;
-  if (pack_a) packed_a.resize(size_t(round_up(M, kTileRows)) * depth);
+  Real* const packed_a = pack_a ? memory.room(size_t(round_up(M, kTileRows)) * depth) : nullptr;
   for (int k0 = 0; k0 < std::max(K, 1); k0 += depth) {  // K = 0 is one slice of nothing: c = start
     const int slice = std::min(depth, K - k0);
     if (pack_a)
@@ -231,11 +224,10 @@ void matmul(Real* c, const Real* start, size_t start_stride, Strided<Real> a, St
     return;
   }
   // All threads pack a slab of b; then a task is kRowBlock rows of c, or fewer where threads would be idle.
-  static thread_local Scratch<Real> packed;
+  static thread_local Kept<Real> memory;
   // A slab is packed by all and read by all, so that it is packed once.
   const size_t slab = packed_elements<Real>(std::min(K, kSlabDepth), std::min(N, kSlabColumns));
-  if (packed.size() < slab) packed.resize(slab);
-  Real* panels = packed.data();  // the calling thread's, shared by all
+  Real* panels = memory.room(slab);  // the calling thread's, shared by all
   // At least two tasks per thread: one that is late must not keep the others waiting for long.
   const int tasks = 2 * omp_get_max_threads();
   const int row_block = std::min(kRowBlock, round_up((M + tasks - 1) / tasks, kTileRows));

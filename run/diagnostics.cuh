@@ -29,17 +29,17 @@ void attention_statistics(Cpu&, double* max_logit, double* entropy, Acc<Real>* e
   for (int bh = 0; bh < s.B * s.NH; ++bh) {
     const int h = bh % s.NH;
     const Real* sequence = qkv + size_t(bh / s.NH) * s.T * stride;
-    static thread_local Scratch<Real> k_memory, p_memory;
+    static thread_local Kept<Real> k_memory, p_memory;
     const Packed<Real> k_transposed =
         pack(k_memory, transposed(sequence + (s.NH + h / group) * s.HS, stride), s.HS, s.T);
-    p_memory.resize(size_t(kQueryBlock) * p_stride);
+    Real* p = p_memory.room(size_t(kQueryBlock) * p_stride);
     for (int t0 = 0; t0 < s.T; t0 += kQueryBlock) {
       const int t1 = std::min(t0 + kQueryBlock, s.T);
-      multiply_packed<Real>(p_memory.data(), p_stride, nullptr, 0,
+      multiply_packed<Real>(p, p_stride, nullptr, 0,
                             row_major(sequence + size_t(t0) * stride + h * s.HS, stride), k_transposed, t1 - t0, t1,
                             s.HS);
       for (int t = t0; t < t1; ++t) {
-        const Real *row = p_memory.data() + size_t(t - t0) * p_stride, row_lse = lse[size_t(bh) * s.T + t];
+        const Real *row = p + size_t(t - t0) * p_stride, row_lse = lse[size_t(bh) * s.T + t];
         Real top = 0;
 #pragma omp simd reduction(max : top)
         for (int j = 0; j <= t; ++j) {

@@ -85,7 +85,7 @@ TEST_CASE("matmul equals sums in double, at every edge of tiles, panels and slic
 TEST_CASE("matmul: what is packed begins with a cache line, however large") {
   const std::vector<double> b = random_values<double>(600 * 300, 1);
   for (int K : {1, 7, 64, 600}) {
-    Scratch<double> memory;
+    Kept<double> memory;
     CHECK(reinterpret_cast<uintptr_t>(pack(memory, row_major(b.data(), 300), K, 300).data) % 64 == 0);
   }
 }
